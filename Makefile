@@ -1,0 +1,44 @@
+# make demo   install into .venv, then let the embedded base paint its prompts
+# make test   install into .venv, then lint, types and all tests
+# make sketch go on training the embedded base (hours on a CPU, minutes on a GPU; needs npm)
+
+PYTHON ?= python3
+TORCH ?= torch
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test sketch clean
+
+demo: $(VENV)/.demo
+	$(BIN)/scumble preview --base sketch --out demo/sketch.png --force
+	@echo "The embedded base painted its prompts: demo/sketch.png"
+
+test: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/ty check --python $(VENV)
+	$(BIN)/pytest
+
+sketch: $(VENV)/.sketch
+	$(BIN)/python -m scumble.configs.bases.sketch.recipe --work build/sketch --out configs/bases/sketch
+	$(BIN)/scumble preview --base sketch --out configs/bases/sketch/grid.png --force
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/pip pyproject.toml
+	$(BIN)/pip install -q "$(TORCH)" -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/bin/pip pyproject.toml
+	$(BIN)/pip install -q "$(TORCH)" -e ".[test]"
+	touch $@ $(VENV)/.demo
+
+$(VENV)/.sketch: $(VENV)/bin/pip pyproject.toml
+	$(BIN)/pip install -q "$(TORCH)" -e ".[sketch]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache
