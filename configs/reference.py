@@ -1,0 +1,32 @@
+"""The reference of all options as Markdown, made from their declarations (`scumble options`, configs/OPTIONS.md)."""
+
+from .options import Declared, Options, declared
+
+HEAD = """# Options
+
+Each option has one name: `rate` in the table `[optimization]` of a TOML file is the flag `--rate`. Values come from
+defaults < preset < file < flags. `auto` is chosen from the base, the pictures and the machine; the run prints why.
+This page is what `scumble options` prints.
+"""
+
+
+def reference() -> str:
+    """One Markdown table for each TOML table."""
+    lines = [HEAD]
+    table = ""
+    for entry in declared():
+        if entry.table != table:
+            table = entry.table
+            section = Options.model_fields[table].annotation
+            assert section is not None
+            lines += [f"\n## [{table}]\n\n{section.__doc__}\n"]
+            lines += ["| key | flag | default | takes | what it is |", "|---|---|---|---|---|"]
+        lines.append(_row(entry))
+    return "\n".join(lines) + "\n"
+
+
+def _row(entry: Declared) -> str:
+    default = "none" if entry.default in ("", ()) else str(entry.default)
+    default = default.lower() if isinstance(entry.default, bool) else default
+    takes = entry.allowed.replace("|", "\\|") + (f" ({entry.unit})" if entry.unit else "")
+    return f"| `{entry.key}` | `{entry.flag}` | {default} | {takes} | {entry.help} |"
