@@ -1,0 +1,214 @@
+"""Options: one declaration gives flag, TOML key, help and reference; layers have an order; refusals are one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scumble.configs import files
+from scumble.configs.errors import Refused
+from scumble.configs.options import Options, declared
+from scumble.configs.reference import reference
+from scumble.trainer import cli
+
+CHECKOUT = Path(__file__).parent.parent
+
+
+def toml(folder: Path, text: str) -> Path:
+    path = folder / "mine.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refused(folder: Path, text: str) -> str:
+    with pytest.raises(Refused) as error:
+        files.resolve(toml(folder, text))
+    line = str(error.value)
+    assert "\n" not in line
+    return line.replace(str(folder / "mine.toml"), "mine.toml")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of one command in this process."""
+    code = 0
+    try:
+        cli.main(list(arguments))
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_flags_go_before_the_file_the_file_before_the_preset_the_preset_before_the_defaults(tmp_path: Path):
+    path = toml(tmp_path, 'preset = "sdxl-character"\n[network]\nalpha = 4\n[optimization]\nrate = 1e-3\nbatch = 2\n')
+    options = files.resolve(path, flags={"optimization": {"rate": 5e-5}})
+    assert options.optimization.rate == 5e-5  # flag over file
+    assert options.network.alpha == 4 and options.optimization.batch == 2  # file over default
+    assert options.network.rank == 32 and options.data.kind == "character"  # preset
+    assert options.objective == Options().objective  # defaults
+
+
+def test_a_preset_flag_goes_before_the_preset_that_the_file_names(tmp_path: Path):
+    path = toml(tmp_path, 'preset = "sdxl-character"\n')
+    assert files.resolve(path, preset="sd15-style").data.resolution == 512
+
+
+def test_a_file_beats_its_preset_even_with_the_default_value(tmp_path: Path):
+    path = toml(tmp_path, 'preset = "sdxl-character"\n[network]\nrank = "auto"\n')
+    assert files.resolve(path).network.rank == "auto"
+
+
+@pytest.mark.parametrize("name", files.presets())
+def test_every_preset_is_valid_and_says_what_it_is_for(name: str):
+    assert files.resolve(preset=name) != Options()
+    assert len(files.presets()[name]) > 10
+
+
+def test_written_options_give_the_same_options_back(tmp_path: Path):
+    options = files.resolve(
+        flags={
+            "data": {"trigger": 'a "quoted" wörd', "images": "C:\\pictures"},
+            "previews": {"prompts": ("a, b", "c")},
+            "optimization": {"rate": 3e-05},
+        }
+    )
+    assert files.resolve(toml(tmp_path, files.dumps(options))) == options
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (
+            "[network]\nrnk = 4",
+            "mine.toml: network.rnk = 4: no such option in [network] (did you mean rank?); "
+            "`scumble options` lists them all",
+        ),
+        (
+            "[network]\nrate = 1e-4",
+            "mine.toml: network.rate = 0.0001: no such option in [network] (it stands in [optimization]); "
+            "`scumble options` lists them all",
+        ),
+        ("[network]\nrank = 0", "mine.toml: network.rank = 0: must be a whole number from 1 to 1024, or auto"),
+        ("[network]\nrank = 4.5", "mine.toml: network.rank = 4.5: must be a whole number from 1 to 1024, or auto"),
+        ('[network]\nrank = "16"', 'mine.toml: network.rank = "16": must be a whole number from 1 to 1024, or auto'),
+        ("[network]\nrank = true", "mine.toml: network.rank = true: must be a whole number from 1 to 1024, or auto"),
+        ("[network]\nrslora = 1", "mine.toml: network.rslora = 1: must be true | false"),
+        ("[data]\ntrigger = 7", "mine.toml: data.trigger = 7: must be text"),
+        ("[optimization]\nrate = nan", "mine.toml: optimization.rate = nan: must be a number above 0 to 100, or auto"),
+        ("[optimization]\nrate = inf", "mine.toml: optimization.rate = inf: must be a number above 0 to 100, or auto"),
+        ("[network]\ndropout = 1", "mine.toml: network.dropout = 1: must be a number from 0 to below 1"),
+        ('[previews]\nprompts = "a"', 'mine.toml: previews.prompts = "a": must be a list of texts'),
+        (
+            '[optimization]\nschedule = "cos"',
+            'mine.toml: optimization.schedule = "cos": must be constant | cosine | linear | cosine_restarts | rex',
+        ),
+        ("network = 4", "mine.toml: network = 4: [network] is a table of options, not a value"),
+        ("preset = 4", "mine.toml: preset = 4: must be text; `scumble presets` lists them"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line_with_file_key_value_and_cure(tmp_path: Path, text: str, line: str):
+    assert refused(tmp_path, text) == line
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("rank = 4", ["rank = 4", "stands in [network]"]),
+        ("[netwrk]\nrank = 4", ["netwrk", "did you mean network?"]),
+        ('preset = "sd15-stile"', ["preset = sd15-stile", "did you mean sd15-style?"]),
+        ("[network\n", ["mine.toml is not TOML", "line 1"]),
+    ],
+)
+def test_what_cannot_be_placed_is_named_with_the_nearest_name(tmp_path: Path, text: str, parts: list[str]):
+    line = refused(tmp_path, text)
+    assert all(part in line for part in parts), line
+
+
+def test_a_file_that_is_not_utf8_or_not_there_is_named(tmp_path: Path):
+    path = tmp_path / "latin.toml"
+    path.write_bytes('[data]\ntrigger = "Bäume"\n'.encode("latin-1"))
+    with pytest.raises(Refused, match=r"latin\.toml is not UTF-8"):
+        files.resolve(path)
+    with pytest.raises(Refused, match=r"none\.toml: no such file"):
+        files.resolve(tmp_path / "none.toml")
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path: Path):
+    path = tmp_path / "bom.toml"
+    path.write_bytes(b"\xef\xbb\xbf[network]\nrank = 4\n")
+    assert files.resolve(path).network.rank == 4
+
+
+def test_no_two_options_share_a_flag_and_each_has_help():
+    flags = [entry.flag for entry in declared()]
+    assert len(flags) == len(set(flags))
+    assert all(len(entry.help) >= 5 and not entry.help.endswith(".") for entry in declared())
+
+
+def test_every_option_stands_in_the_help_and_in_the_reference(capsys: pytest.CaptureFixture[str]):
+    _, text, _ = run(capsys, "train", "--help")
+    for entry in declared():
+        assert f"{entry.flag} " in text, entry.flag
+        assert f"| `{entry.key}` | `{entry.flag}` |" in reference()
+
+
+def test_the_reference_in_the_repository_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]):
+    code, text, _ = run(capsys, "options")
+    assert code == 0
+    assert (CHECKOUT / "configs/OPTIONS.md").read_text(encoding="utf-8") == text
+
+
+def test_flags_reach_the_options(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    code, text, _ = run(
+        capsys, "train", "photos", "--preset", "sdxl-style", "--rank", "8", "--rslora", "--prompts", "a",
+        "--prompts", "b --n c", "--dry-run",
+    )  # fmt: skip
+    assert code == 0
+    options = files.resolve(toml(tmp_path, text))
+    assert options.data.images == "photos" and options.data.resolution == 1024
+    assert options.network.rank == 8 and options.network.rslora
+    assert options.previews.prompts == ("a", "b --n c")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--rank", "0"], "scumble: --rank 0: must be a whole number from 1 to 1024, or auto"),
+        (["--rank", "x"], "scumble: --rank x: must be a whole number from 1 to 1024, or auto"),
+        (["--text2-rate", "-1"], "scumble: --text2-rate -1: must be a number above 0 to 100, or auto"),
+        (["--device", "gpu"], "scumble: --device gpu: must be auto | cuda | cpu | mps"),
+        (
+            ["--rnk", "4"],
+            "scumble: --rnk: no such option of this command (did you mean --rank?); "
+            "--help lists its own, `scumble options` all",
+        ),
+        (
+            ["--preset", "sdxl"],
+            "scumble: --preset sdxl: no such preset; there are low-memory, sd15-character, sd15-style, "
+            "sdxl-character, sdxl-style",
+        ),
+        (["more"], "scumble: more: too much; --help shows what the command takes"),
+    ],
+)
+def test_a_bad_flag_is_refused_in_one_line_with_exit_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], line: str
+):
+    code, out, err = run(capsys, "train", "photos", "--dry-run", *arguments)
+    assert (code, out, err) == (2, "", line + "\n")
+
+
+def test_presets_are_listed_with_their_purpose(capsys: pytest.CaptureFixture[str]):
+    code, text, _ = run(capsys, "presets")
+    assert code == 0
+    assert [line.split()[0] for line in text.splitlines()] == list(files.presets())
+
+
+def test_help_loads_nothing_slow():
+    script = (
+        "import sys\nfrom scumble.trainer import cli\n"
+        "try: cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'diffusers', 'transformers', 'PIL', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,120 @@
+"""The command line. Nothing slow is imported before a command needs it, so that `scumble --help` answers at once."""
+
+import os
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError, ValidationError
+from pydantic import ValidationError as PydanticError
+
+from scumble.configs import files, reference
+from scumble.configs.errors import Refused, nearest
+from scumble.configs.options import Model, Options, Previews, declared, section
+
+app = App(
+    name="scumble",
+    help="Train a LoRA of a style or a character from a folder of pictures.",
+    help_format="plaintext",
+    version=version("scumble"),
+)
+app["--help"].group = app["--version"].group = "Other"
+
+DEFAULTS = Options()
+PresetFlag = Annotated[str, Parameter(help="Preset to start from; `scumble presets` lists them")]
+
+
+@app.command
+def train(
+    source: Annotated[str, Parameter(help="Folder of pictures, or a TOML file of options")] = "",
+    /,
+    *,
+    options: Annotated[Options, Parameter(name="*")] = DEFAULTS,
+    preset: PresetFlag = "",
+    dry_run: Annotated[
+        bool, Parameter(help="Check everything, print the options that a run would use, and stop", negative="")
+    ] = False,
+) -> None:
+    """Train an adapter on a folder of pictures."""
+    flags = options.model_dump(exclude_unset=True)
+    file = Path(source) if source.endswith(".toml") else None
+    if source and file is None:
+        flags.setdefault("data", {})["images"] = source
+    resolved = files.resolve(file, preset, flags)
+    if not dry_run:
+        raise Refused("train: this version checks options (add --dry-run) but does not train yet", 69)
+    sys.stdout.write(files.dumps(resolved))
+
+
+@app.command
+def preview(
+    *,
+    model: Annotated[Model, section("Model")] = DEFAULTS.model,
+    previews: Annotated[Previews, section("Previews")] = DEFAULTS.previews,
+    out: Annotated[Path, Parameter(help="Picture to write")] = Path("preview.png"),
+    force: Annotated[bool, Parameter(help="Write over a picture that is there", negative="")] = False,
+) -> None:
+    """Paint prompts with a base model, as one labelled grid."""
+    flags = {
+        "model": model.model_dump(exclude_unset=True),
+        "previews": previews.model_dump(exclude_unset=True),
+    }
+    options = files.resolve(flags=flags)
+    if out.exists() and not force:
+        raise Refused(f"{out} exists: choose another --out, or --force to write over it")
+    from .preview import paint_grid
+
+    paint_grid(options.model, options.previews, out)
+    print(f"painted {out}")
+
+
+@app.command(name="options")
+def print_options() -> None:
+    """Print the reference of all options (Markdown)."""
+    sys.stdout.write(reference.reference())
+
+
+@app.command(name="presets")
+def print_presets() -> None:
+    """List the presets."""
+    known = files.presets()
+    width = max(map(len, known))
+    for name, purpose in known.items():
+        print(f"{name:<{width}}  {purpose}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; what a person can mend is one line on stderr and exit code 2 (or the refusal's own)."""
+    try:
+        app(arguments, exit_on_error=False, print_error=False)
+    except Refused as error:
+        _stop(str(error), error.exit_code)
+    except CycloptsError as error:
+        _stop(_one_line(error), 2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _one_line(error: CycloptsError) -> str:
+    """What the parser refused, in our words."""
+    if isinstance(error, UnknownOptionError):
+        flag = str(error.token.keyword or error.token.value)
+        key = flag.lstrip("-").replace("-", "_")
+        known = [entry.key for entry in declared()] + ["preset", "dry_run", "out", "force"]
+        close = "" if key in known else nearest(key, known).replace("_", "-").replace("mean ", "mean --")
+        return f"{flag}: no such option of this command{close}; --help lists its own, `scumble options` all"
+    if isinstance(error, UnusedCliTokensError):
+        return f"{' '.join(error.unused_tokens or ())}: too much; --help shows what the command takes"
+    if isinstance(error, ValidationError) and isinstance(error.__cause__, PydanticError):
+        return str(files.refusal(error.__cause__, files.as_flag))
+    return " ".join(str(error).split())
+
+
+def _stop(line: str, exit_code: int) -> None:
+    print(f"scumble: {line}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()
