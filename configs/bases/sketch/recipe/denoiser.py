@@ -1,0 +1,181 @@
+"""Second part of the recipe: the UNet and the text encoder, trained together on latents that are encoded once."""
+
+import random
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from .state import Clock, load_state, save_state
+from .text import caption, make_text_encoder
+
+TEXT_WIDTH = 192
+BATCH = 32
+RATE = 1e-3
+WARM_UP = 200
+COOL_DOWN_SHARE = 0.25
+MIN_SNR = 5.0
+SAVE_EVERY = 250
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The training set as the UNet sees it: posterior mean and std (N, 4, 16, 16), names and styles."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+    names: list[str]
+    styles: list[str]
+
+
+class Denoiser(torch.nn.Module):
+    """Text encoder and UNet as one module: noisy latents, timesteps and token ids in, predicted noise out."""
+
+    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel):
+        super().__init__()
+        self.text_encoder, self.unet = text_encoder, unet
+
+    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return self.unet(noisy, timesteps, self.text_encoder(ids).last_hidden_state).sample
+
+
+def make_unet() -> UNet2DConditionModel:
+    """Cross-attention at the 8- and 4-pixel levels: at 16 pixels it would cost 40 % and gave nothing."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(64, 128, 240),
+        attention_head_dim=(4, 4, 5),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        norm_num_groups=16,
+    )
+
+
+def make_scheduler() -> DDIMScheduler:
+    """The schedule of Stable Diffusion 1 (Rombach et al. 2022): scaled linear, epsilon."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Warm-up, constant, and a linear cool-down over the last quarter (so that a longer run repeats a shorter one)."""
+    cool = max(1, int(COOL_DOWN_SHARE * steps))
+    return RATE * min(1.0, (step + 1) / WARM_UP, (steps - step) / cool)
+
+
+def epsilon_losses(
+    model: torch.nn.Module,
+    latents: torch.Tensor,
+    ids: torch.Tensor,
+    scheduler: DDIMScheduler,
+    timesteps: torch.Tensor,
+    noise: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean squared error of the noise for each picture (B,), and its min-SNR-gamma weight (Hang et al. 2023)."""
+    alpha_bar = scheduler.alphas_cumprod.to(latents.device)[timesteps]
+    noisy = alpha_bar.sqrt()[:, None, None, None] * latents + (1 - alpha_bar).sqrt()[:, None, None, None] * noise
+    fast_attention = sdpa_kernel(SDPBackend.MATH) if latents.device.type == "cpu" else nullcontext()
+    with torch.autocast(latents.device.type, torch.bfloat16), fast_attention:
+        predicted = model(noisy, timesteps, ids)
+    snr = alpha_bar / (1 - alpha_bar)
+    return (predicted.float() - noise).pow(2).mean((1, 2, 3)), snr.clamp(max=MIN_SNR) / snr
+
+
+def token_ids(tokenizer: CLIPTokenizer, prompts: Iterable[str]) -> torch.Tensor:
+    """(B, 32), padded and cut as the pipeline does it."""
+    return tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+
+
+def train_denoiser(
+    latents: Latents,
+    tokenizer: CLIPTokenizer,
+    work: Path,
+    device: torch.device,
+    steps: int,
+    start: Denoiser | None,
+) -> Denoiser:
+    """Train, or go on training, for `steps` steps in all; returns the moving average of the weights."""
+    torch.manual_seed(1)
+    model = start or Denoiser(make_text_encoder(tokenizer, TEXT_WIDTH), make_unet())
+    model.to(device).train()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.999))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    first = load_state(work / "denoiser.pt", model=model, average=average, optimizer=optimizer)
+    scheduler = make_scheduler()
+    mean, std = latents.mean.to(device), latents.std.to(device)
+    clock = Clock("denoiser", first, steps)
+    for step in range(first, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(step, steps)
+        draw, words = torch.Generator().manual_seed(step), random.Random(step)
+        chosen = batch_of(step, len(mean))
+        ids = token_ids(tokenizer, [caption(latents.names[i], latents.styles[i], words) for i in chosen])
+        noise, spread = torch.randn(2, len(chosen), *mean.shape[1:], generator=draw).to(device)
+        timesteps = torch.randint(1000, (len(chosen),), generator=draw).to(device)
+        losses, weights = epsilon_losses(
+            model, mean[chosen] + std[chosen] * spread, ids.to(device), scheduler, timesteps, noise
+        )
+        optimizer.zero_grad()
+        (losses * weights).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(model)
+        clock.tick(step, loss=losses.detach().mean(), weighted=(losses * weights).detach().mean())
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            save_state(work / "denoiser.pt", step + 1, model=model, average=average, optimizer=optimizer)
+    averaged = average.module
+    assert isinstance(averaged, Denoiser)
+    return averaged.eval().requires_grad_(False)
+
+
+def batch_of(step: int, count: int) -> torch.Tensor:
+    """Indices of one batch, from the step alone: passes over the set, each in its own random order."""
+    positions = range(step * BATCH, (step + 1) * BATCH)
+    orders = {
+        turn: torch.randperm(count, generator=torch.Generator().manual_seed(turn))
+        for turn in {position // count for position in positions}
+    }
+    return torch.stack([orders[position // count][position % count] for position in positions])
+
+
+@torch.no_grad()
+def held_out_loss(model: Denoiser, latents: Latents, tokenizer: CLIPTokenizer, draws: int = 8) -> float:
+    """Unweighted epsilon loss on pictures that training never saw; fixed noise, `draws` timesteps a picture."""
+    device = latents.mean.device
+    ids = token_ids(tokenizer, [f"{name}, {style}" for name, style in zip(latents.names, latents.styles, strict=True)])
+    total = 0.0
+    for index in range(draws):
+        draw = torch.Generator().manual_seed(index)
+        timesteps = ((torch.rand(len(ids), generator=draw) + index) * 1000 / draws).long()
+        noise = torch.randn(latents.mean.shape, generator=draw)
+        losses, _ = epsilon_losses(
+            model,
+            latents.mean,
+            ids.to(device),
+            make_scheduler(),
+            timesteps.to(device),
+            noise.to(device),
+        )
+        total += float(losses.mean()) / draws
+    return total
