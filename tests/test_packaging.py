@@ -1,0 +1,133 @@
+"""The house: what the wheel holds, that it works elsewhere, which way imports go, and the frozen command line."""
+
+import ast
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+from scumble.trainer.cli import app
+
+CHECKOUT = Path(__file__).parent.parent
+ROOMS = ["configs", "datasets", "captioning", "trainer"]
+
+
+def files_of_rooms() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *ROOMS],
+        cwd=CHECKOUT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [Path(line) for line in listed.stdout.splitlines() if (CHECKOUT / line).is_file()]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", folder, CHECKOUT]
+    subprocess.run(command, check=True)
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_every_file_of_the_four_rooms_and_nothing_else(wheel: Path):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == {f"scumble/{path.as_posix()}" for path in files_of_rooms()}
+    assert "scumble/configs/bases/sketch/unet/diffusion_pytorch_model.safetensors" in names
+    assert "scumble/datasets/samples/clay-style/fox.txt" in names
+
+
+def test_the_wheel_carries_licence_and_notice(wheel: Path):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {Path(name).name for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
+
+
+def test_the_wheel_works_in_another_environment_away_from_the_checkout(wheel: Path, tmp_path: Path):
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv/bin/python"
+    site = next((tmp_path / "venv/lib").glob("python*/site-packages"))
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel], check=True
+    )
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run([*arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    where = run(str(python), "-c", "import scumble.trainer.cli as c; print(c.__file__)").strip()
+    assert Path(where).is_relative_to(site)
+    scumble = str(tmp_path / "venv/bin/scumble")
+    assert "sdxl-style" in run(scumble, "presets")
+    run(scumble, "preview", "--prompts", "tiger, flat style", "--preview-steps", "2", "--out", "tiger.png")
+    assert (tmp_path / "tiger.png").stat().st_size > 1000
+
+
+def test_import_datasets_is_never_ours(tmp_path: Path):
+    assert not (CHECKOUT / "datasets/__init__.py").exists()
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets/__init__.py").write_text("who = 'Hugging Face'\n")
+    script = f"import sys; sys.path[:0] = [{str(CHECKOUT)!r}, {str(tmp_path)!r}]; import datasets; print(datasets.who)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    assert done.stdout == "Hugging Face\n"
+
+
+def imports(path: Path) -> set[str]:
+    """Our own modules that a file imports at its top or inside its functions, as `room.module`."""
+    package = path.parent.as_posix().replace("/", ".").split(".")
+    found = set()
+    for node in ast.walk(ast.parse((CHECKOUT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            module = (node.module or "").split(".") if node.module else []
+            if node.level:
+                base = package[: len(package) - node.level + 1]
+                assert base, f"{path}: a relative import leaves its room"
+                target = base + module
+            elif module[:1] == ["scumble"]:
+                target = module[1:]
+                assert target[:1] != package[:1], f"{path}: import your own room relatively"
+            else:
+                continue
+            stems = [".".join([*target, name.name]) for name in node.names]
+            found |= {stem if source(stem) else ".".join(target) for stem in stems}
+        elif isinstance(node, ast.Import):
+            assert not any(name.name.split(".")[0] == "scumble" for name in node.names), f"{path}: use from-imports"
+    return found
+
+
+def source(module: str) -> Path | None:
+    path = Path(*module.split("."))
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if (CHECKOUT / file).is_file()), None)
+
+
+def modules() -> dict[str, Path]:
+    paths = [path for path in files_of_rooms() if path.suffix == ".py"]
+    return {path.with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path for path in paths}
+
+
+def test_imports_go_one_way_from_trainer_down_to_configs():
+    for name, path in modules().items():
+        for target in imports(path):
+            upper, lower = ROOMS.index(name.split(".")[0]), ROOMS.index(target.split(".")[0])
+            assert lower <= upper, f"{path} imports {target}"
+
+
+def test_there_are_no_import_cycles():
+    graph = {name: imports(path) - {name} for name, path in modules().items()}
+    assert list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_no_module_hides_imports_behind_type_checking():
+    assert not [path for path in modules().values() if "TYPE_" + "CHECKING" in (CHECKOUT / path).read_text()]
+
+
+def test_the_command_line_is_the_frozen_one():
+    lines = []
+    for name in sorted(name for name in app if not name.startswith("-")):
+        for argument in app[name].assemble_argument_collection():
+            lines += [f"{name} {flag}" for flag in argument.names if flag != "*"]
+    frozen = (Path(__file__).parent / "command_line.txt").read_text().splitlines()
+    assert sorted(set(lines)) == frozen, "the command line changed: if it was meant, update tests/command_line.txt"
