@@ -1,0 +1,84 @@
+"""Schedules, noise, targets and weights against diffusers' own and the papers' formulas."""
+
+import pytest
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler, rescale_zero_terminal_snr
+from diffusers.training_utils import compute_snr
+from tiny import SCHEDULE
+
+from scumble.trainer import diffusion
+
+SCHEDULER = DDIMScheduler(**SCHEDULE)
+ABAR = SCHEDULER.alphas_cumprod
+TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
+LATENTS, NOISE = torch.randn(2, 6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def test_noisy_latents_and_targets_are_those_of_diffusers():
+    noisy = SCHEDULER.add_noise(LATENTS, NOISE, TIMESTEPS)
+    torch.testing.assert_close(diffusion.add_noise(LATENTS, NOISE, TIMESTEPS, ABAR), noisy)
+    assert diffusion.target("epsilon", LATENTS, NOISE, TIMESTEPS, ABAR) is NOISE
+    velocity = SCHEDULER.get_velocity(LATENTS, NOISE, TIMESTEPS)
+    torch.testing.assert_close(diffusion.target("v_prediction", LATENTS, NOISE, TIMESTEPS, ABAR), velocity)
+
+
+def test_the_zero_terminal_schedule_is_that_of_diffusers():
+    ours = diffusion.rescale_zero_terminal_snr(ABAR)
+    theirs = 1 - rescale_zero_terminal_snr(SCHEDULER.betas)
+    torch.testing.assert_close(ours[:-1], theirs.cumprod(0)[:-1], rtol=1e-3, atol=1e-7)
+    assert ours[-1] == 0
+
+
+def test_snr_is_that_of_diffusers():
+    torch.testing.assert_close(diffusion.snr(ABAR, TIMESTEPS), compute_snr(SCHEDULER, TIMESTEPS))
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weights_are_the_papers(gamma: float):
+    snr = compute_snr(SCHEDULER, TIMESTEPS)
+    lower = torch.stack([snr, gamma * torch.ones_like(snr)], dim=1).min(dim=1)[0]
+    torch.testing.assert_close(diffusion.loss_weights("min_snr", "epsilon", snr, gamma), lower / snr)
+    torch.testing.assert_close(diffusion.loss_weights("min_snr", "v_prediction", snr, gamma), lower / (snr + 1))
+
+
+@pytest.mark.parametrize("weighting", ["none", "min_snr", "debiased"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_weights_are_finite_where_the_schedule_ends_in_pure_noise(weighting: str, kind: str):
+    abar = diffusion.rescale_zero_terminal_snr(ABAR)
+    weights = diffusion.loss_weights(weighting, kind, diffusion.snr(abar, torch.arange(1000)), 5.0)
+    assert torch.isfinite(weights).all() and (weights >= 0).all()
+
+
+def test_weights_follow_the_schedule_that_is_trained():
+    abar = diffusion.rescale_zero_terminal_snr(ABAR)
+    before = diffusion.loss_weights("min_snr", "v_prediction", diffusion.snr(ABAR, TIMESTEPS), 5.0)
+    after = diffusion.loss_weights("min_snr", "v_prediction", diffusion.snr(abar, TIMESTEPS), 5.0)
+    assert after[-1] == 0 < before[-1]
+
+
+def test_debiased_weights_are_one_over_root_snr():
+    snr = torch.tensor([0.25, 1.0, 4.0])
+    torch.testing.assert_close(diffusion.loss_weights("debiased", "epsilon", snr, 5.0), torch.tensor([2.0, 1.0, 0.5]))
+
+
+def test_multires_noise_has_unit_variance_and_more_low_frequencies():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(256, 4, 16, 16, generator=generator)
+    coarse = diffusion.multires_noise(noise, 0.7, generator)
+    assert float(coarse.var()) == pytest.approx(1.0, abs=0.05)
+    pool = torch.nn.functional.avg_pool2d
+    assert float(pool(coarse, 8).var()) > 5 * float(pool(noise, 8).var())
+
+
+def test_offset_noise_shifts_each_channel_by_one_number():
+    generator = torch.Generator().manual_seed(0)
+    shift = diffusion.offset_noise(NOISE, 0.1, generator) - NOISE
+    torch.testing.assert_close(shift, shift[:, :, :1, :1].expand_as(shift), rtol=0, atol=1e-6)
+    assert 0.01 < float(shift.std()) < 0.3
+
+
+def test_pseudo_huber_is_square_near_zero_and_straight_far_away():
+    zero = torch.zeros(2)
+    near, far = diffusion.distances(torch.tensor([1e-3, 100.0]), zero, "huber", 0.1)
+    assert float(near) == pytest.approx(1e-6, rel=1e-2) and float(far) == pytest.approx(2 * 0.1 * 99.9, rel=1e-3)
+    assert diffusion.distances(torch.tensor([2.0]), torch.zeros(1), "mse", 0.1).tolist() == [4.0]
