@@ -1,52 +1,257 @@
-"""Bases: where a base model lies and how it is loaded as a diffusers pipeline, without a network."""
+"""Bases: a diffusers folder, a hub id or one `.safetensors` file -> the modules of a Stable Diffusion.
 
+What differs between the families is data (`FAMILIES`); the code path is one. A base is recognised from its files
+before a weight is loaded.
+"""
+
+import json
+import struct
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.utils import logging as diffusers_logging
+from safetensors import safe_open
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model
 
-EMBEDDED = Path(__file__).parent.parent / "configs" / "bases" / "sketch"
+BASES = Path(__file__).parent.parent.resolve() / "configs" / "bases"
+EMBEDDED = BASES / "sketch"
+
+Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 
-def base_folder(base: str) -> Path:
-    """The diffusers folder of a base: `sketch`, or a path. Raises `Refused` where there is none."""
-    folder = EMBEDDED.resolve() if base == "sketch" else Path(base)
-    if not folder.is_dir():
-        raise Refused(f"--base {base}: no such folder; give a diffusers folder, or sketch for the embedded base")
-    if not (folder / "model_index.json").is_file():
-        raise Refused(f"--base {base}: has no model_index.json, so it is not a diffusers folder")
-    return folder
+@dataclass(frozen=True)
+class Family:
+    """A kind of base: how wide its text is, how its adapter files are labelled, and how large its pictures are."""
+
+    name: str
+    label: str
+    context_width: int
+    configs: dict[str, str]  # prediction type -> folder of configs for a single file
+    resolution_px: int
+    text_prefixes: tuple[str, ...]  # of adapter keys, one a text encoder (FORMAT: SD1 is lora_te, not lora_te1)
+    version: str  # ss_base_model_version
+    architecture: str  # modelspec.architecture
+    pipeline: type[Pipeline]
 
 
-def load_vae(vae: str, dtype: torch.dtype) -> AutoencoderKL:
-    """A VAE from its own diffusers folder. Raises `Refused` where there is none."""
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            "sd1", "Stable Diffusion 1", 768, {"epsilon": "sd15", "v_prediction": "sd15"}, 512, ("lora_te",),
+            "sd_v1", "stable-diffusion-v1/lora", StableDiffusionPipeline,
+        ),
+        Family(
+            "sd2", "Stable Diffusion 2", 1024, {"epsilon": "sd21", "v_prediction": "sd21-v"}, 768, ("lora_te",),
+            "sd_v2", "stable-diffusion-v2-768-v/lora", StableDiffusionPipeline,
+        ),
+        Family(
+            "sdxl", "Stable Diffusion XL", 2048, {"epsilon": "sdxl", "v_prediction": "sdxl"}, 1024,
+            ("lora_te1", "lora_te2"), "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", StableDiffusionXLPipeline,
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base as recognised from its files: `place` is a folder, a file, or a hub id."""
+
+    name: str
+    place: str
+    is_file: bool
+    family: Family
+    prediction: str
+    zero_terminal_snr: bool
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return "sketch" if self.name == "sketch" else self.family.label
+
+
+@dataclass
+class Base:
+    """A loaded base. `pipeline` is stock diffusers over the very same modules; previews use it."""
+
+    source: Source
+    pipeline: Pipeline
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoders: list[CLIPTextModel | CLIPTextModelWithProjection]
+    tokenizers: list[CLIPTokenizer]
+    alphas_cumprod: torch.Tensor  # (1000,), after the zero-terminal rescale where there is one
+
+    @property
+    def family(self) -> Family:
+        return self.source.family
+
+    @property
+    def resolution_px(self) -> int:
+        """Side of the square that the UNet was made for."""
+        return int(self.unet.config["sample_size"]) * self.pixels_per_latent
+
+    @property
+    def pixels_per_latent(self) -> int:
+        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+
+    @property
+    def step_px(self) -> int:
+        """Sides of pictures are multiples of this: the VAE's times the UNet's down-sampling."""
+        return self.pixels_per_latent * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
+
+
+def recognise(model: Model) -> Source:
+    """Kind of base, prediction type and schedule, from config files or tensor shapes; no weight is loaded.
+
+    Raises `Refused` for what is not there, is a pickle, or is not a Stable Diffusion.
+    """
+    if model.base == "sketch":
+        return _from_folder(model, EMBEDDED)
+    path = Path(model.base)
+    if path.is_dir():
+        return _from_folder(model, path)
+    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
+        raise Refused(f"--base {model.base}: a pickle can run any program hidden in it; use that model's .safetensors")
+    if path.is_file():
+        return _from_file(model, path)
+    if path.suffix == ".safetensors" or model.base.startswith((".", "/", "~")) or model.base.count("/") != 1:
+        raise Refused(f"--base {model.base}: no such file or folder")
+    return _from_folder(model, _fetched(model.base))
+
+
+def load(model: Model, source: Source, device: torch.device, dtype: torch.dtype) -> Base:
+    """Load every module of a recognised base onto `device`; all weights are frozen.
+
+    The UNet and the text encoders are in `dtype`; the VAE too, but never in fp16, where SDXL's gives NaN.
+    """
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    settings: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True}
+    if source.family.pipeline is StableDiffusionPipeline:
+        settings |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch_dtype.*")  # newer diffusers say dtype, older know it not
+        if source.is_file:
+            config = BASES / source.family.configs[source.prediction]
+            pipeline = source.family.pipeline.from_single_file(source.place, config=str(config), **settings)
+        else:
+            pipeline = source.family.pipeline.from_pretrained(source.place, **settings)
+    if model.vae:
+        pipeline.register_modules(vae=load_vae(model.vae, source.family, dtype))
+    schedule: dict[str, object] = {"prediction_type": source.prediction}
+    if source.zero_terminal_snr:  # then the first step of sampling must be the last that was trained
+        schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **schedule)
+    assert isinstance(scheduler, DDIMScheduler)
+    pipeline.register_modules(scheduler=scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device)
+    if dtype == torch.float16:
+        pipeline.vae.to(torch.float32)
+    encoders, tokenizers = [pipeline.text_encoder], [pipeline.tokenizer]
+    if isinstance(pipeline, StableDiffusionXLPipeline):
+        encoders.append(pipeline.text_encoder_2)
+        tokenizers.append(pipeline.tokenizer_2)
+    for module in (pipeline.unet, pipeline.vae, *encoders):
+        module.requires_grad_(False).eval()
+    return Base(source, pipeline, pipeline.unet, pipeline.vae, encoders, tokenizers, scheduler.alphas_cumprod)
+
+
+def load_vae(vae: str, family: Family, dtype: torch.dtype) -> AutoencoderKL:
+    """A VAE from its own diffusers folder or single file. Raises `Refused` where there is none."""
+    if Path(vae).is_file():
+        found = AutoencoderKL.from_single_file(
+            vae, torch_dtype=dtype, config=str(BASES / family.configs["epsilon"]), subfolder="vae"
+        )
+        assert isinstance(found, AutoencoderKL)
+        return found
     if not (Path(vae) / "config.json").is_file():
-        raise Refused(f"--vae {vae}: no folder with the config.json of a VAE there")
+        raise Refused(f"--vae {vae}: no file, nor a folder with the config.json of a VAE there")
     return AutoencoderKL.from_pretrained(vae, torch_dtype=dtype, local_files_only=True)
 
 
-def load_pipeline(model: Model, device: torch.device, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """Stock diffusers on a local folder: nothing is fetched, no safety checker, no progress bars."""
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        base_folder(model.base),
-        torch_dtype=dtype,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-        local_files_only=True,
+def _from_folder(model: Model, folder: Path) -> Source:
+    if not (folder / "model_index.json").is_file():
+        raise Refused(f"--base {model.base}: has no model_index.json, so it is not a diffusers folder")
+    index, unet, scheduler = (
+        json.loads((folder / name).read_text(encoding="utf-8"))
+        for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
     )
-    pipeline.set_progress_bar_config(disable=True)
-    if model.vae:
-        pipeline.register_modules(vae=load_vae(model.vae, dtype))
-    schedule: dict[str, object] = {}
-    if model.prediction != "auto":
-        schedule["prediction_type"] = model.prediction
-    if model.zero_terminal_snr is True:  # Lin et al. 2023: the first sampled step must then be the last trained one
-        schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    pipeline.register_modules(scheduler=DDIMScheduler.from_config(pipeline.scheduler.config, **schedule))
-    return pipeline.to(device)
+    kind = index.get("_class_name", "")
+    if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+        raise Refused(f"--base {model.base}: is a {kind}; SD 1.x, SD 2.x and SDXL can be adapted")
+    if kind == "StableDiffusionXLPipeline":
+        family = FAMILIES["sdxl"]
+    else:
+        family = FAMILIES["sd2" if unet["cross_attention_dim"] == 1024 else "sd1"]
+    prediction = scheduler.get("prediction_type", "epsilon")
+    return _source(model, str(folder), False, family, prediction, bool(scheduler.get("rescale_betas_zero_snr")))
+
+
+def _from_file(model: Model, path: Path) -> Source:
+    shapes = tensor_shapes(path)
+    context = next((shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), None)
+    family = next((family for family in FAMILIES.values() if family.context_width == context), None)
+    if family is None or not any(name.startswith("model.diffusion_model.") for name in shapes):
+        raise Refused(f"--base {path}: no UNet of SD 1.x, SD 2.x or SDXL in it; give a whole checkpoint")
+    v_prediction = "v_pred" in shapes or (family.name == "sd2" and _sd2_predicts_v(path))
+    prediction = "v_prediction" if v_prediction else "epsilon"
+    return _source(model, str(path), True, family, prediction, "ztsnr" in shapes)
+
+
+def _sd2_predicts_v(path: Path) -> bool:
+    """SD 2 and SD 2 base have the same keys and shapes; this bias spreads above 0.09 where v is predicted."""
+    with safe_open(path, "pt") as file:
+        bias = file.get_tensor("model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias")
+    return float(bias.float().std(correction=0)) > 0.09
+
+
+def _source(model: Model, place: str, is_file: bool, family: Family, prediction: str, zero_snr: bool) -> Source:
+    """What the options say goes before what the files say."""
+    chosen = prediction if model.prediction == "auto" else model.prediction
+    rescaled = zero_snr if model.zero_terminal_snr == "auto" else model.zero_terminal_snr
+    if rescaled and chosen == "epsilon":
+        raise Refused("--zero-terminal-snr needs a base with v-prediction: at pure noise, epsilon says nothing")
+    return Source(model.base, place, is_file, family, chosen, rescaled)
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Names and shapes of the tensors of a safetensors file, from its header alone."""
+    with path.open("rb") as file:
+        try:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError("the header is longer than the file")
+            header = json.loads(file.read(length))
+            return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+        except (struct.error, ValueError, KeyError, TypeError) as error:
+            raise Refused(f"{path}: not a safetensors file ({error})") from None
+
+
+def _fetched(hub_id: str) -> Path:
+    """The folder of a hub model, from the local cache or the hub; HF_HUB_OFFLINE is honoured."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.txt", "*/*.safetensors"]
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["*/*.fp16.*", "*/*.non_ema.*"]))
+    except LocalEntryNotFoundError:
+        raise Refused(
+            f"--base {hub_id}: no such folder here, not in the hub's local cache, and the hub cannot be reached", 69
+        ) from None
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise Refused(f"--base {hub_id}: no such folder here, and the hub refuses it ({error})", 69) from None

@@ -1,0 +1,62 @@
+"""Prompts -> conditioning: tokens, text encodings, and SDXL's pooled text and size numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from scumble.datasets.images import Crop
+
+from .models import Base
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet hears: `hidden` (B, T, D); for SDXL also `pooled` (B, 1280)."""
+
+    hidden: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+    def __getitem__(self, rows: torch.Tensor) -> "Conditioning":
+        return Conditioning(self.hidden[rows], None if self.pooled is None else self.pooled[rows])
+
+
+def token_ids(base: Base, prompts: Sequence[str]) -> list[torch.Tensor]:
+    """Ids (B, T) for each text encoder, padded and cut to the tokenizer's window as the pipelines do."""
+    return [
+        tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids.to(encoder.device)
+        for tokenizer, encoder in zip(base.tokenizers, base.text_encoders, strict=True)
+    ]
+
+
+def encode(base: Base, prompts: Sequence[str]) -> Conditioning:
+    """Encode prompts as the family's pipeline does.
+
+    SD 1 and 2: the last hidden state after the final norm. SDXL: the last but one of both encoders side by side, and
+    the second encoder's projection of the end-of-text token (Podell et al. 2023, section 2.1).
+    """
+    ids = token_ids(base, prompts)
+    if len(ids) == 1:
+        return Conditioning(base.text_encoders[0](ids[0]).last_hidden_state)
+    outputs = [encoder(part, output_hidden_states=True) for encoder, part in zip(base.text_encoders, ids, strict=True)]
+    return Conditioning(torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds)
+
+
+def size_numbers(crops: Sequence[Crop]) -> torch.Tensor:
+    """SDXL's time ids (B, 6): original height, width, crop top, left, target height, width (Podell et al. 2023, 2.2).
+
+    The original size is the picture's before any resizing; the crop corner counts in resized pixels.
+    """
+    return torch.tensor(
+        [
+            [crop.original.height, crop.original.width, crop.top, crop.left, crop.target.height, crop.target.width]
+            for crop in crops
+        ],
+        dtype=torch.float32,
+    )
