@@ -1,0 +1,1 @@
+"""Finished adapter files: their names, metadata, reading and writing. Needs no diffusers."""

@@ -1,0 +1,152 @@
+"""The live adapter -> the file that every UI loads: tensors under kohya's names, alphas, metadata; and the proof."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from scumble.configs.options import Options
+from scumble.datasets.folder import Example
+from scumble.datasets.images import Size
+
+from .adapters.files import read_adapter, write_adapter
+from .lora import Part, Trained
+from .models import Base
+
+MAX_TAGS = 500
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands when a file is written; times are seconds since 1970."""
+
+    epoch: int
+    step: int
+    num_epochs: int
+    num_steps: int
+    started: float
+
+
+def tensors_of(trained: Sequence[Trained], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The file's tensors: for each module `.lora_down.weight`, `.lora_up.weight` and a 0-dim `.alpha`.
+
+    One alpha stands for a whole component, and other scales are folded into `lora_up`, because diffusers' loader
+    replaces alphas that differ from the most common one; the product is the same everywhere.
+    """
+    tensors = {}
+    for part in dict.fromkeys(module.part for module in trained):
+        modules = [module for module in trained if module.part == part]
+        alpha = Counter(module.scale * module.rank for module in modules).most_common(1)[0][0]
+        for module in modules:
+            fold = module.scale * module.rank / alpha
+            tensors[f"{module.key}.lora_down.weight"] = module.down.detach().to(dtype)
+            tensors[f"{module.key}.lora_up.weight"] = (module.up.detach() * fold).to(dtype)
+            tensors[f"{module.key}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def export(
+    path: Path,
+    trained: Sequence[Trained],
+    metadata: dict[str, str],
+    dtype: torch.dtype,
+) -> None:
+    """Write the adapter, read the file back and compare it with the live one, tensor for tensor."""
+    expected = tensors_of(trained, dtype)
+    write_adapter(expected, metadata, path)
+    found, _ = read_adapter(path)
+    differing = [name for name in expected if name not in found or not torch.equal(found[name], expected[name])]
+    if differing or found.keys() != expected.keys():
+        raise RuntimeError(f"{path} does not hold the adapter that was written: {differing[:3]}")
+
+
+def metadata_of(
+    base: Base, options: Options, parts: Sequence[Part], examples: Sequence[Example], buckets: Sequence[Size],
+    progress: Progress,
+) -> dict[str, str]:  # fmt: skip
+    """kohya's and ModelSpec's metadata, all strings, with no path and no user name in it."""
+    family = base.family
+    v = base.source.prediction == "v_prediction"
+    resolution = base.resolution_px if options.data.resolution == "auto" else options.data.resolution
+    unet = next((part for part in parts if part.name == "unet"), parts[0])
+    arguments = {"conv_dim": unet.conv_rank, "conv_alpha": unet.conv_alpha} if unet.conv_rank else {}
+    if options.network.rslora:
+        arguments["rslora"] = True
+    architecture = "stable-diffusion-v2-512/lora" if family.name == "sd2" and not v else family.architecture
+    finished = time.time()
+    trained_on = [example for example in examples if not example.prior]
+    entries: dict[str, object] = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture,
+        "modelspec.implementation": (
+            "https://github.com/Stability-AI/generative-models" if family.name == "sdxl" else "diffusers"
+        ),
+        "modelspec.title": options.output.name,
+        "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(finished)),
+        "modelspec.resolution": f"{resolution}x{resolution}",
+        "modelspec.prediction_type": "v" if v else "epsilon",
+        "ss_base_model_version": family.version,
+        "ss_v2": str(family.name == "sd2"),
+        "ss_output_name": options.output.name,
+        "ss_sd_model_name": Path(base.source.name).name,
+        "ss_clip_skip": "None",
+        "ss_resolution": f"({resolution}, {resolution})",
+        "ss_num_train_images": sum(example.repeats for example in trained_on),
+        "ss_num_reg_images": sum(example.repeats for example in examples if example.prior),
+        "ss_num_epochs": progress.num_epochs,
+        "ss_epoch": progress.epoch,
+        "ss_steps": progress.step,
+        "ss_max_train_steps": progress.num_steps,
+        "ss_training_started_at": progress.started,
+        "ss_training_finished_at": finished,
+        "ss_tag_frequency": json.dumps(tag_frequency(trained_on)),
+        "ss_dataset_dirs": json.dumps(folders(trained_on)),
+        "ss_bucket_info": json.dumps({"buckets": bucket_info(buckets)}),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": unet.rank,
+        "ss_network_alpha": unet.alpha,
+        "ss_network_args": json.dumps(arguments),
+        "ss_unet_lr": options.optimization.rate,
+        "ss_text_encoder_lr": options.optimization.text_rate,
+        "ss_learning_rate": options.optimization.rate,
+        "ss_optimizer": options.optimization.optimizer,
+        "ss_lr_scheduler": options.optimization.schedule,
+        "ss_mixed_precision": options.machine.precision,
+        "ss_seed": options.output.seed,
+        "ss_noise_offset": options.objective.noise_offset,
+        "ss_min_snr_gamma": options.objective.min_snr_gamma if options.objective.weighting == "min_snr" else "None",
+        "ss_training_comment": "trained with scumble",
+    }
+    if options.data.trigger:
+        entries["modelspec.trigger_phrase"] = options.data.trigger
+    return {name: str(value) for name, value in entries.items()}
+
+
+def tag_frequency(examples: Sequence[Example]) -> dict[str, dict[str, int]]:
+    """`{folder: {tag: count}}`, the most frequent tags only, so that the header stays small."""
+    counts: dict[str, Counter[str]] = {}
+    for example in examples:
+        tags = (tag.strip() for tag in example.caption.split(","))
+        counts.setdefault(example.image.parent.name, Counter()).update(tag for tag in tags if tag)
+    return {folder: dict(counter.most_common(MAX_TAGS)) for folder, counter in counts.items()}
+
+
+def folders(examples: Sequence[Example]) -> dict[str, dict[str, int]]:
+    """`{folder: {n_repeats, img_count}}`."""
+    found: dict[str, dict[str, int]] = {}
+    for example in examples:
+        entry = found.setdefault(example.image.parent.name, {"n_repeats": example.repeats, "img_count": 0})
+        entry["img_count"] += 1
+    return found
+
+
+def bucket_info(buckets: Sequence[Size]) -> dict[str, dict[str, object]]:
+    counts = Counter(buckets)
+    return {
+        str(index): {"resolution": [size.width, size.height], "count": count}
+        for index, (size, count) in enumerate(counts.items())
+    }

@@ -1,0 +1,82 @@
+"""The machine a run is on: device, precision, memory, and the signal to stop."""
+
+import resource
+import signal
+import sys
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+
+from scumble.configs.errors import Refused
+from scumble.configs.options import Machine
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def make_accelerator(machine: Machine) -> tuple[Accelerator, torch.dtype]:
+    """accelerate's device handling, and the dtype of the frozen base; the adapter is always fp32.
+
+    auto precision: bf16 where a CUDA device has it, fp16 on older ones, bf16 on CPUs that multiply it fast, else fp32.
+    Raises `Refused` for a device that is not there, or fp16 without CUDA.
+    """
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if machine.device != "auto" and not there[machine.device]:
+        raise Refused(f"--device {machine.device}: this machine has none that torch can use")
+    device = (
+        machine.device if machine.device != "auto" else next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+    )
+    precision = machine.precision
+    if precision == "auto":
+        precision = auto_precision(device)
+    if precision == "fp16" and device != "cuda":
+        raise Refused(f"--precision fp16: the {device} device trains in bf16 or fp32")
+    mixed = "no" if precision == "fp32" else precision
+    return Accelerator(cpu=device == "cpu", mixed_precision=mixed), DTYPES[precision]
+
+
+def auto_precision(device: str) -> str:
+    """What the device does well."""
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device == "cpu":
+        return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    return "fp32"
+
+
+def check_attention(attention: str) -> None:
+    """Raises `Refused` (69) where xformers is asked for and not installed."""
+    if attention == "xformers":
+        try:
+            import xformers.ops  # noqa: F401  # ty: ignore[unresolved-import]
+        except ImportError:
+            raise Refused('--attention xformers: not installed; pip install "scumble[xformers]"', 69) from None
+
+
+def memory_mb(device: torch.device) -> int:
+    """Peak memory so far: of the CUDA device, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) // 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class InterruptFlag:
+    """True once Ctrl-C or SIGTERM came; a second one stops at once. Undone by `close`."""
+
+    def __init__(self) -> None:
+        self.came: int | None = None
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.came is not None:
+            self.close()
+            signal.raise_signal(number)
+        self.came = number
+
+    def __bool__(self) -> bool:
+        return self.came is not None
+
+    def close(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
