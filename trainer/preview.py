@@ -1,20 +1,21 @@
-"""Previews: prompts painted by diffusers' own pipeline, and grids with a label under each picture."""
+"""Previews: shots painted by diffusers' own pipeline, and grids with a label at each picture."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Previews
 
-from .models import load_pipeline
+from .models import Base, load, recognise
+from .prompts import Shot, shots_of
 
 SAMPLERS = {
     "ddim": DDIMScheduler,
@@ -22,108 +23,117 @@ SAMPLERS = {
     "euler_a": EulerAncestralDiscreteScheduler,
     "dpmpp_2m": DPMSolverMultistepScheduler,
 }
-SHOWN_WORDS = (
-    "red apple", "tiger", "rocket", "princess", "castle", "sailboat",
-    "owl", "pizza", "cactus", "guitar", "car", "ghost",
-)  # fmt: skip
-SHOWN_PROMPTS = [f"{word}, {style} style" for style in ("shaded", "flat") for word in SHOWN_WORDS]
 BATCH = 8
 GAP_PX = 8
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
-def paint_grid(model: Model, previews: Previews, out: Path) -> None:
-    """Paint the prompts of `previews` (without any: 24 that show the embedded base) and write one labelled grid."""
-    prompts = prompts_of(previews) or SHOWN_PROMPTS
+def default_cfg(base_name: str) -> float:
+    """Guidance that suits the base: the embedded one is small and paints cleaner with less."""
+    return 5.0 if base_name == "sketch" else 7.0
+
+
+def preview_base(model: Model, previews: Previews, out: Path) -> None:
+    """Paint the shots of `previews` with a base and write one labelled grid."""
+    source = recognise(model)
+    shots = shots_of(previews, None, [], default_cfg(model.base))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = load_pipeline(model, device, torch.float32)
-    use_sampler(pipeline, previews.sampler)
-    pictures = paint(
-        pipeline,
-        prompts,
-        negative=previews.negative,
-        steps=previews.preview_steps,
-        cfg=5.0 if previews.cfg == "auto" else previews.cfg,
-        size_px=None if previews.preview_size == "auto" else previews.preview_size,
-        seed=previews.preview_seed,
-    )
-    write_picture(grid(pictures, prompts, columns=min(6, len(pictures))), out)
+    base = load(model, source, device, torch.float32)
+    pictures = paint(base, shots, previews.sampler)
+    columns = min(6, len(pictures))
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    labels = [shot.prompt for shot in shots]
+    write_picture(grid(rows, [labels[start : start + columns] for start in range(0, len(labels), columns)]), out)
 
 
-def prompts_of(previews: Previews) -> list[str]:
-    """The prompts given as options, then those of the prompt file (a line each, # for remarks)."""
-    prompts = list(previews.prompts)
-    if previews.prompt_file:
-        try:
-            text = Path(previews.prompt_file).read_text(encoding="utf-8-sig")
-        except OSError as error:
-            raise Refused(f"--prompt-file {previews.prompt_file}: cannot be read ({error.strerror})") from None
-        except UnicodeDecodeError:
-            raise Refused(f"--prompt-file {previews.prompt_file} is not UTF-8: save it as UTF-8") from None
-        lines = (line.strip() for line in text.splitlines())
-        prompts += [line for line in lines if line and not line.startswith("#")]
-    return prompts
+@torch.no_grad()
+def paint(base: Base, shots: Sequence[Shot], sampler: str) -> list[Image.Image]:
+    """One picture a shot, as stock diffusers paints it; noise is drawn on the CPU, so any batch gives the same."""
+    pipeline = base.pipeline
+    own = pipeline.scheduler
+    pipeline.scheduler = SAMPLERS[sampler].from_config(own.config)
+    pictures: dict[int, Image.Image] = {}
+    try:
+        for alike in _batches(shots):
+            first = shots[alike[0]]
+            result = pipeline(
+                [shots[i].prompt for i in alike],
+                negative_prompt=[shots[i].negative for i in alike],
+                num_inference_steps=first.steps,
+                guidance_scale=first.cfg,
+                height=first.height,
+                width=first.width,
+                generator=[torch.Generator().manual_seed(shots[i].seed) for i in alike],
+            )
+            pictures |= dict(zip(alike, result.images, strict=True))
+    finally:
+        pipeline.scheduler = own
+    return [pictures[index] for index in range(len(shots))]
 
 
-def use_sampler(pipeline: StableDiffusionPipeline, sampler: str) -> None:
-    """Exchange the pipeline's sampler, keeping the base's own noise schedule and prediction type."""
-    pipeline.scheduler = SAMPLERS[sampler].from_config(pipeline.scheduler.config)
+def _batches(shots: Sequence[Shot]) -> list[list[int]]:
+    """Indices of shots that can be painted together: one size, one number of steps, one guidance."""
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for index, shot in enumerate(shots):
+        alike.setdefault((shot.width, shot.height, shot.steps, shot.cfg), []).append(index)
+    return [indices[start : start + BATCH] for indices in alike.values() for start in range(0, len(indices), BATCH)]
 
 
-def paint(
-    pipeline: StableDiffusionPipeline,
-    prompts: Sequence[str],
-    *,
-    negative: str = "",
-    steps: int = 25,
-    cfg: float = 5.0,
-    size_px: int | None = None,
-    seed: int = 1,
-) -> list[Image.Image]:
-    """One picture a prompt; prompt number i has seed `seed + i`, drawn on the CPU, so any batch gives the same."""
-    pictures: list[Image.Image] = []
-    for start in range(0, len(prompts), BATCH):
-        chunk = list(prompts[start : start + BATCH])
-        result = pipeline(
-            chunk,
-            negative_prompt=[negative] * len(chunk),
-            num_inference_steps=steps,
-            guidance_scale=cfg,
-            height=size_px,
-            width=size_px,
-            generator=[torch.Generator().manual_seed(seed + start + i) for i in range(len(chunk))],
-        )
-        pictures += result.images
-    return pictures
-
-
-def grid(pictures: Sequence[Image.Image], labels: Sequence[str], columns: int) -> Image.Image:
-    """Pictures of one size in rows of `columns`, each with its label below, cut to the picture's width."""
-    width, height = pictures[0].size
+def grid(
+    rows: Sequence[Sequence[Image.Image]], below: Sequence[Sequence[str]], left: Sequence[str] = ()
+) -> Image.Image:
+    """Rows of pictures, a label below each (none where `below` has an empty row) and one at the left of each row."""
+    width = max(picture.width for row in rows for picture in row)
+    height = max(picture.height for row in rows for picture in row)
     text_px = max(11, width // 12)
     font = ImageFont.load_default(text_px)
     line_px = int(text_px * 1.7)
-    cell_width, cell_height = width + GAP_PX, height + line_px + GAP_PX
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * cell_width + GAP_PX, rows * cell_height + GAP_PX), PAPER)
+    margin = int(max((font.getlength(label) for label in left), default=0)) + (GAP_PX if left else 0)
+    tops, top = [], GAP_PX
+    for labels in below:
+        tops.append(top)
+        top += height + (line_px if labels else 0) + GAP_PX
+    columns = max(map(len, rows))
+    sheet = Image.new("RGB", (margin + columns * (width + GAP_PX) + GAP_PX, top), PAPER)
     pen = ImageDraw.Draw(sheet)
-    for index, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-        left = GAP_PX + index % columns * cell_width
-        top = GAP_PX + index // columns * cell_height
-        sheet.paste(picture, (left, top))
-        shown = label
-        while shown and pen.textlength(shown, font) > width:
-            shown = shown[:-2].rstrip() + "…"
-        pen.text((left + width / 2, top + height + line_px / 2), shown, INK, font, anchor="mm")
+    for number, (row, labels, top) in enumerate(zip(rows, below, tops, strict=True)):
+        if left:
+            pen.text((GAP_PX, top + height / 2), left[number], INK, font, anchor="lm")
+        for column, picture in enumerate(row):
+            x = margin + GAP_PX + column * (width + GAP_PX)
+            sheet.paste(picture, (x + (width - picture.width) // 2, top + (height - picture.height) // 2))
+            if labels:
+                shown = shortened(labels[column], font, width)
+                pen.text((x + width / 2, top + height + line_px / 2), shown, INK, font, anchor="mm")
     return sheet
 
 
-def write_picture(picture: Image.Image, path: Path) -> None:
+def shortened(label: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width_px: int) -> str:
+    """The label, cut with … to fit."""
+    shown = label
+    while len(shown) > 1 and font.getlength(shown) > width_px:
+        shown = shown[:-2].rstrip() + "…"
+    return shown
+
+
+def settings_of(shot: Shot, sampler: str, base_name: str) -> PngInfo:
+    """How a picture was made, as A1111 writes it into PNG files (`parameters`)."""
+    info = PngInfo()
+    negative = f"\nNegative prompt: {shot.negative}" if shot.negative else ""
+    info.add_text(
+        "parameters",
+        f"{shot.prompt}{negative}\nSteps: {shot.steps}, Sampler: {sampler}, CFG scale: {shot.cfg}, "
+        f"Seed: {shot.seed}, Model: {Path(base_name).stem}",
+    )
+    return info
+
+
+def write_picture(picture: Image.Image, path: Path, info: PngInfo | None = None) -> None:
     """Write a PNG whole or not at all; raises `Refused` (73) where the place cannot be written."""
     temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(temporary, format="PNG")
+        picture.save(temporary, format="PNG", pnginfo=info)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

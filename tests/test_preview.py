@@ -1,0 +1,149 @@
+"""Previews: diffusers' own pictures, the same in any batch, on a labelled grid."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from PIL import Image
+
+from scumble.configs.errors import Refused
+from scumble.configs.options import Model, Previews
+from scumble.trainer import cli, preview
+from scumble.trainer.models import EMBEDDED, Base, load, recognise
+from scumble.trainer.prompts import Shot, derived, shots_of
+
+SHOT = Shot("owl, flat style", "", None, None, seed=3, steps=3, cfg=4.0)
+
+
+def loaded(model: Model) -> Base:
+    return load(model, recognise(model), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return loaded(Model())
+
+
+def pixels(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture, dtype=np.int16)
+
+
+def test_a_preview_is_the_picture_that_stock_diffusers_paints(base: Base):
+    stock = StableDiffusionPipeline.from_pretrained(EMBEDDED)
+    expected = stock(
+        "owl", num_inference_steps=5, guidance_scale=4.0, negative_prompt="cat", generator=torch.manual_seed(3)
+    ).images[0]
+    painted = preview.paint(base, [replace(SHOT, prompt="owl", negative="cat", steps=5)], "ddim")[0]
+    assert np.abs(pixels(painted) - pixels(expected)).max() <= 1
+
+
+def test_a_shot_gives_the_same_picture_alone_and_among_others_of_any_size(base: Base):
+    words = ("cat", "dog", "car", "bus", "owl", "bee", "fox", "pie", "key")
+    shots = [replace(SHOT, prompt=f"{word}, flat style", seed=seed) for seed, word in enumerate(words)]
+    shots.insert(4, replace(SHOT, width=96, height=128))
+    together = preview.paint(base, shots, "ddim")
+    alone = preview.paint(base, shots[9:], "ddim")
+    assert [picture.size for picture in together].count((96, 128)) == 1 and together[4].size == (96, 128)
+    assert np.abs(pixels(together[9]) - pixels(alone[0])).max() <= 2
+
+
+@pytest.mark.parametrize("sampler", preview.SAMPLERS)
+def test_every_sampler_paints_and_the_base_keeps_its_own(sampler: str, base: Base):
+    own = base.pipeline.scheduler
+    picture = preview.paint(base, [replace(SHOT, steps=12)], sampler)[0]
+    assert base.pipeline.scheduler is own
+    assert np.isfinite(pixels(picture)).all() and pixels(picture).std() > 5
+
+
+def test_options_of_the_base_reach_its_schedule():
+    scheduler = loaded(Model(prediction="v_prediction", zero_terminal_snr=True)).pipeline.scheduler
+    assert scheduler.config["prediction_type"] == "v_prediction"
+    assert float(scheduler.alphas_cumprod[-1]) == pytest.approx(0, abs=1e-6)
+
+
+def test_zero_terminal_snr_is_refused_on_epsilon():
+    with pytest.raises(Refused, match="--zero-terminal-snr needs a base with v-prediction"):
+        recognise(Model(zero_terminal_snr=True))
+
+
+def test_another_vae_is_used_where_one_is_named(tmp_path: Path, base: Base):
+    with pytest.raises(Refused, match=r"--vae .*: no file, nor a folder with the config\.json of a VAE"):
+        loaded(Model(vae=str(tmp_path)))
+    assert loaded(Model(vae=str(EMBEDDED / "vae"))).vae is not base.vae
+
+
+def test_a_grid_has_each_picture_in_its_place_with_room_for_its_label():
+    red, green, blue = (Image.new("RGB", (64, 48), colour) for colour in ("red", "green", "blue"))
+    long = "a label that is much too long for its picture"
+    sheet = preview.grid([[red, green], [blue]], [["one", long], ["three"]])
+    gap, line_px = preview.GAP_PX, int(11 * 1.7)
+    assert sheet.size == (2 * (64 + gap) + gap, 2 * (48 + line_px + gap) + gap)
+    assert sheet.getpixel((gap, gap)) == (255, 0, 0)
+    assert sheet.getpixel((2 * gap + 64, gap)) == (0, 128, 0)
+    assert sheet.getpixel((gap, 2 * gap + 48 + line_px)) == (0, 0, 255)
+    label = np.asarray(sheet.crop((gap, gap + 48, gap + 64, gap + 48 + line_px)))
+    assert label.min() < 100  # ink
+    between = np.asarray(sheet.crop((64 + gap, 0, 64 + 2 * gap, sheet.height)))
+    assert between.min() == 255  # a long label does not run into its neighbour
+
+
+def test_rows_of_a_grid_have_their_label_at_the_left():
+    red = Image.new("RGB", (64, 48), "red")
+    sheet = preview.grid([[red], [red]], [[], ["prompt"]], ["before", "epoch 12"])
+    left = np.asarray(sheet.crop((0, 0, sheet.width - 64 - 2 * preview.GAP_PX, sheet.height)))
+    assert left.min() < 100 and sheet.getpixel((sheet.width - 20, 20)) == (255, 0, 0)
+
+
+def test_prompts_come_from_options_then_from_the_file_without_its_remarks(tmp_path: Path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeff# three\n\ntiger\n  Bär, flat style \n#owl\n".encode())
+    shots = shots_of(Previews(prompts=("first",), prompt_file=str(path), preview_seed=5), 64, [], 7.0)
+    assert [shot.prompt for shot in shots] == ["first", "tiger", "Bär, flat style"]
+    assert [shot.seed for shot in shots] == [5, 6, 7]
+    assert {(shot.width, shot.height, shot.cfg) for shot in shots} == {(64, 64, 7.0)}
+
+
+def test_kohyas_prompt_lines_are_read():
+    line = "a cat, sitting --n blurry, low quality --w 515 --h 768 --d 42 --s 30 --l 6.5"
+    (shot,) = shots_of(Previews(prompts=(line,)), 64, [], 7.0)
+    assert shot == Shot("a cat, sitting", "blurry, low quality", 512, 768, 42, 30, 6.5)
+    with pytest.raises(Refused, match="cannot be read"):
+        shots_of(Previews(prompts=("a cat --w wide",)), 64, [], 7.0)
+
+
+def test_derived_prompts_are_three_captions_and_one_far_from_them_in_their_words():
+    captions = [f"{thing}, clay style" for thing in ("fox", "tiger", "house", "owl", "tulip")]
+    assert derived(captions) == ["fox, clay style", "house, clay style", "tulip, clay style", "castle, clay style"]
+    assert derived(["clay cat, crying", "clay cat, smiling"])[-1] == "clay cat, tiger"
+    assert derived([""])[-1] == "tiger"
+
+
+def test_bad_places_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def refused(*arguments: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["preview", "--preview-steps", "1", "--prompts", "a", *arguments])
+        return int(stop.value.code or 0), capsys.readouterr().err
+
+    (tmp_path / "there.png").write_bytes(b"mine")
+    (tmp_path / "empty").mkdir()
+    assert refused("--out", f"{tmp_path}/there.png") == (
+        2,
+        f"scumble: {tmp_path}/there.png exists: choose another --out, or --force to write over it\n",
+    )
+    assert (tmp_path / "there.png").read_bytes() == b"mine"
+    assert refused("--base", "./nowhere", "--out", f"{tmp_path}/a.png")[0] == 2
+    assert "model_index.json" in refused("--base", f"{tmp_path}/empty", "--out", f"{tmp_path}/a.png")[1]
+    code, line = refused("--out", f"{tmp_path}/there.png/a.png")
+    assert code == 73 and "cannot be written" in line
+    assert refused("--prompt-file", f"{tmp_path}/none.txt", "--out", f"{tmp_path}/a.png")[0] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "there.png"]
+
+
+def test_the_command_writes_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "new" / "grid.png"
+    cli.main(["preview", "--prompts", "tiger", "--prompts", "owl", "--preview-steps", "2", "--out", str(out)])
+    assert Image.open(out).width > 2 * 128
+    assert str(out) in capsys.readouterr().out

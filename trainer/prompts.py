@@ -1,0 +1,90 @@
+"""What previews show: prompts from options, a text file, kohya's prompt lines, or derived from the captions."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scumble.configs.errors import Refused
+from scumble.configs.options import Previews
+
+SHOWN_WORDS = (
+    "red apple", "tiger", "rocket", "princess", "castle", "sailboat",
+    "owl", "pizza", "cactus", "guitar", "car", "ghost",
+)  # fmt: skip
+SHOWN_PROMPTS = [f"{word}, {style} style" for style in ("shaded", "flat") for word in SHOWN_WORDS]
+FAR_THINGS = ("tiger", "castle", "rocket", "teapot", "lighthouse", "violin")
+KOHYA_FLAG = re.compile(r"\s--([nwhdsl])\s+")
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One preview: everything that decides its picture. Sizes in pixels, None for the base's own."""
+
+    prompt: str
+    negative: str
+    width: int | None
+    height: int | None
+    seed: int
+    steps: int
+    cfg: float
+
+
+def shots_of(previews: Previews, size_px: int | None, captions: Sequence[str], cfg: float) -> list[Shot]:
+    """The shots that the options name; without any, four from the captions, or 24 that show the embedded base."""
+    lines = list(previews.prompts) + (_lines_of(Path(previews.prompt_file)) if previews.prompt_file else [])
+    if not lines:
+        lines = derived(captions) if captions else SHOWN_PROMPTS
+    side = size_px if previews.preview_size == "auto" else previews.preview_size
+    return [
+        _parsed(
+            line,
+            Shot(
+                line, previews.negative, side, side, previews.preview_seed + index, previews.preview_steps,
+                cfg if previews.cfg == "auto" else previews.cfg,
+            ),
+        )
+        for index, line in enumerate(lines)
+    ]  # fmt: skip
+
+
+def derived(captions: Sequence[str]) -> list[str]:
+    """Three captions from over the set, and one prompt far from them with the words that all captions share."""
+    distinct = list(dict.fromkeys(caption for caption in captions if caption)) or [""]
+    chosen = [distinct[index * (len(distinct) - 1) // 2] for index in range(min(3, len(distinct)))]
+    counts = Counter(tag.strip() for caption in distinct for tag in set(caption.split(",")) if tag.strip())
+    shared = [tag for tag, count in counts.items() if count > 0.8 * len(distinct)]
+    said = " ".join(distinct).lower()
+    thing = next((thing for thing in FAR_THINGS if thing not in said), FAR_THINGS[0])
+    first = [tag for tag in shared if distinct[0].startswith(tag)]
+    last = [tag for tag in shared if tag not in first]
+    return list(dict.fromkeys([*chosen, ", ".join([*first, thing, *last])]))
+
+
+def _lines_of(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise Refused(f"--prompt-file {path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise Refused(f"--prompt-file {path} is not UTF-8: save it as UTF-8") from None
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
+
+
+def _parsed(line: str, default: Shot) -> Shot:
+    """kohya's line: prompt, then --n negative, --w width, --h height, --d seed, --s steps, --l guidance scale."""
+    prompt, *rest = KOHYA_FLAG.split(line)
+    said = dict(zip(rest[::2], (value.strip() for value in rest[1::2]), strict=True))
+    try:
+        return Shot(
+            prompt.strip(),
+            said.get("n", default.negative),
+            int(said["w"]) // 8 * 8 if "w" in said else default.width,
+            int(said["h"]) // 8 * 8 if "h" in said else default.height,
+            int(said.get("d", default.seed)),
+            int(said.get("s", default.steps)),
+            float(said.get("l", default.cfg)),
+        )
+    except ValueError:
+        raise Refused(f"--prompts {line!r}: a number after --w, --h, --d, --s or --l cannot be read") from None
