@@ -32,6 +32,7 @@ def train(
     *,
     options: Annotated[Options, Parameter(name="*")] = DEFAULTS,
     preset: PresetFlag = "",
+    json: Annotated[bool, Parameter(help="Print events as JSON lines, for programs", negative="")] = False,
     dry_run: Annotated[
         bool, Parameter(help="Check everything, print the options that a run would use, and stop", negative="")
     ] = False,
@@ -42,9 +43,12 @@ def train(
     if source and file is None:
         flags.setdefault("data", {})["images"] = source
     resolved = files.resolve(file, preset, flags)
-    if not dry_run:
-        raise Refused("train: this version checks options (add --dry-run) but does not train yet", 69)
-    sys.stdout.write(files.dumps(resolved))
+    from .events import Terminal, json_reader
+    from .train import train as run
+
+    result = run(resolved, [json_reader if json else Terminal()], dry_run)
+    if result and result.stopped:
+        raise SystemExit(130)
 
 
 @app.command
@@ -63,9 +67,9 @@ def preview(
     options = files.resolve(flags=flags)
     if out.exists() and not force:
         raise Refused(f"{out} exists: choose another --out, or --force to write over it")
-    from .preview import paint_grid
+    from .preview import preview_base
 
-    paint_grid(options.model, options.previews, out)
+    preview_base(options.model, options.previews, out)
     print(f"painted {out}")
 
 
@@ -86,6 +90,8 @@ def print_presets() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; what a person can mend is one line on stderr and exit code 2 (or the refusal's own)."""
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")  # read when the library is imported
     try:
         app(arguments, exit_on_error=False, print_error=False)
     except Refused as error:

@@ -1,0 +1,106 @@
+"""The one stream of events of a run: the recipe emits, the file, the terminal and programs only read."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+Reader = Callable[[Event], None]
+
+
+class Events:
+    """Gives every event its time and hands it to each reader. Numbers must be finite."""
+
+    def __init__(self, readers: list[Reader]):
+        self.readers = readers
+
+    def emit(self, kind: str, **values: Any) -> None:
+        event = {"kind": kind, "t": round(time.time(), 3)} | values
+        for reader in self.readers:
+            reader(event)
+
+
+def file_reader(path: Path) -> Reader:
+    """Appends each event to `events.jsonl`, one JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def append(event: Event) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(as_line(event) + "\n")
+
+    return append
+
+
+def json_reader(event: Event) -> None:
+    """Prints each event for programs (`--json`)."""
+    print(as_line(event), flush=True)
+
+
+def as_line(event: Event) -> str:
+    """One line of strict JSON; a number that is not finite is written as null, since JSON has none."""
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in event.items()
+    }
+    return json.dumps(finite, ensure_ascii=False, allow_nan=False)
+
+
+class Terminal:
+    """Shows a run to a person: the plan, a progress bar, where the files are."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.console = Console(highlight=False)
+        self.smoothed: float | None = None
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=not sys.stdout.isatty(),
+            disable=not sys.stdout.isatty(),
+        )
+        self.task: Any = None
+
+    def __call__(self, event: Event) -> None:
+        shown = getattr(self, f"_{event['kind']}", None)
+        if shown:
+            shown(event)
+
+    def _note(self, event: Event) -> None:
+        self.console.print(event["text"])
+
+    def _plan(self, event: Event) -> None:
+        for reason in event["why"]:
+            self.console.print(f"  {reason}")
+
+    def _step(self, event: Event) -> None:
+        if self.task is None:
+            self.progress.start()
+            self.task = self.progress.add_task("training", total=event["num_steps"], shown="")
+        if event["loss"] is not None:
+            self.smoothed = event["loss"] if self.smoothed is None else 0.95 * self.smoothed + 0.05 * event["loss"]
+        loss = "" if self.smoothed is None else f"loss {self.smoothed:.4f}"
+        speed = f"{event['steps_per_s']:.2f} steps/s"
+        self.progress.update(
+            self.task,
+            completed=event["step"],
+            shown=f"epoch {event['epoch']}  {loss}  {speed}  {event['memory_mb']} MB",
+        )
+        if self.progress.disable and event["step"] % max(1, event["num_steps"] // 10) == 0:
+            self.console.print(f"  step {event['step']}/{event['num_steps']}  {loss}  {speed}")
+
+    def _preview(self, event: Event) -> None:
+        if event["prompt_index"] == 0:
+            self.progress.console.print(f"  previews of epoch {event['epoch']}: {event['grid']}")
+
+    def _done(self, event: Event) -> None:
+        self.progress.stop()
+        self.console.print(event["text"])

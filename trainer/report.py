@@ -1,0 +1,42 @@
+"""What is looked at after a run: the loss as a curve."""
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+WIDTH, HEIGHT, LEFT, BELOW, ABOVE = 720, 360, 64, 40, 28
+INK, FAINT, CURVE, POINTS = (40, 40, 40), (226, 226, 226), (200, 70, 40), (236, 200, 186)
+
+
+def loss_curve(losses: Sequence[float], title: str) -> Image.Image:
+    """The loss of each step as faint points, its moving average over a twentieth of the run as a line."""
+    sheet = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(13)
+    window = max(1, len(losses) // 20)
+    sums = [0.0]
+    for loss in losses:
+        sums.append(sums[-1] + loss)
+    smooth = [
+        (sums[i + 1] - sums[max(0, i + 1 - window)]) / (i + 1 - max(0, i + 1 - window)) for i in range(len(losses))
+    ]
+    low, high = 0.0, 1.15 * sorted(losses)[int(0.98 * (len(losses) - 1))] or 1.0
+
+    def place(step: int, loss: float) -> tuple[float, float]:
+        x = LEFT + (WIDTH - LEFT - 16) * step / max(1, len(losses) - 1)
+        return x, HEIGHT - BELOW - (HEIGHT - BELOW - ABOVE) * (min(loss, high) - low) / (high - low)
+
+    for fifth in range(6):
+        level = low + (high - low) * fifth / 5
+        _, y = place(0, level)
+        pen.line([(LEFT, y), (WIDTH - 16, y)], FAINT)
+        pen.text((LEFT - 8, y), f"{level:.3f}", INK, font, anchor="rm")
+        step = round((len(losses) - 1) * fifth / 5)
+        pen.text((place(step, 0)[0], HEIGHT - BELOW + 8), str(step + 1), INK, font, anchor="ma")
+    for step, loss in enumerate(losses):
+        x, y = place(step, loss)
+        pen.ellipse([x - 1, y - 1, x + 1, y + 1], POINTS)
+    pen.line([place(step, loss) for step, loss in enumerate(smooth)], CURVE, 2, joint="curve")
+    pen.text((LEFT, 8), title, INK, font)
+    pen.text((WIDTH - 16, HEIGHT - 6), "step", INK, font, anchor="rb")
+    return sheet

@@ -1,0 +1,127 @@
+"""One forward pass: a batch of looks -> the weighted loss of each; every random number from (seed, step, slot)."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from scumble.configs.options import Data, Objective
+from scumble.datasets.captions import said
+from scumble.datasets.folder import Example
+from scumble.datasets.images import Crop
+
+from . import diffusion
+from .latents import Latents
+from .models import Base
+from .text import Conditioning, encode, size_numbers
+
+
+@dataclass(frozen=True)
+class Look:
+    """One example in one step. `slot` numbers the examples of a step over all its forward passes."""
+
+    index: int
+    step: int
+    slot: int
+
+
+class Objectives:
+    """The loss of looks at a set, on one base. Text encodings are kept where the text encoders are frozen."""
+
+    def __init__(
+        self,
+        base: Base,
+        examples: Sequence[Example],
+        crops: Sequence[Crop],
+        latents: Latents,
+        data: Data,
+        objective: Objective,
+        seed: int,
+        text_is_trained: bool,
+    ):
+        self.base, self.examples, self.crops, self.latents = base, examples, crops, latents
+        self.data, self.objective, self.seed = data, objective, seed
+        self.text_is_trained = text_is_trained
+        self.device = base.unet.device
+        self.alphas_cumprod = base.alphas_cumprod.to(self.device)
+        self.encodings: dict[str, Conditioning] = {}
+
+    def losses(self, looks: Sequence[Look]) -> torch.Tensor:
+        """Weighted loss of each look (B,), with gradients to the adapter. All looks have one bucket."""
+        draws = [self._draw(look) for look in looks]
+        latents = torch.stack([latent for latent, _, _, _ in draws])  # (B, 4, H/8, W/8)
+        noise = torch.stack([noise for _, noise, _, _ in draws])
+        shown_noise = torch.stack([shown for _, _, shown, _ in draws])
+        timesteps = torch.stack([timestep for _, _, _, timestep in draws]).to(self.device)
+        noisy = diffusion.add_noise(latents, shown_noise, timesteps, self.alphas_cumprod)
+        conditioning = self._conditioning([self._caption(look) for look in looks])
+        added = None
+        if conditioning.pooled is not None:
+            sizes = size_numbers([self.crops[look.index] for look in looks]).to(self.device)
+            added = {"text_embeds": conditioning.pooled, "time_ids": sizes}
+        dtype = self.base.unet.dtype
+        prediction = self.base.unet(
+            noisy.to(dtype), timesteps, conditioning.hidden.to(dtype), added_cond_kwargs=added
+        ).sample
+        kind = self.base.source.prediction
+        target = diffusion.target(kind, latents, noise, timesteps, self.alphas_cumprod)
+        distances = diffusion.distances(prediction, target, self.objective.loss, self.objective.huber_delta)
+        weights = diffusion.loss_weights(
+            self.objective.weighting,
+            kind,
+            diffusion.snr(self.alphas_cumprod, timesteps),
+            self.objective.min_snr_gamma,
+        )
+        return distances.mean((1, 2, 3)) * weights * self._example_weights(looks)
+
+    def _draw(self, look: Look) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Latents, noise of the target, noise of the input, and timestep of one look."""
+        generator = generator_for(self.seed, look.step, look.slot)
+        mirrored = self.data.flip and bool(torch.rand((), generator=generator) < 0.5)
+        shape = (2, *self.latents.mean[look.index][0].shape)
+        posterior, noise = torch.randn(shape, generator=generator)
+        low, high = self.objective.min_timestep, self.objective.max_timestep
+        timestep = torch.randint(low, high + 1, (), generator=generator)
+        noise = noise[None]
+        if self.objective.multires_noise:
+            noise = diffusion.multires_noise(noise, self.objective.multires_noise, generator)
+        if self.objective.noise_offset:
+            noise = diffusion.offset_noise(noise, self.objective.noise_offset, generator)
+        shown = noise
+        if self.objective.input_perturbation:
+            shown = diffusion.perturb_input(noise, self.objective.input_perturbation, generator)
+        latents = self.latents.sample(look.index, mirrored, posterior.to(self.device))
+        return latents, noise[0].to(self.device), shown[0].to(self.device), timestep
+
+    def _caption(self, look: Look) -> str:
+        return said(
+            self.examples[look.index].caption,
+            shuffle_tags=self.data.shuffle_tags,
+            keep_tags=self.data.keep_tags,
+            dropout=self.data.caption_dropout,
+            seed=self.seed,
+            step=look.step,
+            index=look.slot,
+        )
+
+    def _conditioning(self, captions: Sequence[str]) -> Conditioning:
+        if self.text_is_trained:
+            return encode(self.base, captions)
+        with torch.no_grad():
+            for caption in dict.fromkeys(captions):
+                if caption not in self.encodings:
+                    self.encodings[caption] = encode(self.base, [caption])
+        kept = [self.encodings[caption] for caption in captions]
+        pooled = [one.pooled for one in kept if one.pooled is not None]
+        return Conditioning(torch.cat([one.hidden for one in kept]), torch.cat(pooled) if pooled else None)
+
+    def _example_weights(self, looks: Sequence[Look]) -> torch.Tensor:
+        weights = [self.data.prior_weight if self.examples[look.index].prior else 1.0 for look in looks]
+        return torch.tensor(weights, device=self.device)
+
+
+def generator_for(seed: int, step: int, slot: int) -> torch.Generator:
+    """A generator that depends on nothing else, so that resuming, or more processes, draw the same numbers."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{slot}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

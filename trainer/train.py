@@ -1,0 +1,242 @@
+"""The recipe: options in, adapter out, events on the way. Read it from top to bottom."""
+
+import time
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from scumble.configs import files
+from scumble.configs.errors import Refused
+from scumble.configs.options import Options
+from scumble.datasets.buckets import bucket_sizes, nearest_bucket
+from scumble.datasets.captions import with_trigger
+from scumble.datasets.folder import Example, read_folder
+from scumble.datasets.images import centre_crop, read_size
+from scumble.datasets.order import batches_per_epoch, epoch_batches
+
+from .events import Events, Reader, file_reader
+from .export import Progress, export, metadata_of
+from .latents import encode_set
+from .lora import attach, num_parameters
+from .machine import DTYPES, InterruptFlag, check_attention, make_accelerator, memory_mb
+from .models import load, recognise
+from .optimizers import check_optimizer, make_optimizer, set_rate
+from .plan import batch_of, make_plan, resolution_of, settled
+from .preview import default_cfg, grid, paint, settings_of, write_picture
+from .prompts import shots_of
+from .report import loss_curve
+from .schedules import rate_share
+from .step import Look, Objectives
+
+STEP_PX = {"sketch": 32}  # sides of pictures are multiples of this: the VAE's times the UNet's down-sampling
+DEFAULT_STEP_PX = 64
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where a run left its adapter, and whether it was stopped before its end."""
+
+    adapter: Path
+    stopped: bool
+
+
+def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Result | None:
+    """Train an adapter as `options` say. Raises `Refused` for what a person can mend, before anything slow starts."""
+    # 1. Look at everything that can be wrong: base, pictures, optimiser, prompts.
+    source = recognise(options.model)
+    check_optimizer(options.optimization.optimizer)
+    check_attention(options.machine.attention)
+    examples = read_examples(options)
+    resolution_px = resolution_of(options, source)
+    sizes = bucket_sizes(resolution_px, STEP_PX.get(source.name, DEFAULT_STEP_PX))
+    originals = [read_size(example.image) for example in examples]
+    crops = [centre_crop(size, nearest_bucket(size, sizes)) for size in originals]
+    captions = [example.caption for example in examples if not example.prior]
+    preview_px = None if source.name == "sketch" else resolution_px
+    shots = shots_of(options.previews, preview_px, captions, default_cfg(source.name))
+
+    # 2. Plan: every "auto" becomes a number with its reason; what will really be used is written down.
+    buckets, repeats = [crop.target for crop in crops], [example.repeats for example in examples]
+    per_epoch = batches_per_epoch(buckets, repeats, batch_of(options, source))
+    plan = make_plan(options, source, per_epoch, len(captions), sum(repeats))
+    folder, name = run_folder(options)
+    options = settled(options, plan, name)
+    accelerator, dtype = make_accelerator(options.machine)
+    device = accelerator.device
+    events = Events(readers if dry_run else [*readers, file_reader(folder / "events.jsonl")])
+    found = f"{len(captions)} pictures in {len(set(buckets))} buckets ({', '.join(map(str, dict.fromkeys(buckets)))})"
+    why = [f"{found} for {source.label}, {str(dtype).removeprefix('torch.')} on {device}", *plan.reasons]
+    if source.name == "sketch":
+        why.append("sketch is the embedded base, for demonstration and tests; name a real one with --base")
+    events.emit("plan", name=name, steps=plan.num_steps, epochs=plan.num_epochs, why=why, shots=len(shots))
+    if dry_run:
+        return None
+    (folder / "options.toml").write_text(files.dumps(options), encoding="utf-8")
+
+    # 3. Load the base, encode every picture once, put the adapter on.
+    base = load(options.model, source, device, dtype)
+    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)], options.data.flip)
+    trained = attach(base, options.network, plan.parts, options.output.seed)
+    if options.machine.checkpointing is True:
+        base.unet.enable_gradient_checkpointing()
+    if options.machine.attention == "xformers":
+        base.unet.enable_xformers_memory_efficient_attention()
+    weights = sum(p.numel() for module in (base.unet, *base.text_encoders) for p in module.parameters())
+    count = num_parameters(trained)
+    share = count / (weights - count)
+    events.emit("note", text=f"  {count:,} trainable parameters in {len(trained)} layers, {share:.2%} of the base")
+
+    # 4. What is optimised, and how.
+    groups = [
+        (plan.rates[part.name], [p for module in trained if module.part == part.name for p in (module.down, module.up)])
+        for part in plan.parts
+    ]
+    parameters = [parameter for _, group in groups for parameter in group]
+    optimizer = make_optimizer(options.optimization.optimizer, groups, options.optimization.weight_decay)
+    objectives = Objectives(
+        base, examples, crops, latents, options.data, options.objective, options.output.seed,
+        text_is_trained=len(plan.parts) > 1,
+    )  # fmt: skip
+    average = [parameter.detach().clone() for parameter in parameters] if options.optimization.ema else []
+    started, losses, rows = time.time(), [], []
+
+    def preview(epoch: int, step: int) -> None:
+        base.unet.eval()
+        with swapped(parameters, average):
+            pictures = paint(base, shots, options.previews.sampler)
+        base.unet.train()
+        rows.append((f"epoch {epoch}" if epoch else "before", pictures))
+        sheet = folder / "previews" / "grid.png"
+        columns = [shot.prompt for shot in shots]
+        below = [[] for _ in rows[:-1]] + [columns]
+        write_picture(grid([row for _, row in rows], below, [label for label, _ in rows]), sheet)
+        for index, (shot, picture) in enumerate(zip(shots, pictures, strict=True)):
+            file = folder / "previews" / f"step{step:06}-{index:02}.png"
+            write_picture(picture, file, settings_of(shot, options.previews.sampler, source.name))
+            events.emit(
+                "preview", step=step, epoch=epoch, prompt_index=index, prompt=shot.prompt, seed=shot.seed,
+                width=picture.width, height=picture.height, file=f"previews/{file.name}", grid=str(sheet),
+            )  # fmt: skip
+
+    def save(path: Path, epoch: int, step: int) -> None:
+        progress = Progress(epoch, step, plan.num_epochs, plan.num_steps, started)
+        metadata = metadata_of(base, options, plan.parts, examples, buckets, progress)
+        with swapped(parameters, average):
+            export(path, trained, metadata, DTYPES[options.output.save_dtype])
+        events.emit("saved", step=step, epoch=epoch, file=path.name, bytes=path.stat().st_size)
+
+    # 5. The loop: looks at pictures, one update a step; previews and files on the way.
+    interrupted = InterruptFlag()
+    epoch = done = 0
+    if plan.preview_every:
+        preview(0, 0)
+    base.unet.train()
+    clock = time.monotonic()
+    for step, epoch, batches in steps_of(
+        plan.num_steps, buckets, repeats, plan.batch, options.optimization.accumulate, options.output.seed
+    ):
+        wanted = options.optimization
+        set_rate(optimizer, rate_share(wanted.schedule, step, plan.num_steps, wanted.warm_up, wanted.restarts))
+        num_looks = sum(map(len, batches))
+        total, slot = torch.zeros((), device=device), 0
+        for batch in batches:
+            looks = [Look(index, step, slot + position) for position, index in enumerate(batch)]
+            slot += len(batch)
+            with accelerator.autocast():
+                loss = objectives.losses(looks).sum() / num_looks
+            accelerator.backward(loss)
+            total += loss.detach()
+        if not torch.isfinite(total):
+            raise RuntimeError(f"the loss of step {step + 1} is not finite; try a lower --rate or --precision bf16")
+        if options.optimization.clip:
+            torch.nn.utils.clip_grad_norm_(parameters, options.optimization.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for mean, parameter in zip(average, parameters, strict=False):
+            mean.lerp_(parameter.detach(), 1 - options.optimization.ema)
+        losses.append(float(total))
+        done = step + 1
+        events.emit(
+            "step", step=done, epoch=epoch + 1, loss=losses[-1], rate=optimizer.param_groups[0]["lr"],
+            num_steps=plan.num_steps, steps_per_s=round(done / (time.monotonic() - clock), 3),
+            memory_mb=memory_mb(device),
+        )  # fmt: skip
+        if plan.save_every and done % plan.save_every == 0 and done < plan.num_steps:
+            save(folder / "checkpoints" / f"{name}-{done:06}.safetensors", epoch + 1, done)
+        if plan.preview_every and (done % plan.preview_every == 0 or done == plan.num_steps):
+            preview(epoch + 1, done)
+        if interrupted:
+            break
+
+    interrupted.close()
+
+    # 6. The result: the adapter, read back and compared; its cover; the loss as a curve.
+    path = folder / f"{name}.safetensors"
+    save(path, epoch + 1, done)
+    if rows:
+        write_picture(rows[-1][1][0], folder / f"{name}.png")
+    write_picture(loss_curve(losses, f"{name}: loss"), folder / "loss.png")
+    size_mb = path.stat().st_size / 1e6
+    events.emit(
+        "done", step=done, epoch=epoch + 1, text=f"adapter {path} ({size_mb:.1f} MB), previews {folder}/previews"
+    )
+    return Result(path, done < plan.num_steps)
+
+
+def read_examples(options: Options) -> list[Example]:
+    """The pictures, the trigger in their captions; and the regularisation pictures, repeated to be about as many."""
+    if not options.data.images:
+        raise Refused("train: name a folder of pictures, as in `scumble train photos/`")
+    folder = Path(options.data.images)
+    examples = [
+        replace(example, caption=with_trigger(example.caption, options.data.trigger))
+        for example in read_folder(folder, options.data.repeats)
+        if example.image.parent.name != "reg"
+    ]
+    prior = Path(options.data.prior) if options.data.prior else folder / "reg"
+    if options.data.prior or prior.is_dir():
+        found = read_folder(prior, prior=True)
+        times = max(1, round(sum(example.repeats for example in examples) / len(found)))
+        examples += [replace(example, repeats=example.repeats * times) for example in found]
+    return examples
+
+
+def run_folder(options: Options) -> tuple[Path, str]:
+    """A folder of its own for this run, `runs/NAME` or `runs/NAME-2` and so on, and that name."""
+    wanted = options.output.name or Path(options.data.images).resolve().name
+    name, number = wanted, 1
+    while (Path(options.output.runs) / name).exists():
+        number += 1
+        name = f"{wanted}-{number}"
+    return Path(options.output.runs) / name, name
+
+
+def steps_of(
+    num_steps: int, buckets: Sequence[Hashable], repeats: Sequence[int], batch: int, accumulate: int, seed: int
+) -> Iterator[tuple[int, int, list[list[int]]]]:
+    """(step, epoch, batches of example indices) for every step; the last step of an epoch may have fewer batches."""
+    step = epoch = 0
+    while True:
+        batches = epoch_batches(buckets, repeats, batch, seed, epoch)
+        for start in range(0, len(batches), accumulate):
+            if step == num_steps:
+                return
+            yield step, epoch, batches[start : start + accumulate]
+            step += 1
+        epoch += 1
+
+
+@contextmanager
+def swapped(parameters: Sequence[torch.nn.Parameter], average: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Within the block the parameters hold their moving average (where one is kept)."""
+    live = [parameter.detach().clone() for parameter in parameters] if average else []
+    for parameter, mean in zip(parameters, average, strict=False):
+        parameter.data.copy_(mean)
+    try:
+        yield
+    finally:
+        for parameter, value in zip(parameters, live, strict=False):
+            parameter.data.copy_(value)
