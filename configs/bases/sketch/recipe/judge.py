@@ -19,7 +19,7 @@ REFERENCED = """
     rose, sunflower, tulip, palm tree, pine tree, house, bus, bicycle, tractor, helicopter, airplane, fire, rainbow,
     snowman, star, red heart, crown, top hat, robot, skull, pumpkin, teddy bear, camera, umbrella, key, hammer
 """.replace("\n", " ").split(",")
-REFERENCED_NAMES = [" ".join(name.split()) for name in REFERENCED]
+REFERENCED_NAMES: list[str] = [" ".join(name.split()) for name in REFERENCED]
 STEPS, CFG = 20, 5.0
 
 
@@ -29,7 +29,8 @@ def pixels_of(pictures: list[Picture]) -> torch.Tensor:
 
 
 def latents_of(vae: AutoencoderKL, pictures: list[Picture]) -> Latents:
-    mean, std = encode(vae, pixels_of(pictures))
+    """Posteriors as the UNet sees them, scaled."""
+    mean, std = (part * vae.config["scaling_factor"] for part in encode(vae, pixels_of(pictures)))
     return Latents(mean, std, [p.name for p in pictures], [p.style for p in pictures])
 
 
