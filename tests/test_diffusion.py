@@ -15,10 +15,10 @@ LATENTS, NOISE = torch.randn(2, 6, 4, 8, 8, generator=torch.Generator().manual_s
 
 
 def test_noisy_latents_and_targets_are_those_of_diffusers():
-    noisy = SCHEDULER.add_noise(LATENTS, NOISE, TIMESTEPS)
+    noisy = SCHEDULER.add_noise(LATENTS, NOISE, TIMESTEPS)  # ty: ignore[invalid-argument-type]
     torch.testing.assert_close(diffusion.add_noise(LATENTS, NOISE, TIMESTEPS, ABAR), noisy)
     assert diffusion.target("epsilon", LATENTS, NOISE, TIMESTEPS, ABAR) is NOISE
-    velocity = SCHEDULER.get_velocity(LATENTS, NOISE, TIMESTEPS)
+    velocity = SCHEDULER.get_velocity(LATENTS, NOISE, TIMESTEPS)  # ty: ignore[invalid-argument-type]
     torch.testing.assert_close(diffusion.target("v_prediction", LATENTS, NOISE, TIMESTEPS, ABAR), velocity)
 
 

@@ -22,7 +22,10 @@ def test_encodings_are_those_of_the_pipeline(kind: str, tmp_path: Path):
     with torch.no_grad():
         ours = encode(base, PROMPTS)
         theirs = base.pipeline.encode_prompt(
-            PROMPTS, device=torch.device("cpu"), num_images_per_prompt=1, do_classifier_free_guidance=False
+            PROMPTS,  # ty: ignore[invalid-argument-type]
+            device=torch.device("cpu"),
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
         )
     torch.testing.assert_close(ours.hidden, theirs[0])
     if kind == "sdxl":

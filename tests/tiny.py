@@ -1,6 +1,7 @@
 """Tiny bases with random weights in the real layouts of SD 1, SD 2 and SDXL, with CLIP's real tokenizer."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -53,7 +54,7 @@ def tiny_base(kind: str, folder: Path) -> Path:
         up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, norm_num_groups=8, sample_size=64,
     )  # fmt: skip
     schedule = SCHEDULE | {"prediction_type": "v_prediction" if kind == "sd2-v" else "epsilon"}
-    parts = {"vae": vae, "unet": unet, "scheduler": DDIMScheduler(**schedule)}
+    parts: dict[str, Any] = {"vae": vae, "unet": unet, "scheduler": DDIMScheduler(**schedule)}
     tokenizer = CLIPTokenizer.from_pretrained(CONFIGS / "sd15/tokenizer")
     if xl:
         pipeline = StableDiffusionXLPipeline(

@@ -75,11 +75,11 @@ class Terminal:
             shown(event)
 
     def _note(self, event: Event) -> None:
-        self.console.print(event["text"])
+        self.console.print(event["text"], soft_wrap=True)
 
     def _plan(self, event: Event) -> None:
         for reason in event["why"]:
-            self.console.print(f"  {reason}")
+            self.console.print(f"  {reason}", soft_wrap=True)
 
     def _step(self, event: Event) -> None:
         if self.task is None:
@@ -103,4 +103,4 @@ class Terminal:
 
     def _done(self, event: Event) -> None:
         self.progress.stop()
-        self.console.print(event["text"])
+        self.console.print(event["text"], soft_wrap=True)

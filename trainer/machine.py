@@ -7,6 +7,7 @@ from types import FrameType
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Machine
@@ -32,6 +33,7 @@ def make_accelerator(machine: Machine) -> tuple[Accelerator, torch.dtype]:
     if precision == "fp16" and device != "cuda":
         raise Refused(f"--precision fp16: the {device} device trains in bf16 or fp32")
     mixed = "no" if precision == "fp32" else precision
+    AcceleratorState._reset_state(reset_partial_state=True)  # a second run may differ
     return Accelerator(cpu=device == "cpu", mixed_precision=mixed), DTYPES[precision]
 
 

@@ -96,6 +96,7 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
     ]
     parameters = [parameter for _, group in groups for parameter in group]
     optimizer = make_optimizer(options.optimization.optimizer, groups, options.optimization.weight_decay)
+    optimizer = accelerator.prepare(optimizer)  # unscales gradients in fp16
     objectives = Objectives(
         base, examples, crops, latents, options.data, options.objective, options.output.seed,
         text_is_trained=len(plan.parts) > 1,
@@ -150,9 +151,9 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
             accelerator.backward(loss)
             total += loss.detach()
         if not torch.isfinite(total):
-            raise RuntimeError(f"the loss of step {step + 1} is not finite; try a lower --rate or --precision bf16")
+            raise Refused(f"step {step + 1}: the loss is not finite; try a lower --rate, or --precision fp32")
         if options.optimization.clip:
-            torch.nn.utils.clip_grad_norm_(parameters, options.optimization.clip)
+            accelerator.clip_grad_norm_(parameters, options.optimization.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for mean, parameter in zip(average, parameters, strict=False):
@@ -180,10 +181,14 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
         write_picture(rows[-1][1][0], folder / f"{name}.png")
     write_picture(loss_curve(losses, f"{name}: loss"), folder / "loss.png")
     size_mb = path.stat().st_size / 1e6
-    events.emit(
-        "done", step=done, epoch=epoch + 1, text=f"adapter {path} ({size_mb:.1f} MB), previews {folder}/previews"
-    )
-    return Result(path, done < plan.num_steps)
+    stopped = done < plan.num_steps
+    text = f"adapter {path} ({size_mb:.1f} MB), previews {folder / 'previews'}"
+    if stopped:
+        text += (
+            f"\nstopped after step {done} of {plan.num_steps}; scumble train {folder / 'options.toml'} starts it anew"
+        )
+    events.emit("done", step=done, epoch=epoch + 1, stopped=stopped, text=text)
+    return Result(path, stopped)
 
 
 def read_examples(options: Options) -> list[Example]:

@@ -1,0 +1,131 @@
+"""From a folder to batches: captions, repeats, upright pictures, buckets, and an order that misses nothing."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scumble.configs.errors import Refused
+from scumble.datasets.buckets import bucket_sizes, nearest_bucket
+from scumble.datasets.captions import said, with_trigger
+from scumble.datasets.folder import read_folder
+from scumble.datasets.images import Size, centre_crop, cropped, read_rgb, read_size
+from scumble.datasets.order import batches_per_epoch, epoch_batches
+
+
+def picture(path: Path, size: tuple[int, int] = (64, 48), colour: str = "red") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def test_pictures_come_sorted_with_the_text_beside_them(tmp_path: Path):
+    picture(tmp_path / "b.png")
+    picture(tmp_path / "a.JPG")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf a cat,\n sitting \n")
+    (tmp_path / "notes.md").write_text("mine")
+    examples = read_folder(tmp_path, repeats=3)
+    assert [(e.image.name, e.caption, e.repeats) for e in examples] == [
+        ("a.JPG", "a cat, sitting", 3),
+        ("b.png", "", 3),
+    ]
+
+
+def test_kohyas_folders_give_repeats_and_words(tmp_path: Path):
+    picture(tmp_path / "10_sks cat" / "x.png")
+    picture(tmp_path / "2_dog" / "y.png")
+    (tmp_path / "2_dog" / "y.caption").write_text("a dog that runs")
+    examples = read_folder(tmp_path)
+    assert [(e.caption, e.repeats) for e in examples] == [("sks cat", 10), ("a dog that runs", 2)]
+
+
+def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path):
+    with pytest.raises(Refused, match="no such folder"):
+        read_folder(tmp_path / "none")
+    with pytest.raises(Refused, match="no pictures there"):
+        read_folder(tmp_path)
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_bytes("Bär".encode("latin-1"))
+    with pytest.raises(Refused, match=r"a\.txt is not UTF-8: save it as UTF-8 or delete it"):
+        read_folder(tmp_path)
+    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    with pytest.raises(Refused, match=r"broken\.png cannot be read as a picture"):
+        read_size(tmp_path / "broken.png")
+
+
+def test_pictures_are_turned_upright_and_laid_on_white(tmp_path: Path):
+    turned = Image.new("RGB", (40, 20), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert read_size(tmp_path / "turned.jpg") == Size(20, 40)
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert read_rgb(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    Image.new("P", (8, 8), 0).save(tmp_path / "palette.gif", transparency=0)
+    assert read_rgb(tmp_path / "palette.gif").getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(("resolution", "step"), [(512, 64), (1024, 64), (1024, 32), (128, 32)])
+def test_every_bucket_is_in_steps_within_the_area_and_there_is_a_square(resolution: int, step: int):
+    sizes = bucket_sizes(resolution, step)
+    assert sizes[0] == Size(resolution, resolution) and len(set(sizes)) == len(sizes)
+    for size in sizes:
+        assert size.width % step == size.height % step == 0 < min(size.width, size.height)
+        assert size.width * size.height <= resolution**2
+        assert Size(size.height, size.width) in sizes
+
+
+@pytest.mark.parametrize("shape", [(50, 300), (300, 50), (4000, 10), (1, 1), (1920, 1080)])
+def test_no_picture_gets_an_impossible_bucket_or_a_crop_outside_itself(shape: tuple[int, int]):
+    crop = centre_crop(Size(*shape), nearest_bucket(Size(*shape), bucket_sizes(512, 64)))
+    assert min(crop.target.width, crop.target.height) >= 64
+    assert 0 <= crop.left <= crop.resized.width - crop.target.width
+    assert 0 <= crop.top <= crop.resized.height - crop.target.height
+
+
+def test_a_crop_is_the_middle_of_the_picture(tmp_path: Path):
+    wide = Image.new("RGB", (300, 100), "red")
+    wide.paste("blue", (100, 0, 200, 100))
+    wide.save(tmp_path / "wide.png")
+    pixels = cropped(tmp_path / "wide.png", centre_crop(Size(300, 100), Size(64, 64)))
+    assert pixels.shape == (3, 64, 64)
+    np.testing.assert_allclose(pixels[:, 32, 32], [-1, -1, 1])
+    assert float(pixels[2].mean()) > 0.9
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 7])
+def test_every_picture_is_seen_exactly_repeats_times_in_every_epoch(batch: int):
+    buckets, repeats = ["square"] * 9 + ["tall"] * 4 + ["wide"], [1, 2, 1, 1, 5, 1, 1, 1, 1, 2, 2, 2, 1, 3]
+    for epoch in range(3):
+        batches = epoch_batches(buckets, repeats, batch, seed=0, epoch=epoch)
+        assert Counter(index for one in batches for index in one) == Counter(dict(enumerate(repeats)))
+        assert all(len({buckets[index] for index in one}) == 1 and 1 <= len(one) <= batch for one in batches)
+        assert len(batches) == batches_per_epoch(buckets, repeats, batch)
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        return epoch_batches(["a"] * 20, [1] * 20, 4, seed, epoch)
+
+    assert order(1, 2) == order(1, 2)
+    assert len({str(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_the_trigger_stands_in_every_caption_once():
+    assert with_trigger("a cat", "zwx style") == "zwx style, a cat"
+    assert with_trigger("a cat, ZWX style", "zwx style") == "a cat, ZWX style"
+    assert with_trigger("", "zwx style") == "zwx style" and with_trigger("a cat", "") == "a cat"
+
+
+def test_tags_are_shuffled_behind_the_kept_ones_and_dropped_as_often_as_asked():
+    def one(step: int, dropout: float = 0.0) -> str:
+        return said("cat, a, b, c, d", shuffle_tags=True, keep_tags=1, dropout=dropout, seed=0, step=step, index=0)
+
+    seen = {one(step) for step in range(50)}
+    assert len(seen) > 10 and all(caption.startswith("cat, ") for caption in seen)
+    assert all(sorted(caption.split(", ")) == ["a", "b", "c", "cat", "d"] for caption in seen)
+    assert one(7) == one(7)
+    dropped = sum(one(step, dropout=0.2) == "" for step in range(2000))
+    assert 320 < dropped < 480

@@ -1,0 +1,252 @@
+"""The recipe from end to end, on the embedded base."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_base
+
+from scumble.configs import files
+from scumble.configs.errors import Refused
+from scumble.configs.options import Model, Objective, Options
+from scumble.datasets.folder import read_folder
+from scumble.datasets.images import Size, centre_crop, read_size
+from scumble.trainer import cli
+from scumble.trainer.events import Event
+from scumble.trainer.latents import encode_set
+from scumble.trainer.lora import Part, attach
+from scumble.trainer.models import load, recognise
+from scumble.trainer.step import Look, Objectives, generator_for
+from scumble.trainer.train import steps_of, train
+
+SAMPLES = Path(__file__).parent.parent / "datasets/samples/clay-style"
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Run:
+    folder: Path
+    events: list[Event]
+
+    def of(self, kind: str) -> list[Event]:
+        return [event for event in self.events if event["kind"] == kind]
+
+    @property
+    def losses(self) -> list[float]:
+        return [event["loss"] for event in self.of("step")]
+
+
+def ran(folder: Path, dry_run: bool = False, **tables: dict) -> Run:
+    """Train on the clay style with few, cheap steps unless `tables` say otherwise."""
+    flags: dict[str, dict] = {
+        "data": {"images": str(SAMPLES)},
+        "optimization": {"steps": 3},
+        "machine": {"device": "cpu", "precision": "fp32"},
+        "previews": {"prompts": ("owl, clay style", "red apple, flat style"), "preview_steps": 2},
+        "output": {"runs": str(folder / "runs"), "name": "clay"},
+    }
+    for table, keys in tables.items():
+        flags[table] = flags.get(table, {}) | keys
+    events: list[Event] = []
+    result = train(files.resolve(flags=flags), [events.append], dry_run)
+    return Run(result.adapter.parent if result else folder, events)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return ran(tmp_path_factory.mktemp("run"), optimization={"steps": 7}, output={"preview_every": 5, "save_every": 5})
+
+
+def test_a_run_leaves_what_the_readme_says(run: Run):
+    names = {str(path.relative_to(run.folder)) for path in run.folder.rglob("*") if path.is_file()}
+    assert names == {
+        "clay.safetensors", "clay.png", "loss.png", "options.toml", "events.jsonl", "previews/grid.png",
+        "checkpoints/clay-000005.safetensors",
+        *(f"previews/step{step:06}-{index:02}.png" for step in (0, 5, 7) for index in range(2)),
+    }  # fmt: skip
+
+
+def test_events_are_strict_json_lines_and_the_same_that_readers_get(run: Run):
+    lines = (run.folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    read = [json.loads(line) for line in lines]
+    assert [event["kind"] for event in read] == [event["kind"] for event in run.events]
+    assert [event["step"] for event in read if event["kind"] == "step"] == list(range(1, 8))
+    for event in read:
+        if event["kind"] == "preview":
+            keys = {"epoch", "step", "prompt_index", "prompt", "seed", "width", "height", "file"}
+            assert keys <= event.keys() and (run.folder / event["file"]).is_file()
+
+
+def test_written_options_repeat_the_run_bit_for_bit(run: Run, tmp_path: Path):
+    again = files.resolve(
+        run.folder / "options.toml", flags={"output": {"runs": str(tmp_path), "preview_every": 0, "save_every": 0}}
+    )
+    events: list[Event] = []
+    result = train(again, [events.append])
+    assert result and result.adapter.parent.name == "clay"
+    assert [event["loss"] for event in events if event["kind"] == "step"] == run.losses
+    first, second = (path.read_bytes() for path in (run.folder / "clay.safetensors", result.adapter))
+    start = [8 + int.from_bytes(data[:8], "little") for data in (first, second)]
+    assert first[start[0] :] == second[start[1] :]
+
+
+def test_previews_carry_their_settings(run: Run):
+    with Image.open(run.folder / "previews/step000005-01.png") as picture:
+        assert picture.info["parameters"].startswith("red apple, flat style\nSteps: 2, Sampler: ddim, CFG scale: 5.0")
+
+
+def test_a_file_tells_its_uis_what_it_is_and_no_path(run: Run):
+    header = (run.folder / "clay.safetensors").read_bytes()
+    metadata = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])["__metadata__"]
+    assert metadata["ss_base_model_version"] == "sd_v1" and metadata["ss_v2"] == "False"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert metadata["ss_network_module"] == "networks.lora" and metadata["ss_network_dim"] == "16"
+    assert json.loads(metadata["ss_tag_frequency"])["clay-style"]["clay style"] == 20
+    assert float(metadata["ss_training_started_at"]) <= float(metadata["ss_training_finished_at"])
+    assert json.loads(metadata["ss_dataset_dirs"]) == {"clay-style": {"n_repeats": 1, "img_count": 20}}
+    assert all(isinstance(value, str) and "/root" not in value and "/home" not in value for value in metadata.values())
+    assert str(SAMPLES.parent) not in str(metadata)
+
+
+def test_a_second_run_of_one_name_gets_a_folder_of_its_own(run: Run):
+    second = ran(run.folder.parent.parent, optimization={"steps": 1}, output={"preview_every": 0})
+    assert second.folder.name == "clay-2" and (second.folder / "clay-2.safetensors").is_file()
+
+
+def test_a_dry_run_writes_nothing_and_says_what_would_happen(tmp_path: Path):
+    plan = ran(tmp_path, dry_run=True, optimization={"steps": "auto"}).of("plan")[0]
+    assert plan["steps"] == 320 and plan["epochs"] == 64
+    assert any("20 pictures" in line for line in plan["why"]) and any("embedded base" in line for line in plan["why"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_previews_leave_training_untouched(run: Run, tmp_path: Path):
+    without = ran(tmp_path, optimization={"steps": 7}, output={"preview_every": 0})
+    assert without.losses == run.losses
+
+
+def test_accumulated_small_batches_are_one_large_batch(tmp_path: Path):
+    common: dict[str, Any] = {"output": {"preview_every": 0}, "data": {"caption_dropout": 0.0}}
+    large = ran(tmp_path / "a", optimization={"steps": 2, "batch": 10}, **common)
+    small = ran(tmp_path / "b", optimization={"steps": 2, "batch": 5, "accumulate": 2}, **common)
+    assert len(small.losses) == 2
+    assert all(value > 0 for value in large.losses + small.losses)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_the_loss_on_the_set_falls(optimizer: str, tmp_path: Path):
+    options = {"steps": 30, "optimizer": optimizer, "schedule": "constant", "rate": 2e-3}
+    losses = ran(tmp_path, optimization=options, output={"preview_every": 0}).losses
+    assert all(map(torch.isfinite, torch.tensor(losses)))
+
+
+def test_our_loss_is_that_of_a_plain_loop_over_diffusers_and_peft():
+    model = Model()
+    base = load(model, recognise(model), CPU, torch.float32)
+    examples = read_folder(SAMPLES)[:4]
+    crops = [centre_crop(read_size(example.image), Size(128, 128)) for example in examples]
+    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)], mirror=False)
+    trained = attach(base, Options().network, [Part("unet", 4, 4.0), Part("text", 2, 2.0)], seed=0)
+    data = Options().data.model_copy(update={"caption_dropout": 0.0})
+    objectives = Objectives(base, examples, crops, latents, data, Objective(), seed=3, text_is_trained=True)
+    looks = [Look(index, step=11, slot=index) for index in range(4)]
+    losses = objectives.losses(looks)
+    losses.mean().backward()
+    ours = [module.up.grad.clone() for module in trained if module.up.grad is not None]
+
+    for module in trained:
+        module.up.grad = module.down.grad = None
+    scheduler, vae = base.pipeline.scheduler, base.vae
+    drawn = []
+    for look in looks:
+        generator = generator_for(3, look.step, look.slot)
+        posterior, noise = torch.randn(2, 4, 16, 16, generator=generator)
+        drawn.append((posterior, noise, torch.randint(0, 1000, (), generator=generator)))
+    posterior, noise, timesteps = (torch.stack(part) for part in zip(*drawn, strict=True))
+    mean = torch.stack([one[0] for one in latents.mean])
+    std = torch.stack([one[0] for one in latents.std])
+    clean = (mean + std * posterior) * vae.config["scaling_factor"]
+    ids = base.tokenizers[0](
+        [example.caption for example in examples], padding="max_length", max_length=32, return_tensors="pt"
+    ).input_ids
+    hidden = base.text_encoders[0](ids)[0]
+    prediction = base.unet(scheduler.add_noise(clean, noise, timesteps), timesteps, hidden).sample
+    abar = scheduler.alphas_cumprod[timesteps]
+    weights = (5 * (1 - abar) / abar).clamp(max=1)
+    plain = torch.nn.functional.mse_loss(prediction, noise, reduction="none").mean((1, 2, 3)) * weights
+    torch.testing.assert_close(losses, plain)
+    plain.mean().backward()
+    theirs = [module.up.grad for module in trained if module.up.grad is not None]
+    assert len(ours) == len(theirs) == len(trained)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sd2-v", "sdxl"])
+def test_every_family_trains_and_writes_its_label(kind: str, tmp_path: Path):
+    run = ran(
+        tmp_path, model={"base": str(tiny_base(kind, tmp_path / kind))}, data={"resolution": 64},
+        optimization={"steps": 1, "batch": 2}, network={"text_rank": 2, "text2_rank": 2 if kind == "sdxl" else 0},
+        previews={"prompts": ("a",), "preview_steps": 1}, output={"preview_every": 1},
+    )  # fmt: skip
+    assert len(run.losses) == 1
+    label = {"sd1": "sd_v1", "sd2": "sd_v2", "sd2-v": "sd_v2", "sdxl": "sdxl_base_v1-0"}[kind]
+    assert label.encode() in (run.folder / "clay.safetensors").read_bytes()[:20000]
+
+
+def test_regularisation_pictures_are_as_many_as_pictures_and_weighted(tmp_path: Path):
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        Image.new("RGB", (128, 128), "red").save(tmp_path / name)
+    (tmp_path / "reg").mkdir()
+    Image.new("RGB", (128, 128), "blue").save(tmp_path / "reg" / "r.png")
+    plan = ran(
+        tmp_path / "out",
+        dry_run=True,
+        data={"images": str(tmp_path)},
+        optimization={"epochs": 1, "batch": 1, "steps": "auto"},
+    )
+    assert plan.of("plan")[0]["steps"] == 8
+
+
+def test_steps_go_through_epochs_and_the_last_of_an_epoch_may_be_short():
+    steps = list(steps_of(5, ["a"] * 5, [1] * 5, batch=2, accumulate=2, seed=0))
+    assert [(step, epoch) for step, epoch, _ in steps] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2)]
+    assert [len(batches) for _, _, batches in steps] == [2, 1, 2, 1, 2]
+    for epoch in (0, 1):
+        seen = [index for _, at, batches in steps if at == epoch for batch in batches for index in batch]
+        assert sorted(seen) == list(range(5))
+
+
+@pytest.mark.parametrize(
+    ("tables", "line"),
+    [
+        ({"data": {"images": ""}}, "train: name a folder of pictures"),
+        ({"data": {"images": "/nowhere"}}, "/nowhere: no such folder of pictures"),
+        ({"optimization": {"steps": 3, "epochs": 2}}, "--steps 3 and --epochs 2: give one of them"),
+        ({"network": {"text2_rank": 4}}, "--text2-rank 4: Stable Diffusion 1 has one text encoder"),
+        (
+            {"machine": {"device": "cpu", "precision": "fp16"}},
+            "--precision fp16: the cpu device trains in bf16",
+        ),
+        ({"optimization": {"optimizer": "lion"}}, '--optimizer lion needs lion_pytorch: pip install "scumble\\[optim'),
+        ({"machine": {"attention": "xformers"}}, "--attention xformers: not installed"),
+        ({"model": {"base": "model.ckpt"}}, "a pickle can run any program"),
+        ({"model": {"base": "none.safetensors"}}, "--base none.safetensors: no such file"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_weight_is_loaded(tables: dict, line: str, tmp_path: Path):
+    with pytest.raises(Refused, match=line):
+        ran(tmp_path, **tables)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_trains_and_says_where_the_adapter_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    cli.main([
+        "train", str(SAMPLES), "--steps", "1", "--preview-every", "0", "--runs", str(tmp_path), "--name", "it",
+    ])  # fmt: skip
+    out = capsys.readouterr().out.replace("\n", "")
+    assert "20 pictures" in out and "trainable parameters" in out and "it.safetensors" in out
