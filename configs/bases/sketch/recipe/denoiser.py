@@ -22,7 +22,9 @@ RATE = 5e-4
 WARM_UP = 200
 COOL_DOWN_SHARE = 0.25
 MIN_SNR = 5.0
+Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 EMA_EVERY, EMA_DECAY = 5, 0.997
+WORDS_STEPS, WORDS_BATCH, WORDS_RATE = 3000, 64, 5e-4
 SAVE_EVERY = 250
 
 
@@ -78,7 +80,7 @@ def make_scheduler() -> DDIMScheduler:
     )
 
 
-def moving_average(averaged: list[torch.Tensor], current: list[torch.Tensor], count: torch.Tensor) -> None:
+def moving_average(averaged: Tensors, current: Tensors, count: torch.Tensor | int) -> None:
     """Exponential moving average whose decay rises to EMA_DECAY, so that the random start is soon forgotten."""
     seen = int(count)
     torch._foreach_lerp_(averaged, current, 1 - min(EMA_DECAY, (1 + seen) / (10 + seen)))
@@ -114,7 +116,7 @@ def epsilon_losses(
 
 
 def token_ids(tokenizer: CLIPTokenizer, prompts: Iterable[str]) -> torch.Tensor:
-    """(B, 32), padded and cut as the pipeline does it."""
+    """(B, 16), padded and cut as the pipeline does it."""
     return tokenizer(
         list(prompts),
         padding="max_length",
@@ -122,6 +124,39 @@ def token_ids(tokenizer: CLIPTokenizer, prompts: Iterable[str]) -> torch.Tensor:
         truncation=True,
         return_tensors="pt",
     ).input_ids
+
+
+def teach_words(
+    model: Denoiser, latents: Latents, tokenizer: CLIPTokenizer, work: Path, device: torch.device, steps: int
+) -> None:
+    """Before the denoising: let the pooled text tell the picture's latents through a linear map, which is thrown away.
+
+    Real bases start from a text encoder that knows pictures (CLIP). This one starts from nothing, and alone under
+    the denoising loss it takes hundreds of epochs to be heard. Here a minute or two teaches it what things look like.
+    """
+    hears = (model.text_encoder, model.unet.add_embedding)
+    target = latents.mean.flatten(1).to(device)
+    head = torch.nn.Linear(model.unet.config["block_out_channels"][0] * 4, target.shape[1]).to(device)
+    parameters = [parameter for module in (*hears, head) for parameter in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=WORDS_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    first = load_state(work / "words.pt", model=model, head=head, optimizer=optimizer)
+    clock = Clock("words", first, steps)
+    for step in range(first, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = WORDS_RATE * min(1.0, (step + 1) / 50, (steps - step) / (0.5 * steps))
+        words = random.Random(step)
+        chosen = torch.randint(len(target), (WORDS_BATCH,), generator=torch.Generator().manual_seed(step))
+        ids = token_ids(tokenizer, [caption(latents.names[i], latents.styles[i], words) for i in chosen]).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            told = head(model.unet.add_embedding(model.text_encoder(ids).last_hidden_state))
+        loss = (told.float() - target[chosen]).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        clock.tick(step, loss=loss.detach())
+    if first < steps:
+        save_state(work / "words.pt", steps, model=model, head=head, optimizer=optimizer)
 
 
 def train_denoiser(
@@ -136,6 +171,8 @@ def train_denoiser(
     torch.manual_seed(1)
     model = start or Denoiser(make_text_encoder(tokenizer, TEXT_WIDTH), make_unet())
     model.to(device).train()
+    if start is None:
+        teach_words(model, latents, tokenizer, work, device, WORDS_STEPS)
     average = AveragedModel(model, multi_avg_fn=moving_average)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     first = load_state(work / "denoiser.pt", model=model, average=average, optimizer=optimizer)

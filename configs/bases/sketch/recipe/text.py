@@ -1,4 +1,8 @@
-"""Words of the base: a byte-level BPE in CLIP's layout, a small CLIP text encoder, and the captions it learns from."""
+"""Words of the base: a byte-level BPE in CLIP's layout, a small CLIP text encoder, and the captions it learns from.
+
+The window is short on purpose: padding is read like words, and with 32 tokens the few words of a caption drowned in
+it (five times as many steps to the same knowledge of things as with 16).
+"""
 
 import json
 import random
@@ -8,7 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 NUM_PIECES = 2048
-MAX_TOKENS = 32
+MAX_TOKENS = 16
 WORDS_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
