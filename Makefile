@@ -1,4 +1,4 @@
-# make demo   install into .venv, then let the embedded base paint its prompts
+# make demo   install into .venv, then train the sample style on the embedded base and show it
 # make test   install into .venv, then lint, types and all tests
 # make sketch go on training the embedded base (hours on a CPU, minutes on a GPU; needs npm)
 
@@ -12,8 +12,7 @@ export HF_HUB_OFFLINE := 1
 .PHONY: demo test sketch clean
 
 demo: $(VENV)/.demo
-	$(BIN)/scumble preview --base sketch --out demo/sketch.png --force
-	@echo "The embedded base painted its prompts: demo/sketch.png"
+	$(BIN)/scumble train datasets/samples/clay-style --base sketch --preset sketch-demo --runs demo
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .
