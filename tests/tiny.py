@@ -22,6 +22,9 @@ SCHEDULE = {
 }
 
 
+NO_SAFETY: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
 def text_config(width: int, layers: int = 2) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=49408, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
@@ -64,8 +67,8 @@ def tiny_base(kind: str, folder: Path) -> Path:
         )  # fmt: skip
     else:
         pipeline = StableDiffusionPipeline(
-            text_encoder=CLIPTextModel(text_config(width)), tokenizer=tokenizer, safety_checker=None,
-            feature_extractor=None, requires_safety_checker=False, **parts,
+            text_encoder=CLIPTextModel(text_config(width)), tokenizer=tokenizer,
+            **parts, **NO_SAFETY,
         )  # fmt: skip
     pipeline.save_pretrained(folder)
     return folder

@@ -1,7 +1,7 @@
 """The recipe: options in, adapter out, events on the way. Read it from top to bottom."""
 
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -235,7 +235,7 @@ def steps_of(
 
 
 @contextmanager
-def swapped(parameters: Sequence[torch.nn.Parameter], average: Sequence[torch.Tensor]) -> Iterator[None]:
+def swapped(parameters: Sequence[torch.nn.Parameter], average: Sequence[torch.Tensor]) -> Generator[None]:
     """Within the block the parameters hold their moving average (where one is kept)."""
     live = [parameter.detach().clone() for parameter in parameters] if average else []
     for parameter, mean in zip(parameters, average, strict=False):
