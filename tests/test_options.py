@@ -1,5 +1,6 @@
 """Options: one declaration gives flag, TOML key, help and reference; layers have an order; refusals are one line."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -159,16 +160,16 @@ def test_the_reference_in_the_repository_is_what_the_command_prints(capsys: pyte
     assert (CHECKOUT / "configs/OPTIONS.md").read_text(encoding="utf-8") == text
 
 
-def test_flags_reach_the_options(capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_flags_reach_the_plan(capsys: pytest.CaptureFixture[str]):
+    samples = str(CHECKOUT / "datasets/samples/clay-style")
     code, text, _ = run(
-        capsys, "train", "photos", "--preset", "sdxl-style", "--rank", "8", "--rslora", "--prompts", "a",
-        "--prompts", "b --n c", "--dry-run",
+        capsys, "train", samples, "--preset", "low-memory", "--rank", "7", "--rate", "3e-5", "--epochs", "2",
+        "--prompts", "a", "--prompts", "b --n c", "--json", "--dry-run",
     )  # fmt: skip
-    assert code == 0
-    options = files.resolve(toml(tmp_path, text))
-    assert options.data.images == "photos" and options.data.resolution == 1024
-    assert options.network.rank == 8 and options.network.rslora
-    assert options.previews.prompts == ("a", "b --n c")
+    plan = json.loads(text)
+    assert code == 0 and plan["shots"] == 2
+    assert "LoRA on UNet (attention) rank 7" in plan["why"]  # the preset leaves the text encoders out
+    assert plan["steps"] == 2 * 20 / 4 and "learning rate 3e-05 (unet)" in plan["why"]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,7 @@ def test_flags_reach_the_options(capsys: pytest.CaptureFixture[str], tmp_path: P
         (
             ["--preset", "sdxl"],
             "scumble: --preset sdxl: no such preset; there are low-memory, sd15-character, sd15-style, "
-            "sdxl-character, sdxl-style",
+            "sdxl-character, sdxl-style, sketch-demo",
         ),
         (["more"], "scumble: more: too much; --help shows what the command takes"),
     ],

@@ -171,7 +171,7 @@ def test_our_loss_is_that_of_a_plain_loop_over_diffusers_and_peft():
     std = torch.stack([one[0] for one in latents.std])
     clean = (mean + std * posterior) * vae.config["scaling_factor"]
     ids = base.tokenizers[0](
-        [example.caption for example in examples], padding="max_length", max_length=32, return_tensors="pt"
+        [example.caption for example in examples], padding="max_length", return_tensors="pt"
     ).input_ids
     hidden = base.text_encoders[0](ids)[0]
     prediction = base.unet(scheduler.add_noise(clean, noise, timesteps), timesteps, hidden).sample

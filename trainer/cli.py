@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")  # read when the library is imported
     try:
-        app(arguments, exit_on_error=False, print_error=False)
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except Refused as error:
         _stop(str(error), error.exit_code)
     except CycloptsError as error:

@@ -1,6 +1,7 @@
 """Previews: shots painted by diffusers' own pipeline, and grids with a label at each picture."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -136,5 +137,6 @@ def write_picture(picture: Image.Image, path: Path, info: PngInfo | None = None)
         picture.save(temporary, format="PNG", pnginfo=info)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise Refused(f"{path}: cannot be written ({error.strerror or error})", 73) from None

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -34,7 +35,8 @@ def write_adapter(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, st
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise Refused(f"{path}: cannot be written ({error.strerror or error})", 73) from None
 
 
