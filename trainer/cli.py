@@ -34,7 +34,7 @@ def train(
     preset: PresetFlag = "",
     json: Annotated[bool, Parameter(help="Print events as JSON lines, for programs", negative="")] = False,
     dry_run: Annotated[
-        bool, Parameter(help="Check everything, print the options that a run would use, and stop", negative="")
+        bool, Parameter(help="Check everything, print the plan and its reasons, and stop", negative="")
     ] = False,
 ) -> None:
     """Train an adapter on a folder of pictures."""

@@ -71,7 +71,7 @@ def metadata_of(
     """kohya's and ModelSpec's metadata, all strings, with no path and no user name in it."""
     family = base.family
     v = base.source.prediction == "v_prediction"
-    resolution = base.resolution_px if options.data.resolution == "auto" else options.data.resolution
+    resolution = options.data.resolution  # a number by now: the plan has settled it
     unet = next((part for part in parts if part.name == "unet"), parts[0])
     arguments = {"conv_dim": unet.conv_rank, "conv_alpha": unet.conv_alpha} if unet.conv_rank else {}
     if options.network.rslora:

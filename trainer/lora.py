@@ -100,14 +100,6 @@ def component_of(base: Base, part: str) -> UNet2DConditionModel | CLIPTextModel 
     return base.unet if part == "unet" else base.text_encoders[["text", "text2"].index(part)]
 
 
-def set_enabled(base: Base, parts: list[Part], enabled: bool) -> None:
-    """Switch the adapter on or off without removing it."""
-    for part in parts:
-        for module in component_of(base, part.name).modules():
-            if isinstance(module, LoraLayer):
-                module.enable_adapters(enabled)
-
-
 def num_parameters(trained: list[Trained]) -> int:
     """Trainable parameters: rank · (in + out) of each Linear, rank · (in · h · w + out) of each convolution."""
     return sum(module.down.numel() + module.up.numel() for module in trained)

@@ -98,20 +98,6 @@ class Base:
     def family(self) -> Family:
         return self.source.family
 
-    @property
-    def resolution_px(self) -> int:
-        """Side of the square that the UNet was made for."""
-        return int(self.unet.config["sample_size"]) * self.pixels_per_latent
-
-    @property
-    def pixels_per_latent(self) -> int:
-        return 2 ** (len(self.vae.config["block_out_channels"]) - 1)
-
-    @property
-    def step_px(self) -> int:
-        """Sides of pictures are multiples of this: the VAE's times the UNet's down-sampling."""
-        return self.pixels_per_latent * 2 ** (len(self.unet.config["block_out_channels"]) - 1)
-
 
 def recognise(model: Model) -> Source:
     """Kind of base, prediction type and schedule, from config files or tensor shapes; no weight is loaded.

@@ -110,7 +110,8 @@ def make_plan(options: Options, source: Source, batches_per_epoch: int, num_pict
             f"{samples} looks, {samples // num_pictures} at each"
         )
     num_epochs = ceil(num_steps / steps_per_epoch)
-    tenth = ceil(num_epochs / 10) * steps_per_epoch
+    tenth = ceil(num_epochs / 10)  # rather a divisor near it, so that the last two rows of previews are not alike
+    tenth = next((every for every in range(tenth, 2 * tenth) if num_epochs % every == 0), tenth) * steps_per_epoch
     rate = defaults.rate if wanted.rate == "auto" else wanted.rate
     text_rate = defaults.text_rate if wanted.text_rate == "auto" else wanted.text_rate
     rates = {"unet": rate, "text": text_rate, "text2": text_rate if wanted.text2_rate == "auto" else wanted.text2_rate}
