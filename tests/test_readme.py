@@ -43,6 +43,7 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     quick = ["--steps", "2", "--preview-every", "0", "--resolution", "64"]
     assert len(commands) >= 6
     for command in commands:
+        capsys.readouterr()
         try:
             words = shlex.split(command)
             training = words[0] == "train" and "--dry-run" not in words and not words[1].endswith(".toml")
