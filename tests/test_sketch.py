@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from scumble.configs.bases.sketch.recipe.denoiser import Denoiser, Latents, held_out_loss
-from scumble.configs.bases.sketch.recipe.judge import REFERENCED_NAMES, paint_latents, share_nearest
+from scumble.configs.bases.sketch.recipe.judge import paint_latents, share_nearest
+from scumble.configs.bases.sketch.recipe.pictures import JUDGED
 
 BASE = Path(__file__).parent.parent / "configs/bases/sketch"
 SAMPLES = Path(__file__).parent.parent / "datasets/samples"
@@ -34,7 +35,7 @@ def references() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def painted(pipeline: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
-    return {style: paint_latents(pipeline, [f"{name}, {style}" for name in REFERENCED_NAMES]) for style in STYLES}
+    return {style: paint_latents(pipeline, [f"{name}, {style}" for name in JUDGED]) for style in STYLES}
 
 
 def test_its_weights_are_fp16_safetensors_of_at_most_40_mb():
@@ -50,14 +51,14 @@ def test_it_is_a_stable_diffusion_with_cross_attention_at_two_levels(pipeline: S
     assert isinstance(pipeline.text_encoder, CLIPTextModel) and isinstance(pipeline.tokenizer, CLIPTokenizer)
     assert sum("CrossAttn" in kind for kind in pipeline.unet.config.down_block_types) >= 2
     assert pipeline.scheduler.config.prediction_type == "epsilon"
-    assert pipeline.vae.config.latent_channels == 4 and pipeline.vae_scale_factor == 8
-    assert pipeline.unet.config.sample_size * pipeline.vae_scale_factor == 128
+    assert pipeline.vae.config.latent_channels == 4 and pipeline.vae_scale_factor == 4
+    assert pipeline.unet.config.sample_size * pipeline.vae_scale_factor == 64
 
 
 def test_stock_diffusers_paints_a_picture(pipeline: StableDiffusionPipeline):
     picture = pipeline("tiger, flat style", num_inference_steps=4, generator=torch.manual_seed(0)).images[0]
-    assert picture.size == (128, 128)
-    assert len(picture.getcolors(128 * 128) or []) > 100
+    assert picture.size == (64, 64)
+    assert len(picture.getcolors(64 * 64) or []) > 100
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -65,9 +66,9 @@ def test_text_steers_the_painted_thing_is_nearest_to_its_own_reference(
     style: str, painted: dict[str, torch.Tensor], references: dict[str, torch.Tensor]
 ):
     share = share_nearest(painted[style], references[style])
-    assert len(REFERENCED_NAMES) >= 50
+    assert len(JUDGED) >= 50
     assert share == pytest.approx(FIGURES[f"nearest_{style.split()[0]}"], abs=0.1)
-    assert share >= 8 / len(REFERENCED_NAMES)  # by chance: one in 68
+    assert share >= 8 / len(JUDGED)  # by chance: one in 68
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -85,7 +86,7 @@ def test_the_style_words_change_the_style_as_much_as_is_published(
 def test_the_words_that_it_must_know_are_painted_as_such_in_both_styles(
     word: str, painted: dict[str, torch.Tensor], references: dict[str, torch.Tensor]
 ):
-    index = REFERENCED_NAMES.index(word)
+    index = JUDGED.index(word)
     for style in STYLES:
         distances = (references[style].float() - painted[style][index]).flatten(1).norm(dim=1)
         assert int((distances < distances[index]).sum()) < 3, style
@@ -112,7 +113,7 @@ def test_what_is_held_out_is_a_tenth_and_never_a_word_that_demonstrations_use():
 def test_its_vae_brings_pictures_of_a_style_that_it_never_saw_through(pipeline: StableDiffusionPipeline):
     errors = []
     for path in sorted((SAMPLES / "clay-style").glob("*.webp")):
-        picture = Image.open(path).convert("RGBA").resize((128, 128), Image.Resampling.LANCZOS)
+        picture = Image.open(path).convert("RGBA").resize((64, 64), Image.Resampling.LANCZOS)
         paper = Image.new("RGBA", picture.size, "white")
         pixels = pipeline.image_processor.preprocess(Image.alpha_composite(paper, picture).convert("RGB"))
         with torch.no_grad():

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/sketch/out"), help="folder of the finished base")
     parser.add_argument("--warm", type=Path, help="published base to start from")
     parser.add_argument("--vae-steps", type=int, default=4500)
-    parser.add_argument("--steps", type=int, default=12_000, help="of the UNet and the text encoder, in all")
+    parser.add_argument("--steps", type=int, default=20_000, help="of the UNet and the text encoder, in all")
     chosen = parser.parse_args()
     chosen.work.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

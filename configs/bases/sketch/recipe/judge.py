@@ -9,22 +9,14 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from .denoiser import Denoiser, Latents, held_out_loss, make_scheduler
-from .pictures import STYLES, Picture
+from .pictures import JUDGED, STYLES, Picture
 from .vae import AutoencoderKL, encode, psnr_db
 
-REFERENCED = """
-    red apple, tiger, rocket, princess, castle, sailboat, owl, pizza, cactus, guitar, car, ghost, banana, strawberry,
-    lemon, watermelon, carrot, broccoli, mushroom, hamburger, donut, ice cream, birthday cake, cheese, cat, dog, fox,
-    lion, panda, koala, elephant, giraffe, penguin, frog, turtle, snake, octopus, whale, shark, butterfly, bee, ladybug,
-    rose, sunflower, tulip, palm tree, pine tree, house, bus, bicycle, tractor, helicopter, airplane, fire, rainbow,
-    snowman, star, red heart, crown, top hat, robot, skull, pumpkin, teddy bear, camera, umbrella, key, hammer
-""".replace("\n", " ").split(",")
-REFERENCED_NAMES: list[str] = [" ".join(name.split()) for name in REFERENCED]
 STEPS, CFG = 20, 5.0
 
 
 def pixels_of(pictures: list[Picture]) -> torch.Tensor:
-    """RGB in [-1, 1], (N, 3, 128, 128)."""
+    """RGB in [-1, 1], (N, 3, 64, 64)."""
     return torch.stack([torch.from_numpy(p.on_white()).permute(2, 0, 1).float() / 127.5 - 1 for p in pictures])
 
 
@@ -60,9 +52,9 @@ def publish(vae: AutoencoderKL, model: Denoiser, tokenizer_folder: Path, picture
     kept = {"held_out": held_out}
     for style in STYLES.values():
         by_name = {p.name: p for p in pictures if p.style == style}
-        kept[style] = [by_name[name] for name in REFERENCED_NAMES]
+        kept[style] = [by_name[name] for name in JUDGED]
     tensors = {name: latents_of(vae, chosen).mean.half() for name, chosen in kept.items()}
-    save_file(tensors, out / "references.safetensors", metadata={"names": json.dumps(REFERENCED_NAMES)})
+    save_file(tensors, out / "references.safetensors", metadata={"names": json.dumps(JUDGED)})
 
 
 @torch.no_grad()
@@ -99,7 +91,7 @@ def steering(out: Path) -> dict[str, float]:
     references = load_file(out / "references.safetensors")
     shares = {}
     for style in STYLES.values():
-        painted = paint_latents(pipeline, [f"{name}, {style}" for name in REFERENCED_NAMES])
+        painted = paint_latents(pipeline, [f"{name}, {style}" for name in JUDGED])
         shares[f"nearest_{style.split()[0]}"] = round(share_nearest(painted, references[style]), 3)
         other = next(references[name] for name in STYLES.values() if name != style)
         own, far = ((painted - chosen.float()).flatten(1).norm(dim=1) for chosen in (references[style], other))

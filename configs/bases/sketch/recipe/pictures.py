@@ -20,101 +20,66 @@ PACKAGES = {
     "names": "emojibase-data@17.0.0",
 }
 STYLES = {"noto": "shaded style", "twemoji": "flat style"}
-SIZE_PX = 128
+RENDERED_PX, SIZE_PX = 128, 64
 HELD_OUT_SHARE = 0.1
 
-WHOLE_SUBGROUPS = {
-    "face-smiling",
-    "face-hat",
-    "face-glasses",
-    "face-costume",
-    "animal-mammal",
-    "animal-bird",
-    "animal-amphibian",
-    "animal-reptile",
-    "animal-marine",
-    "animal-bug",
-    "plant-flower",
-    "plant-other",
-    "food-fruit",
-    "food-vegetable",
-    "food-prepared",
-    "food-asian",
-    "food-sweet",
-    "drink",
-    "place-geographic",
-    "place-building",
-    "transport-water",
-    "transport-air",
-    "musical-instrument",
-    "sport",
-    "tool",
-}
-
-SINGLE_NAMES = {
-    name.strip()
-    for line in """
-    red heart; orange heart; yellow heart; green heart; blue heart; purple heart; brown heart; black heart
-    pink heart; grey heart; broken heart; red circle; orange circle; yellow circle; green circle; blue circle
-    purple circle; brown circle; black circle; red square; orange square; yellow square; green square
-    blue square; purple square; brown square; star; glowing star; sun; sun with face; full moon; crescent moon
-    ringed planet; cloud; cloud with rain; cloud with lightning; rainbow; snowman; fire; droplet; water wave
-    snowflake; tornado; umbrella; high voltage; comet; skull; enraged face; smiling face with horns
-    crying face; sleeping face; thinking face; face with tongue; smiling face with heart-eyes; kissing face
-    hot face; cold face; eyes; eye; mouth; tooth; bone; brain; ear; nose; baby; boy; girl; man; woman
-    old man; old woman; princess; prince; Santa Claus; superhero; fairy; mage; vampire; mermaid; elf; genie
-    zombie; troll; ninja; astronaut; police officer; cook; farmer; artist; pilot; firefighter; guard
-    locomotive; train; bus; ambulance; fire engine; police car; taxi; automobile; pickup truck; delivery truck
-    articulated lorry; tractor; racing car; motorcycle; motor scooter; bicycle; kick scooter; skateboard
-    fuel pump; wheel; vertical traffic light; fountain; tent; ferris wheel; circus tent; church; mosque
-    jack-o-lantern; Christmas tree; balloon; wrapped gift; party popper; trophy; ribbon; ticket
-    sports medal; kite; crystal ball; magic wand; game die; puzzle piece; teddy bear; yo-yo; bullseye
-    video game; artist palette; yarn; framed picture; glasses; sunglasses; necktie; t-shirt; jeans; scarf
-    gloves; coat; socks; dress; kimono; bikini; shorts; handbag; backpack; purse; running shoe; hiking boot
-    high-heeled shoe; crown; top hat; graduation cap; billed cap; lipstick; ring; gem stone; bell; microphone
-    headphone; radio; mobile phone; telephone; laptop; desktop computer; printer; floppy disk; battery
-    camera; television; candle; light bulb; flashlight; red paper lantern; open book; green book; blue book
-    orange book; books; scroll; newspaper; money bag; coin; treasure chest; envelope; package; postbox
-    pencil; fountain pen; paintbrush; crayon; briefcase; calendar; pushpin; paperclip; scissors; key; locked
-    old key; hourglass done; alarm clock; watch; microscope; telescope; test tube; syringe; pill; door; window
-    bed; chair; toilet; bathtub; mirror; broom; basket; bucket; soap; toothbrush; shopping cart; luggage
-    spoon; kitchen knife; jar; fork and knife; globe with meridians; compass; moai; coffin; footprints
-    """.splitlines()
-    for name in line.split(";")
-    if name.strip()
-}
-
-LEFT_OUT = {
-    "guide dog", "service dog", "spouting whale", "paw prints", "pig nose", "feather", "wing", "microbe", "spider web",
-    "building construction", "brick", "wood", "Japanese post office", "love hotel", "convenience store",
-    "department store", "derelict house", "bank", "wedding", "airplane departure", "airplane arrival", "seat",
-    "suspension railway", "mountain cableway", "aerial tramway", "satellite", "ring buoy", "clinking glasses",
-    "clinking beer mugs", "pouring liquid", "front-facing baby chick", "fallen leaf", "leafless tree", "ice",
-    "leaf fluttering in wind", "landslide", "national park", "martial arts uniform", "field hockey",
-    "hammer and pick", "hammer and wrench", "white cane", "link", "broken chain", "chains", "softball",
-    "melting face", "upside-down face", "rolling on the floor laughing", "grinning squinting face", "rosette",
-    "alien monster", "goblin", "sheaf of rice", "bottle with popping cork", "cooking", "lacrosse", "salt",
-}  # fmt: skip
+_THINGS = """
+    red apple; green apple; pear; banana; lemon; tangerine; strawberry; cherries; grapes; watermelon; pineapple;
+    peach; tomato; avocado; eggplant; carrot; corn; broccoli; hot pepper; cucumber; mushroom; onion; coconut; kiwi
+    fruit; bread; croissant; pretzel; pancakes; cheese; bacon; hamburger; french fries; pizza; hot dog; sandwich;
+    taco; egg; popcorn; sushi; ice cream; ice cream cone; donut; cookie; birthday cake; cupcake; pie; candy; lollipop;
+    milk; cup of coffee; teapot; wine glass; beer; cat; cat face; dog; dog face; fox; lion; tiger; tiger face; panda;
+    koala; bear; polar bear; wolf; raccoon; monkey; monkey face; gorilla; horse; unicorn; zebra; deer; cow; cow face;
+    pig; pig face; ram; goat; camel; giraffe; elephant; rhinoceros; hippopotamus; mouse face; rabbit; rabbit face;
+    hamster; hedgehog; bat; kangaroo; sloth; chicken; rooster; baby chick; bird; penguin; eagle; duck; swan; owl;
+    flamingo; peacock; parrot; dove; frog; crocodile; turtle; snake; lizard; dragon; dragon face; dinosaur; whale;
+    dolphin; fish; tropical fish; shark; octopus; crab; lobster; snail; butterfly; bee; ant; ladybug; spider;
+    jellyfish; rose; sunflower; tulip; cherry blossom; hibiscus; bouquet; cactus; palm tree; pine tree; tree; clover;
+    maple leaf; potted plant; seedling; house; castle; church; hut; tent; factory; school; volcano; mountain; ferris
+    wheel; fountain; statue of liberty; desert island; rock; car; taxi; bus; train; locomotive; truck; fire engine;
+    police car; ambulance; racing car; tractor; motorcycle; bicycle; motor scooter; sailboat; ship; speedboat; canoe;
+    anchor; airplane; helicopter; rocket; ufo; parachute; sun; full moon; crescent moon; ringed planet; star; glowing
+    star; cloud; rainbow; lightning; snowflake; snowman; fire; droplet; wave; tornado; umbrella; red heart; orange
+    heart; yellow heart; green heart; blue heart; purple heart; broken heart; red circle; yellow circle; green circle;
+    blue circle; red square; yellow square; green square; blue square; grinning face; winking face; crying face;
+    sleeping face; enraged face; thinking face; smiling face with heart-eyes; smiling face with sunglasses; smiling
+    face with horns; cowboy hat face; clown face; skull; ghost; alien; robot; ogre; baby; boy; girl; man; woman; old
+    man; old woman; princess; prince; astronaut; cook; farmer; police officer; pilot; artist; firefighter; superhero;
+    wizard; fairy; vampire; mermaid; santa claus; ninja; guard; zombie; eye; tooth; bone; guitar; violin; trumpet;
+    drum; saxophone; accordion; microphone; bell; radio; camera; television; laptop; telephone; light bulb; candle;
+    flashlight; open book; scroll; envelope; package; pencil; paintbrush; scissors; key; padlock; hammer; axe; wrench;
+    bomb; crossed swords; bow and arrow; shield; magnet; gear; ladder; balloon; gift; trophy; ribbon; teddy bear;
+    pumpkin; christmas tree; kite; crystal ball; game die; yarn; artist palette; glasses; sunglasses; t-shirt; jeans;
+    dress; scarf; gloves; socks; handbag; backpack; running shoe; high-heeled shoe; crown; top hat; ring; diamond;
+    lipstick; soccer ball; basketball; american football; tennis; bowling; bullseye; money bag; coin; treasure chest;
+    hourglass; alarm clock; watch; test tube; microscope; telescope; bed; chair; door; toilet; bathtub; basket; broom
+"""
+THINGS = {" ".join(name.split()) for name in _THINGS.split(";")}
 
 SAID_SHORTER = {
-    "automobile": "car", "deciduous tree": "tree", "evergreen tree": "pine tree",
-    "wrapped gift": "gift", "steaming bowl": "noodle soup", "shallow pan of food": "paella", "soft ice cream":
-    "ice cream cone", "hot beverage": "cup of coffee", "glass of milk": "milk", "honeybee": "bee",
-    "lady beetle": "ladybug", "ear of corn": "corn", "beer mug": "beer", "cup with straw": "soda",
-    "articulated lorry": "truck", "jack-o-lantern": "pumpkin", "cheese wedge": "cheese", "locked": "padlock",
-    "gem stone": "diamond", "mage": "wizard", "sun with face": "sun face", "high voltage": "lightning",
-    "flying saucer": "ufo", "passenger ship": "cruise ship", "pile of poo": "poo", "T-Rex": "dinosaur",
-    "sauropod": "long neck dinosaur", "two-hump camel": "camel with two humps", "water wave": "wave",
-    "horse face": "horse head", "leafy green": "lettuce", "bowl with spoon": "bowl of soup", "doughnut": "donut",
-    "snow-capped mountain": "mountain with snow", "four leaf clover": "clover", "hourglass done": "hourglass",
+    "automobile": "car", "deciduous tree": "tree", "evergreen tree": "pine tree", "wrapped gift": "gift",
+    "soft ice cream": "ice cream cone", "hot beverage": "cup of coffee", "glass of milk": "milk", "honeybee": "bee",
+    "lady beetle": "ladybug", "ear of corn": "corn", "beer mug": "beer", "articulated lorry": "truck",
+    "jack-o-lantern": "pumpkin", "cheese wedge": "cheese", "locked": "padlock", "gem stone": "diamond",
+    "mage": "wizard", "high voltage": "lightning", "flying saucer": "ufo",
+    "T-Rex": "dinosaur", "water wave": "wave",
+    "doughnut": "donut", "four leaf clover": "clover", "hourglass done": "hourglass",
 }  # fmt: skip
 
-ALWAYS_LEARNED = {"red apple", "tiger", "rocket", "princess", "cat", "dog", "car", "house", "tree", "robot"}
+_JUDGED = """
+    red apple, tiger, rocket, princess, castle, sailboat, owl, pizza, cactus, guitar, car, ghost, banana, strawberry,
+    lemon, watermelon, carrot, broccoli, mushroom, hamburger, donut, ice cream, birthday cake, cheese, cat, dog, fox,
+    lion, panda, koala, elephant, giraffe, penguin, frog, turtle, snake, octopus, whale, shark, butterfly, bee, ladybug,
+    rose, sunflower, tulip, palm tree, pine tree, house, bus, bicycle, tractor, helicopter, airplane, fire, rainbow,
+    snowman, star, red heart, crown, top hat, robot, skull, pumpkin, teddy bear, camera, umbrella, key, hammer
+"""
+# The things that the base is judged by; they are learned in both styles.
+JUDGED: list[str] = [" ".join(name.split()) for name in _JUDGED.split(",")]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One rendered emoji: `rgba` is uint8 of shape (128, 128, 4), straight alpha."""
+    """One rendered emoji: `rgba` is uint8 (128, 128, 4), straight alpha, twice the size that the base paints."""
 
     name: str
     style: str
@@ -126,9 +91,10 @@ class Picture:
         return f"{self.name}, {self.style}"
 
     def on_white(self) -> np.ndarray:
-        """uint8 RGB (128, 128, 3), as the base sees it."""
+        """uint8 RGB (64, 64, 3), as the base sees it: means of 2 x 2 pixels."""
         alpha = self.rgba[..., 3:].astype(np.float32) / 255
-        return (self.rgba[..., :3] * alpha + 255 * (1 - alpha)).round().astype(np.uint8)
+        large = self.rgba[..., :3] * alpha + 255 * (1 - alpha)
+        return large.reshape(SIZE_PX, 2, SIZE_PX, 2, 3).mean((1, 3)).round().astype(np.uint8)
 
 
 def fetch(packages: list[str], work: Path) -> Path:
@@ -142,26 +108,25 @@ def fetch(packages: list[str], work: Path) -> Path:
 
 
 def is_held_out(name: str, style: str) -> bool:
-    """Every tenth (name, style), by hash, never the same thing in both styles, never a demonstration word."""
+    """Every tenth (name, style), by hash, never the same thing in both styles, never a thing that it is judged by."""
     draw = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
     which = list(STYLES.values())[int(draw * 1e6) % 2]
-    return name not in ALWAYS_LEARNED and draw < 2 * HELD_OUT_SHARE and style == which
+    return name not in JUDGED and draw < 2 * HELD_OUT_SHARE and style == which
 
 
 def things(names: Path) -> list[tuple[str, str]]:
     """(emoji code in lower-case hex, name) of every chosen thing."""
-    subgroups = json.loads((names / "meta/groups.json").read_text())["subgroups"]
+    labels = json.loads((names / "en/data.json").read_text())
     chosen = []
-    for emoji in json.loads((names / "en/data.json").read_text()):
-        label = emoji["label"]
-        subgroup = subgroups.get(str(emoji.get("subgroup")), "")
-        if label not in LEFT_OUT and (subgroup in WHOLE_SUBGROUPS or label in SINGLE_NAMES):
-            chosen.append((emoji["hexcode"].lower(), SAID_SHORTER.get(label, label).lower()))
+    for emoji in labels:
+        name = SAID_SHORTER.get(emoji["label"], emoji["label"]).lower()
+        if name in THINGS:
+            chosen.append((emoji["hexcode"].lower(), name))
     return chosen
 
 
 def pictures(work: Path) -> list[Picture]:
-    """Every chosen thing in both styles, rendered at 128 px (cached in `work`)."""
+    """Every chosen thing in both styles, rendered at 128 px; the packages are kept in `work`."""
     import resvg_py
 
     modules = fetch(list(PACKAGES.values()), work)
@@ -184,7 +149,7 @@ def pictures(work: Path) -> list[Picture]:
                 f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
                 f'viewBox="0 0 {side} {side}">{bodies[key]["body"]}</svg>'
             )
-            png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=SIZE_PX, height=SIZE_PX))
+            png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=RENDERED_PX, height=RENDERED_PX))
             rgba = np.asarray(Image.open(BytesIO(png)).convert("RGBA"))
             found.append(Picture(name, style, is_held_out(name, style), rgba))
     return found

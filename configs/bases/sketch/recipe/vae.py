@@ -1,4 +1,4 @@
-"""First part of the recipe: a small AutoencoderKL, 128 px <-> 16x16x4 latents.
+"""First part of the recipe: a small AutoencoderKL, 64 px <-> 16x16x4 latents.
 
 Trained on crops (steps are cheap) and, for its last fifth, on whole pictures; half of the pictures are recoloured and
 laid on random backgrounds, so that pictures in styles that it never saw come through as well.
@@ -13,18 +13,16 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from .state import Clock, load_state, save_state
 
-STEPS = 5000
 BATCH = 16
-CROP_PX = 64
+CROP_PX = 32
 WHOLE_SHARE = 0.2
 WHOLE_BATCH = 8
 PEAK_RATE = 1.5e-3
 KL_WEIGHT = 5e-4
-SCALING_FACTOR = 2.0
 
 
 def make_vae() -> AutoencoderKL:
-    channels = (16, 48, 96, 96)
+    channels = (32, 64, 96)
     return AutoencoderKL(
         block_out_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * len(channels),
@@ -33,7 +31,7 @@ def make_vae() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=8,
         mid_block_add_attention=False,
-        sample_size=128,
+        sample_size=64,
     )
 
 
@@ -54,7 +52,10 @@ def background(generator: torch.Generator) -> torch.Tensor:
 
 
 def training_batch(rgba: torch.Tensor, step: int, whole: bool) -> torch.Tensor:
-    """RGB in [-1, 1], (B, 3, P, P), from `rgba` (N, 4, 128, 128) in [0, 1]; a function of the step alone."""
+    """RGB in [-1, 1], (B, 3, P, P), crops of 32 px or whole pictures of 64 px, from `rgba` (N, 4, 128, 128) in [0, 1].
+
+    A function of the step alone.
+    """
     draw = torch.Generator().manual_seed(step)
 
     def uniform(low: float, high: float) -> float:
@@ -80,6 +81,8 @@ def training_batch(rgba: torch.Tensor, step: int, whole: bool) -> torch.Tensor:
             image = F.interpolate(
                 image[None, :, top : top + side, left : left + side], CROP_PX, mode="bilinear", antialias=True
             )[0]
+        else:
+            image = F.avg_pool2d(image, 2)
         batch.append(image * 2 - 1)
     return torch.stack(batch)
 
@@ -143,11 +146,11 @@ def normalise_latents(vae: AutoencoderKL, rgba: torch.Tensor, device: torch.devi
     """Fold a per-channel shift and scale into the 1x1 convolutions around the latents, so that white paper is 0
     and each channel has std 1: exact for the pictures, and kinder to the noise than one `scaling_factor`.
 
-    `scaling_factor` 2 then makes up for the few pixels: the schedule of Stable Diffusion was made for 64 x 64 latents,
-    and at 16 x 16 the same noise hides much more (Hoogeboom et al. 2023, section 3.1)."""
+    Not more than 1: with few latents the last noise level of Stable Diffusion still lets large latents shine through,
+    and a model that sees the answer in the noise does not listen to the words."""
     colour, alpha = rgba[:, :3], rgba[:, 3:]
-    mean, _ = encode(vae, (colour * alpha + (1 - alpha)) * 2 - 1)
-    white, _ = encode(vae, torch.ones(1, 3, 128, 128))
+    mean, _ = encode(vae, F.avg_pool2d(colour * alpha + (1 - alpha), 2) * 2 - 1)
+    white, _ = encode(vae, torch.ones(1, 3, 64, 64))
     shift = white[0, :, 8, 8].to(device)
     scale = (mean.to(device) - shift[None, :, None, None]).pow(2).mean((0, 2, 3)).sqrt()
     channels = len(scale)
@@ -159,7 +162,7 @@ def normalise_latents(vae: AutoencoderKL, rgba: torch.Tensor, device: torch.devi
     quant.bias[:channels] = (quant.bias[:channels] - shift) / scale
     quant.weight[:channels] /= scale[:, None, None, None]
     quant.bias[channels:] -= 2 * scale.log()
-    vae.register_to_config(scaling_factor=SCALING_FACTOR)
+    vae.register_to_config(scaling_factor=1.0)
 
 
 @torch.no_grad()
