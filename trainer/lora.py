@@ -1,12 +1,12 @@
 """LoRA on a loaded base, by PEFT: which layers, at which rank and scale, and how many parameters that makes."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -76,7 +76,7 @@ def attach(base: Base, network: Network, parts: list[Part], seed: int) -> list[T
             component = component_of(base, part.name)
             if part.name == "unet":
                 check_targets(network.targets, [path for path, _ in component.named_modules()])
-            component.add_adapter(_config(part, network), adapter_name=ADAPTER)
+            inject_adapter_in_model(_config(part, network), component, ADAPTER)
             trained += _adapted(base, part.name, component)
     for module in trained:
         for parameter in (module.down, module.up):
@@ -98,6 +98,17 @@ def check_targets(targets: str, paths: list[str]) -> None:
 def component_of(base: Base, part: str) -> UNet2DConditionModel | CLIPTextModel | CLIPTextModelWithProjection:
     """The module that a part adapts."""
     return base.unet if part == "unet" else base.text_encoders[["text", "text2"].index(part)]
+
+
+def recompute_activations(base: Base, parts: Sequence[Part]) -> None:
+    """Gradient checkpointing in every part that is trained: less memory, the same gradients, more time."""
+    for part in parts:
+        if part.name == "unet":
+            base.unet.enable_gradient_checkpointing()
+        else:
+            component = component_of(base, part.name)
+            assert isinstance(component, CLIPTextModel | CLIPTextModelWithProjection)
+            component.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def num_parameters(trained: list[Trained]) -> int:
