@@ -106,8 +106,8 @@ class Optimization(Section):
     text_rate: Rate | Auto = option("auto", "Learning rate of the text encoders' adapter")
     text2_rate: Rate | Auto = option("auto", "Learning rate of the second text encoder; auto: text_rate")
     weight_decay: Weight = option(0.01, "Decoupled weight decay")
-    schedule: Literal["constant", "cosine", "linear", "cosine_restarts", "rex"] = option(
-        "cosine", "Shape of the learning rate over the run"
+    schedule: Literal["auto", "constant", "cosine", "linear", "cosine_restarts", "rex"] = option(
+        "auto", "Shape of the learning rate over the run; auto: what suits the optimiser"
     )
     restarts: Count = option(3, "Cycles of cosine_restarts")
     warm_up: ShareBelowOne = option(0.05, "Share of the run in which the rate rises from zero")

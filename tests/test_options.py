@@ -102,7 +102,8 @@ def test_written_options_give_the_same_options_back(tmp_path: Path):
         ('[previews]\nprompts = "a"', 'mine.toml: previews.prompts = "a": must be a list of texts'),
         (
             '[optimization]\nschedule = "cos"',
-            'mine.toml: optimization.schedule = "cos": must be constant | cosine | linear | cosine_restarts | rex',
+            'mine.toml: optimization.schedule = "cos": '
+            "must be auto | constant | cosine | linear | cosine_restarts | rex",
         ),
         ("network = 4", "mine.toml: network = 4: [network] is a table of options, not a value"),
         ("preset = 4", "mine.toml: preset = 4: must be text; `scumble presets` lists them"),

@@ -1,62 +1,72 @@
 """Optimisers by name. Those of the extra [optimizers] are refused by name, with the install command, when absent."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
+from transformers.optimization import Adafactor
 
 from scumble.configs.errors import Refused
 
 Groups = list[dict[str, Any]]
 
 
-def _adamw(groups: Groups, weight_decay: float) -> torch.optim.Optimizer:
-    fused = all(p.device.type in ("cuda", "cpu", "mps") for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=fused)
+@dataclass(frozen=True)
+class Kind:
+    """An optimiser: how it is made, from which package, and what suits it.
+
+    `rate` is its learning rate as a multiple of AdamW's, or, where `finds_rate`, the multiple of what it finds itself.
+    `schedule` is the shape that its authors recommend.
+    """
+
+    make: Callable[[Any, Groups, float], torch.optim.Optimizer]
+    package: str = "torch"
+    rate: float = 1.0
+    finds_rate: bool = False
+    schedule: str = "cosine"
 
 
-def _adafactor(groups: Groups, weight_decay: float) -> torch.optim.Optimizer:
-    return torch.optim.Adafactor(groups, weight_decay=weight_decay)
+def _adamw(torch_: Any, groups: Groups, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)  # Loshchilov and Hutter 2019
 
 
-def _adamw8bit(groups: Groups, weight_decay: float) -> torch.optim.Optimizer:
-    return _extra("bitsandbytes", "adamw8bit").optim.AdamW8bit(groups, weight_decay=weight_decay)
+def _adafactor(transformers: Any, groups: Groups, weight_decay: float) -> torch.optim.Optimizer:
+    """Shazeer and Stern 2018 with plain rates: scaled by the weights, a LoRA that starts at 0 would never move."""
+    return Adafactor(groups, weight_decay=weight_decay, scale_parameter=False, relative_step=False, warmup_init=False)
 
 
-def _lion(groups: Groups, weight_decay: float) -> torch.optim.Optimizer:
-    return _extra("lion_pytorch", "lion").Lion(groups, weight_decay=weight_decay)
+def _adamw8bit(bitsandbytes: Any, groups: Groups, weight_decay: float) -> torch.optim.Optimizer:
+    return bitsandbytes.optim.AdamW8bit(groups, weight_decay=weight_decay)  # Dettmers et al. 2022
 
 
-def _prodigy(groups: Groups, weight_decay: float) -> torch.optim.Optimizer:
+def _lion(lion_pytorch: Any, groups: Groups, weight_decay: float) -> torch.optim.Optimizer:
+    return lion_pytorch.Lion(groups, weight_decay=weight_decay)  # Chen et al. 2023
+
+
+def _prodigy(prodigyopt: Any, groups: Groups, weight_decay: float) -> torch.optim.Optimizer:
     options = {"decouple": True, "use_bias_correction": True, "safeguard_warmup": True}
-    return _extra("prodigyopt", "prodigy").Prodigy(groups, weight_decay=weight_decay, **options)
+    return prodigyopt.Prodigy(groups, weight_decay=weight_decay, **options)  # Mishchenko and Defazio 2023
 
 
-def _schedule_free(groups: Groups, weight_decay: float) -> torch.optim.Optimizer:
-    return _extra("schedulefree", "schedule_free").AdamWScheduleFree(groups, weight_decay=weight_decay)
+def _schedule_free(schedulefree: Any, groups: Groups, weight_decay: float) -> torch.optim.Optimizer:
+    return schedulefree.AdamWScheduleFree(groups, weight_decay=weight_decay)  # Defazio et al. 2024
 
 
-MAKERS: dict[str, Callable[[Groups, float], torch.optim.Optimizer]] = {
-    "adamw": _adamw,
-    "adamw8bit": _adamw8bit,
-    "lion": _lion,
-    "prodigy": _prodigy,
-    "adafactor": _adafactor,
-    "schedule_free": _schedule_free,
-}
-PACKAGES = {
-    "adamw8bit": "bitsandbytes",
-    "lion": "lion_pytorch",
-    "prodigy": "prodigyopt",
-    "schedule_free": "schedulefree",
+KINDS: dict[str, Kind] = {
+    "adamw": Kind(_adamw),
+    "adamw8bit": Kind(_adamw8bit, "bitsandbytes"),
+    "lion": Kind(_lion, "lion_pytorch", rate=0.2),
+    "prodigy": Kind(_prodigy, "prodigyopt", finds_rate=True),
+    "adafactor": Kind(_adafactor, "transformers"),
+    "schedule_free": Kind(_schedule_free, "schedulefree", schedule="constant"),
 }
 
 
 def check_optimizer(name: str) -> None:
     """Raises `Refused` (69) where the optimiser's package is not installed."""
-    if name in PACKAGES:
-        _extra(PACKAGES[name], name)
+    _package(name)
 
 
 def make_optimizer(
@@ -64,7 +74,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimiser over groups of (peak learning rate, parameters); each group keeps its peak as `peak`."""
     groups = [{"params": params, "lr": rate, "peak": rate} for rate, params in parameters]
-    return MAKERS[name](groups, weight_decay)
+    return KINDS[name].make(_package(name), groups, weight_decay)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
@@ -73,7 +83,8 @@ def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
         group["lr"] = group["peak"] * share
 
 
-def _extra(package: str, name: str) -> Any:
+def _package(name: str) -> Any:
+    package = KINDS[name].package
     try:
         return import_module(package)
     except ImportError:

@@ -9,13 +9,13 @@ from scumble.configs.options import Options
 
 from .lora import Part
 from .models import Source
+from .optimizers import KINDS
 
 
 @dataclass(frozen=True)
 class Defaults:
     """What suits a base: samples are pictures seen in the whole run, for each picture of the set."""
 
-    resolution_px: int
     batch: int
     rank: int
     text_rank: dict[str, int]
@@ -28,12 +28,12 @@ class Defaults:
 
 DEFAULTS = {
     "sketch": Defaults(
-        128, 4, 16, {"style": 8, "character": 8}, 2e-3, 1e-3, {"style": 64, "character": 64}, 640, 4000
+        4, 16, {"style": 8, "character": 8}, 2e-3, 1e-3, {"style": 64, "character": 64}, 640, 4000
     ),
-    "sd1": Defaults(512, 4, 16, {"style": 8, "character": 8}, 1e-4, 5e-5, {"style": 120, "character": 100}, 1500, 8000),
-    "sd2": Defaults(512, 4, 16, {"style": 8, "character": 8}, 1e-4, 5e-5, {"style": 120, "character": 100}, 1500, 8000),
+    "sd1": Defaults(4, 16, {"style": 8, "character": 8}, 1e-4, 5e-5, {"style": 120, "character": 100}, 1500, 8000),
+    "sd2": Defaults(4, 16, {"style": 8, "character": 8}, 1e-4, 5e-5, {"style": 120, "character": 100}, 1500, 8000),
     "sdxl": Defaults(
-        1024, 1, 16, {"style": 0, "character": 8}, 1e-4, 3e-5, {"style": 100, "character": 80}, 1200, 6000
+        1, 16, {"style": 0, "character": 8}, 1e-4, 3e-5, {"style": 100, "character": 80}, 1200, 6000
     ),
 }  # fmt: skip
 
@@ -51,6 +51,7 @@ class Plan:
     num_epochs: int
     preview_every: int
     save_every: int
+    schedule: str
     reasons: list[str]
 
 
@@ -61,10 +62,7 @@ def defaults_for(source: Source) -> Defaults:
 
 def resolution_of(options: Options, source: Source) -> int:
     """Side of the square whose area pictures are brought to."""
-    if options.data.resolution != "auto":
-        return options.data.resolution
-    own = defaults_for(source).resolution_px
-    return 768 if source.family.name == "sd2" and source.prediction == "v_prediction" else own
+    return source.resolution_px if options.data.resolution == "auto" else options.data.resolution
 
 
 def batch_of(options: Options, source: Source) -> int:
@@ -112,11 +110,23 @@ def make_plan(options: Options, source: Source, batches_per_epoch: int, num_pict
     num_epochs = ceil(num_steps / steps_per_epoch)
     tenth = ceil(num_epochs / 10)  # rather a divisor near it, so that the last two rows of previews are not alike
     tenth = next((every for every in range(tenth, 2 * tenth) if num_epochs % every == 0), tenth) * steps_per_epoch
-    rate = defaults.rate if wanted.rate == "auto" else wanted.rate
-    text_rate = defaults.text_rate if wanted.text_rate == "auto" else wanted.text_rate
+    kind = KINDS[wanted.optimizer]
+    own_rates = (1.0, 1.0) if kind.finds_rate else (defaults.rate * kind.rate, defaults.text_rate * kind.rate)
+    rate, text_rate = (
+        own if asked == "auto" else asked for own, asked in zip(own_rates, (wanted.rate, wanted.text_rate), strict=True)
+    )
+    if kind.finds_rate and wanted.text_rate == "auto":
+        text_rate = rate
+    schedule = kind.schedule if wanted.schedule == "auto" else wanted.schedule
     rates = {"unet": rate, "text": text_rate, "text2": text_rate if wanted.text2_rate == "auto" else wanted.text2_rate}
+    if kind.finds_rate and len({rates[part.name] for part in parts}) > 1:
+        raise Refused(f"--text-rate {text_rate:g}: {wanted.optimizer} takes one rate for all parts; give --rate alone")
     shown = {part.name: rates[part.name] for part in parts}
-    reasons.append("learning rate " + ", ".join(f"{value:g} ({name})" for name, value in shown.items()))
+    found = " times what it finds" if kind.finds_rate else ""
+    reasons.append(
+        f"{wanted.optimizer}, {schedule} rate of "
+        + ", ".join(f"{value:g}{found} ({name})" for name, value in shown.items())
+    )
     return Plan(
         parts=parts,
         rates=rates,
@@ -126,6 +136,7 @@ def make_plan(options: Options, source: Source, batches_per_epoch: int, num_pict
         num_steps=num_steps,
         num_epochs=num_epochs,
         preview_every=tenth if options.output.preview_every == "auto" else options.output.preview_every,
+        schedule=schedule,
         save_every=tenth if options.output.save_every == "auto" else options.output.save_every,
         reasons=reasons,
     )
@@ -148,7 +159,7 @@ def settled(options: Options, plan: Plan, name: str) -> Options:
     )  # fmt: skip
     optimization = options.optimization.model_copy(
         update={"rate": plan.rates["unet"], "text_rate": plan.rates["text"], "text2_rate": plan.rates["text2"],
-                "batch": plan.batch, "steps": plan.num_steps, "epochs": "auto"}
+                "schedule": plan.schedule, "batch": plan.batch, "steps": plan.num_steps, "epochs": "auto"}
     )  # fmt: skip
     output = options.output.model_copy(
         update={"name": name, "preview_every": plan.preview_every, "save_every": plan.save_every}
