@@ -67,7 +67,7 @@ def test_pictures_are_turned_upright_and_laid_on_white(tmp_path: Path):
     assert read_rgb(tmp_path / "palette.gif").getpixel((0, 0)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize(("resolution", "step"), [(512, 64), (1024, 64), (1024, 32), (128, 32)])
+@pytest.mark.parametrize(("resolution", "step"), [(512, 64), (1024, 64), (1024, 32), (64, 16)])
 def test_every_bucket_is_in_steps_within_the_area_and_there_is_a_square(resolution: int, step: int):
     sizes = bucket_sizes(resolution, step)
     assert sizes[0] == Size(resolution, resolution) and len(set(sizes)) == len(sizes)

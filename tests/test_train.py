@@ -160,7 +160,7 @@ def test_our_loss_is_that_of_a_plain_loop_over_diffusers_and_peft():
     model = Model()
     base = load(model, recognise(model), CPU, torch.float32)
     examples = read_folder(SAMPLES)[:4]
-    crops = [centre_crop(read_size(example.image), Size(128, 128)) for example in examples]
+    crops = [centre_crop(read_size(example.image), Size(64, 64)) for example in examples]
     latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)], mirror=False)
     trained = attach(base, Options().network, [Part("unet", 4, 4.0), Part("text", 2, 2.0)], seed=0)
     data = Options().data.model_copy(update={"caption_dropout": 0.0})
@@ -212,9 +212,9 @@ def test_every_family_trains_and_writes_its_label(kind: str, tmp_path: Path):
 
 def test_regularisation_pictures_are_as_many_as_pictures_and_weighted(tmp_path: Path):
     for name in ("a.png", "b.png", "c.png", "d.png"):
-        Image.new("RGB", (128, 128), "red").save(tmp_path / name)
+        Image.new("RGB", (64, 64), "red").save(tmp_path / name)
     (tmp_path / "reg").mkdir()
-    Image.new("RGB", (128, 128), "blue").save(tmp_path / "reg" / "r.png")
+    Image.new("RGB", (64, 64), "blue").save(tmp_path / "reg" / "r.png")
     plan = ran(
         tmp_path / "out",
         dry_run=True,

@@ -77,6 +77,8 @@ class Terminal:
     def _note(self, event: Event) -> None:
         self.console.print(event["text"], soft_wrap=True)
 
+    _measured = _note
+
     def _plan(self, event: Event) -> None:
         for reason in event["why"]:
             self.console.print(f"  {reason}", soft_wrap=True)

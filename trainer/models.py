@@ -33,13 +33,12 @@ Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of base: how wide its text is, how its adapter files are labelled, and how large its pictures are."""
+    """A kind of base: how wide its text is, and how its adapter files are labelled."""
 
     name: str
     label: str
     context_width: int
     configs: dict[str, str]  # prediction type -> folder of configs for a single file
-    resolution_px: int
     text_prefixes: tuple[str, ...]  # of adapter keys, one a text encoder (FORMAT: SD1 is lora_te, not lora_te1)
     version: str  # ss_base_model_version
     architecture: str  # modelspec.architecture
@@ -50,15 +49,15 @@ FAMILIES = {
     family.name: family
     for family in (
         Family(
-            "sd1", "Stable Diffusion 1", 768, {"epsilon": "sd15", "v_prediction": "sd15"}, 512, ("lora_te",),
+            "sd1", "Stable Diffusion 1", 768, {"epsilon": "sd15", "v_prediction": "sd15"}, ("lora_te",),
             "sd_v1", "stable-diffusion-v1/lora", StableDiffusionPipeline,
         ),
         Family(
-            "sd2", "Stable Diffusion 2", 1024, {"epsilon": "sd21", "v_prediction": "sd21-v"}, 768, ("lora_te",),
+            "sd2", "Stable Diffusion 2", 1024, {"epsilon": "sd21", "v_prediction": "sd21-v"}, ("lora_te",),
             "sd_v2", "stable-diffusion-v2-768-v/lora", StableDiffusionPipeline,
         ),
         Family(
-            "sdxl", "Stable Diffusion XL", 2048, {"epsilon": "sdxl", "v_prediction": "sdxl"}, 1024,
+            "sdxl", "Stable Diffusion XL", 2048, {"epsilon": "sdxl", "v_prediction": "sdxl"},
             ("lora_te1", "lora_te2"), "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora", StableDiffusionXLPipeline,
         ),
     )
@@ -67,7 +66,10 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Source:
-    """A base as recognised from its files: `place` is a folder, a file, or a hub id."""
+    """A base as recognised from its files: `place` is a folder or a file.
+
+    `resolution_px` is the side of the square that it was made for; sides of pictures are multiples of `step_px`.
+    """
 
     name: str
     place: str
@@ -75,6 +77,8 @@ class Source:
     family: Family
     prediction: str
     zero_terminal_snr: bool
+    resolution_px: int
+    step_px: int
 
     @property
     def label(self) -> str:
@@ -125,7 +129,7 @@ def load(model: Model, source: Source, device: torch.device, dtype: torch.dtype)
     """
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    settings: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True}
+    settings: dict[str, Any] = {"torch_dtype": dtype, "local_files_only": True, "use_safetensors": True}
     if source.family.pipeline is StableDiffusionPipeline:
         settings |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     with warnings.catch_warnings():
@@ -134,6 +138,8 @@ def load(model: Model, source: Source, device: torch.device, dtype: torch.dtype)
             config = BASES / source.family.configs[source.prediction]
             pipeline = source.family.pipeline.from_single_file(source.place, config=str(config), **settings)
         else:
+            if _weights(Path(source.place) / "unet", variant=False) is None:
+                settings["variant"] = "fp16"
             pipeline = source.family.pipeline.from_pretrained(source.place, **settings)
     if model.vae:
         pipeline.register_modules(vae=load_vae(model.vae, source.family, dtype))
@@ -171,7 +177,9 @@ def load_vae(vae: str, family: Family, dtype: torch.dtype) -> AutoencoderKL:
 
 def _from_folder(model: Model, folder: Path) -> Source:
     if not (folder / "model_index.json").is_file():
-        raise Refused(f"--base {model.base}: has no model_index.json, so it is not a diffusers folder")
+        raise Refused(f"--base {model.base}: no model_index.json in {folder.name}, so it is not a diffusers folder")
+    if _weights(folder / "unet", variant=False) is None and _weights(folder / "unet", variant=True) is None:
+        raise Refused(f"--base {model.base}: has no .safetensors in unet/; pickles (.bin) can run any program")
     index, unet, scheduler = (
         json.loads((folder / name).read_text(encoding="utf-8"))
         for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
@@ -184,7 +192,14 @@ def _from_folder(model: Model, folder: Path) -> Source:
     else:
         family = FAMILIES["sd2" if unet["cross_attention_dim"] == 1024 else "sd1"]
     prediction = scheduler.get("prediction_type", "epsilon")
-    return _source(model, str(folder), False, family, prediction, bool(scheduler.get("rescale_betas_zero_snr")))
+    zero_snr = bool(scheduler.get("rescale_betas_zero_snr"))
+    return _source(model, str(folder), False, family, prediction, zero_snr, folder)
+
+
+def _weights(folder: Path, variant: bool) -> Path | None:
+    """A part's weights in a diffusers folder: the plain ones, or those that are published in fp16 only."""
+    found = [path for path in sorted(folder.glob("*.safetensors")) if (".fp16" in path.name) == variant]
+    return next((path for path in found if ".non_ema" not in path.name and ".ema_only" not in path.name), None)
 
 
 def _from_file(model: Model, path: Path) -> Source:
@@ -195,7 +210,7 @@ def _from_file(model: Model, path: Path) -> Source:
         raise Refused(f"--base {path}: no UNet of SD 1.x, SD 2.x or SDXL in it; give a whole checkpoint")
     v_prediction = "v_pred" in shapes or (family.name == "sd2" and _sd2_predicts_v(path))
     prediction = "v_prediction" if v_prediction else "epsilon"
-    return _source(model, str(path), True, family, prediction, "ztsnr" in shapes)
+    return _source(model, str(path), True, family, prediction, "ztsnr" in shapes, None)
 
 
 def _sd2_predicts_v(path: Path) -> bool:
@@ -205,13 +220,25 @@ def _sd2_predicts_v(path: Path) -> bool:
     return float(bias.float().std(correction=0)) > 0.09
 
 
-def _source(model: Model, place: str, is_file: bool, family: Family, prediction: str, zero_snr: bool) -> Source:
-    """What the options say goes before what the files say."""
+def _source(
+    model: Model, place: str, is_file: bool, family: Family, prediction: str, zero_snr: bool, configs: Path | None
+) -> Source:
+    """What the options say goes before what the files say; a single file takes its family's `configs`."""
     chosen = prediction if model.prediction == "auto" else model.prediction
     rescaled = zero_snr if model.zero_terminal_snr == "auto" else model.zero_terminal_snr
     if rescaled and chosen == "epsilon":
         raise Refused("--zero-terminal-snr needs a base with v-prediction: at pure noise, epsilon says nothing")
-    return Source(model.base, place, is_file, family, chosen, rescaled)
+    resolution_px, step_px = _sizes_px(configs or BASES / family.configs[prediction])
+    return Source(model.base, place, is_file, family, chosen, rescaled, resolution_px, step_px)
+
+
+def _sizes_px(folder: Path) -> tuple[int, int]:
+    """The base's own resolution, and the step of sides: what VAE and UNet halve, but not under a sixteenth of it."""
+    unet, vae = (json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in ("unet", "vae"))
+    latent_px = 2 ** (len(vae["block_out_channels"]) - 1)
+    resolution_px = unet["sample_size"] * latent_px
+    whole_px = latent_px * 2 ** (len(unet["block_out_channels"]) - 1)
+    return resolution_px, whole_px * max(1, resolution_px // 16 // whole_px)
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
@@ -230,12 +257,16 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
 def _fetched(hub_id: str) -> Path:
     """The folder of a hub model, from the local cache or the hub; HF_HUB_OFFLINE is honoured."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    wanted = ["*.json", "*.txt", "*/*.safetensors"]
+    small, skipped = ["*.json", "*.txt"], ["*/*.non_ema.*", "*/*.ema_only.*", "safety_checker/*", "*flax*"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["*/*.fp16.*", "*/*.non_ema.*"]))
-    except LocalEntryNotFoundError:
+        plain = [*small, "*/*.safetensors"]
+        folder = Path(snapshot_download(hub_id, allow_patterns=plain, ignore_patterns=[*skipped, "*/*.fp16.*"]))
+        if _weights(folder / "unet", variant=False) is None:  # published in fp16 only
+            folder = Path(snapshot_download(hub_id, allow_patterns=plain, ignore_patterns=skipped))
+        return folder
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         raise Refused(
             f"--base {hub_id}: no such folder here, not in the hub's local cache, and the hub cannot be reached", 69
         ) from None

@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Previews
 
+from .events import Events
 from .models import Base, load, recognise
 from .prompts import Shot, shots_of
 
@@ -26,6 +27,7 @@ SAMPLERS = {
 }
 BATCH = 8
 GAP_PX = 8
+CELL_PX = range(128, 385)  # longer side of a picture on a grid
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
@@ -40,7 +42,7 @@ def preview_base(model: Model, previews: Previews, out: Path) -> None:
     shots = shots_of(previews, None, [], default_cfg(model.base))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load(model, source, device, torch.float32)
-    pictures = paint(base, shots, previews.sampler)
+    pictures = [cell(picture) for picture in paint(base, shots, previews.sampler)]
     columns = min(6, len(pictures))
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
     labels = [shot.prompt for shot in shots]
@@ -51,9 +53,11 @@ def preview_base(model: Model, previews: Previews, out: Path) -> None:
 def paint(base: Base, shots: Sequence[Shot], sampler: str) -> list[Image.Image]:
     """One picture a shot, as stock diffusers paints it; noise is drawn on the CPU, so any batch gives the same."""
     pipeline = base.pipeline
-    own = pipeline.scheduler
+    own, was_training = pipeline.scheduler, [module for module in (base.unet, *base.text_encoders) if module.training]
     pipeline.scheduler = SAMPLERS[sampler].from_config(own.config)
     pictures: dict[int, Image.Image] = {}
+    for module in was_training:
+        module.eval()
     try:
         for alike in _batches(shots):
             first = shots[alike[0]]
@@ -69,6 +73,8 @@ def paint(base: Base, shots: Sequence[Shot], sampler: str) -> list[Image.Image]:
             pictures |= dict(zip(alike, result.images, strict=True))
     finally:
         pipeline.scheduler = own
+        for module in was_training:
+            module.train()
     return [pictures[index] for index in range(len(shots))]
 
 
@@ -78,6 +84,45 @@ def _batches(shots: Sequence[Shot]) -> list[list[int]]:
     for index, shot in enumerate(shots):
         alike.setdefault((shot.width, shot.height, shot.steps, shot.cfg), []).append(index)
     return [indices[start : start + BATCH] for indices in alike.values() for start in range(0, len(indices), BATCH)]
+
+
+class Gallery:
+    """The previews of a run: each picture with its settings, and one grid that grows a row each time."""
+
+    def __init__(self, base: Base, shots: Sequence[Shot], sampler: str, folder: Path, events: Events):
+        self.base, self.shots, self.sampler, self.folder, self.events = base, shots, sampler, folder, events
+        self.rows: list[list[Image.Image]] = []
+        self.labels: list[str] = []
+        self.cover: Image.Image | None = None
+
+    def add(self, label: str, epoch: int, step: int) -> None:
+        """Paint every shot as the adapter is now, into `folder`; `label` stands before the new row of the grid."""
+        pictures = paint(self.base, self.shots, self.sampler)
+        self.cover = pictures[0]
+        self.rows.append([cell(picture) for picture in pictures])
+        self.labels.append(label)
+        below = [[] for _ in self.rows[:-1]] + [[shot.prompt for shot in self.shots]]
+        sheet = self.folder / "grid.png"
+        write_picture(grid(self.rows, below, self.labels), sheet)
+        for index, (shot, picture) in enumerate(zip(self.shots, pictures, strict=True)):
+            file = self.folder / f"step{step:06}-{index:02}.png"
+            write_picture(picture, file, settings_of(shot, self.sampler, self.base.source.name))
+            self.events.emit(
+                "preview", step=step, epoch=epoch, prompt_index=index, prompt=shot.prompt, seed=shot.seed,
+                width=picture.width, height=picture.height, file=f"{self.folder.name}/{file.name}", grid=str(sheet),
+            )  # fmt: skip
+
+
+def cell(picture: Image.Image) -> Image.Image:
+    """The picture at a size that can be looked at on a grid: small ones doubled, large ones reduced."""
+    side = longer = max(picture.size)
+    while side < CELL_PX[0]:
+        side *= 2
+    side = min(side, CELL_PX[-1])
+    if side == longer:
+        return picture
+    size = (max(1, picture.width * side // longer), max(1, picture.height * side // longer))
+    return picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def grid(

@@ -123,5 +123,10 @@ class Objectives:
 
 def generator_for(seed: int, step: int, slot: int) -> torch.Generator:
     """A generator that depends on nothing else, so that resuming, or more processes, draw the same numbers."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{slot}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator().manual_seed(seed_for(seed, step, slot))
+
+
+def seed_for(seed: int, step: int, use: int | str) -> int:
+    """A seed of its own for each use of chance in a step, below 2^63."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{use}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

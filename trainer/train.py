@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 
 from scumble.configs import files
 from scumble.configs.errors import Refused
@@ -14,25 +15,23 @@ from scumble.configs.options import Options
 from scumble.datasets.buckets import bucket_sizes, nearest_bucket
 from scumble.datasets.captions import with_trigger
 from scumble.datasets.folder import Example, read_folder
-from scumble.datasets.images import centre_crop, read_size
+from scumble.datasets.images import Size, centre_crop, read_size
 from scumble.datasets.order import batches_per_epoch, epoch_batches
 
 from .events import Events, Reader, file_reader
 from .export import Progress, export, metadata_of
 from .latents import encode_set
-from .lora import attach, num_parameters
+from .lora import attach, component_of, num_parameters, recompute_activations
 from .machine import DTYPES, InterruptFlag, check_attention, make_accelerator, memory_mb
+from .memory import duration, measure
 from .models import load, recognise
 from .optimizers import check_optimizer, make_optimizer, set_rate
 from .plan import batch_of, make_plan, resolution_of, settled
-from .preview import default_cfg, grid, paint, settings_of, write_picture
+from .preview import Gallery, default_cfg, write_picture
 from .prompts import shots_of
 from .report import loss_curve
 from .schedules import rate_share
-from .step import Look, Objectives
-
-STEP_PX = {"sketch": 32}  # sides of pictures are multiples of this: the VAE's times the UNet's down-sampling
-DEFAULT_STEP_PX = 64
+from .step import Look, Objectives, seed_for
 
 
 @dataclass(frozen=True)
@@ -51,12 +50,11 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
     check_attention(options.machine.attention)
     examples = read_examples(options)
     resolution_px = resolution_of(options, source)
-    sizes = bucket_sizes(resolution_px, STEP_PX.get(source.name, DEFAULT_STEP_PX))
+    sizes = bucket_sizes(resolution_px, source.step_px)
     originals = [read_size(example.image) for example in examples]
     crops = [centre_crop(size, nearest_bucket(size, sizes)) for size in originals]
     captions = [example.caption for example in examples if not example.prior]
-    preview_px = None if source.name == "sketch" else resolution_px
-    shots = shots_of(options.previews, preview_px, captions, default_cfg(source.name))
+    shots = shots_of(options.previews, resolution_px, captions, default_cfg(source.name))
 
     # 2. Plan: every "auto" becomes a number with its reason; what will really be used is written down.
     buckets, repeats = [crop.target for crop in crops], [example.repeats for example in examples]
@@ -64,6 +62,7 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
     plan = make_plan(options, source, per_epoch, len(captions), sum(repeats))
     folder, name = run_folder(options)
     options = settled(options, plan, name)
+    wanted = options.optimization
     accelerator, dtype = make_accelerator(options.machine)
     device = accelerator.device
     events = Events(readers if dry_run else [*readers, file_reader(folder / "events.jsonl")])
@@ -78,10 +77,9 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
 
     # 3. Load the base, encode every picture once, put the adapter on.
     base = load(options.model, source, device, dtype)
+    events.emit("note", text=f"  encoding {len(examples)} pictures")
     latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)], options.data.flip)
     trained = attach(base, options.network, plan.parts, options.output.seed)
-    if options.machine.checkpointing is True:
-        base.unet.enable_gradient_checkpointing()
     if options.machine.attention == "xformers":
         base.unet.enable_xformers_memory_efficient_attention()
     weights = sum(p.numel() for module in (base.unet, *base.text_encoders) for p in module.parameters())
@@ -95,51 +93,63 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
         for part in plan.parts
     ]
     parameters = [parameter for _, group in groups for parameter in group]
-    optimizer = make_optimizer(options.optimization.optimizer, groups, options.optimization.weight_decay)
-    optimizer = accelerator.prepare(optimizer)  # unscales gradients in fp16
+    # accelerate unscales gradients in fp16
+    optimizer = accelerator.prepare(make_optimizer(wanted.optimizer, groups, wanted.weight_decay))
     objectives = Objectives(
         base, examples, crops, latents, options.data, options.objective, options.output.seed,
         text_is_trained=len(plan.parts) > 1,
     )  # fmt: skip
-    average = [parameter.detach().clone() for parameter in parameters] if options.optimization.ema else []
-    started, losses, rows = time.time(), [], []
+    average = [parameter.detach().clone() for parameter in parameters] if wanted.ema else []
+    started, losses = time.time(), []
+    gallery = Gallery(base, shots, options.previews.sampler, folder / "previews", events)
 
     def preview(epoch: int, step: int) -> None:
-        base.unet.eval()
-        with swapped(parameters, average):
-            pictures = paint(base, shots, options.previews.sampler)
-        base.unet.train()
-        rows.append((f"epoch {epoch}" if epoch else "before", pictures))
-        sheet = folder / "previews" / "grid.png"
-        columns = [shot.prompt for shot in shots]
-        below = [[] for _ in rows[:-1]] + [columns]
-        write_picture(grid([row for _, row in rows], below, [label for label, _ in rows]), sheet)
-        for index, (shot, picture) in enumerate(zip(shots, pictures, strict=True)):
-            file = folder / "previews" / f"step{step:06}-{index:02}.png"
-            write_picture(picture, file, settings_of(shot, options.previews.sampler, source.name))
-            events.emit(
-                "preview", step=step, epoch=epoch, prompt_index=index, prompt=shot.prompt, seed=shot.seed,
-                width=picture.width, height=picture.height, file=f"previews/{file.name}", grid=str(sheet),
-            )  # fmt: skip
+        label = f"epoch {epoch}" if step == epoch * plan.steps_per_epoch else f"step {step}"
+        with finished_weights(optimizer, parameters, average):
+            gallery.add(label if step else "before", epoch, step)
 
     def save(path: Path, epoch: int, step: int) -> None:
         progress = Progress(epoch, step, plan.num_epochs, plan.num_steps, started)
         metadata = metadata_of(base, options, plan.parts, examples, buckets, progress)
-        with swapped(parameters, average):
+        with finished_weights(optimizer, parameters, average):
             export(path, trained, metadata, DTYPES[options.output.save_dtype])
         events.emit("saved", step=step, epoch=epoch, file=path.name, bytes=path.stat().st_size)
 
-    # 5. The loop: looks at pictures, one update a step; previews and files on the way.
-    interrupted = InterruptFlag()
+    # 5. One pass of the largest batch, measured: does it fit, and how long will the run take?
+    for part in plan.parts:
+        component_of(base, part.name).train()
+    largest = largest_batch(buckets, repeats, plan.batch)
+
+    def trial() -> None:
+        with accelerator.autocast():
+            loss = objectives.losses([Look(index, 0, slot) for slot, index in enumerate(largest)]).mean()
+        accelerator.backward(loss)
+        optimizer.zero_grad(set_to_none=True)
+
+    measured = measure(
+        trial, device, options.machine.checkpointing, lambda: recompute_activations(base, plan.parts),
+        cure=f"{len(largest)} pictures of {buckets[largest[0]]} at once; lower --batch or --resolution",
+    )  # fmt: skip
+    expected_s = plan.num_steps * wanted.accumulate * measured.seconds
+    events.emit(
+        "measured", seconds=round(measured.seconds, 4), memory_mb=measured.memory_mb, expected_s=round(expected_s),
+        checkpointing=measured.checkpointing,
+        text=f"  a step takes {measured.seconds * wanted.accumulate:.2f} s and {measured.memory_mb:,} MB"
+        + (", activations recomputed" if measured.checkpointing else "")
+        + f": {plan.num_steps} steps in about {duration(expected_s)}, previews apart",
+    )  # fmt: skip
+
+    # 6. The loop: looks at pictures, one update a step; previews and files on the way.
+    interrupted, trouble = InterruptFlag(), ""
     epoch = done = 0
     if plan.preview_every:
         preview(0, 0)
-    base.unet.train()
-    clock = time.monotonic()
+    trained_s = 0.0
     for step, epoch, batches in steps_of(
-        plan.num_steps, buckets, repeats, plan.batch, options.optimization.accumulate, options.output.seed
+        plan.num_steps, buckets, repeats, plan.batch, wanted.accumulate, options.output.seed
     ):
-        wanted = options.optimization
+        clock = time.monotonic()
+        torch.manual_seed(seed_for(options.output.seed, step, "dropout"))
         set_rate(optimizer, rate_share(wanted.schedule, step, plan.num_steps, wanted.warm_up, wanted.restarts))
         num_looks = sum(map(len, batches))
         total, slot = torch.zeros((), device=device), 0
@@ -151,18 +161,19 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
             accelerator.backward(loss)
             total += loss.detach()
         if not torch.isfinite(total):
-            raise Refused(f"step {step + 1}: the loss is not finite; try a lower --rate, or --precision fp32")
-        if options.optimization.clip:
-            accelerator.clip_grad_norm_(parameters, options.optimization.clip)
+            trouble = f"step {step + 1}: the loss is not finite; try a lower --rate, or --precision fp32"
+            break
+        if wanted.clip:
+            accelerator.clip_grad_norm_(parameters, wanted.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for mean, parameter in zip(average, parameters, strict=False):
-            mean.lerp_(parameter.detach(), 1 - options.optimization.ema)
+            mean.lerp_(parameter.detach(), 1 - wanted.ema)
         losses.append(float(total))
-        done = step + 1
+        done, trained_s = step + 1, trained_s + time.monotonic() - clock
         events.emit(
             "step", step=done, epoch=epoch + 1, loss=losses[-1], rate=optimizer.param_groups[0]["lr"],
-            num_steps=plan.num_steps, steps_per_s=round(done / (time.monotonic() - clock), 3),
+            num_steps=plan.num_steps, steps_per_s=round(done / trained_s, 3),
             memory_mb=memory_mb(device),
         )  # fmt: skip
         if plan.save_every and done % plan.save_every == 0 and done < plan.num_steps:
@@ -171,23 +182,24 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
             preview(epoch + 1, done)
         if interrupted:
             break
-
     interrupted.close()
 
-    # 6. The result: the adapter, read back and compared; its cover; the loss as a curve.
+    # 7. The result: the adapter, read back and compared; its cover; the loss as a curve.
     path = folder / f"{name}.safetensors"
     save(path, epoch + 1, done)
-    if rows:
-        write_picture(rows[-1][1][0], folder / f"{name}.png")
-    write_picture(loss_curve(losses, f"{name}: loss"), folder / "loss.png")
+    if gallery.cover:
+        write_picture(gallery.cover, folder / f"{name}.png")
+    if losses:
+        write_picture(loss_curve(losses, f"{name}: loss"), folder / "loss.png")
     size_mb = path.stat().st_size / 1e6
     stopped = done < plan.num_steps
     text = f"adapter {path} ({size_mb:.1f} MB), previews {folder / 'previews'}"
     if stopped:
-        text += (
-            f"\nstopped after step {done} of {plan.num_steps}; scumble train {folder / 'options.toml'} starts it anew"
-        )
+        again = f"scumble train {folder / 'options.toml'} starts it anew"
+        text += f"\nstopped after step {done} of {plan.num_steps}; {again}"
     events.emit("done", step=done, epoch=epoch + 1, stopped=stopped, text=text)
+    if trouble:
+        raise Refused(f"{trouble} (what was learned before is in {path})")
     return Result(path, stopped)
 
 
@@ -234,9 +246,23 @@ def steps_of(
         epoch += 1
 
 
+def largest_batch(buckets: Sequence[Size], repeats: Sequence[int], batch: int) -> list[int]:
+    """Example indices of the batch that needs the most memory: most pixels in all."""
+    batches = epoch_batches(buckets, repeats, batch, seed=0, epoch=0)
+    return max(batches, key=lambda one: len(one) * buckets[one[0]].width * buckets[one[0]].height)
+
+
 @contextmanager
-def swapped(parameters: Sequence[torch.nn.Parameter], average: Sequence[torch.Tensor]) -> Generator[None]:
-    """Within the block the parameters hold their moving average (where one is kept)."""
+def finished_weights(
+    optimizer: AcceleratedOptimizer, parameters: Sequence[torch.nn.Parameter], average: Sequence[torch.Tensor]
+) -> Generator[None]:
+    """Within the block the parameters are those to look at and to keep: their moving average where one is kept.
+
+    A schedule-free optimiser trains at another point than the one that it finds; its `eval` goes there, `train` back.
+    """
+    switches = hasattr(optimizer.optimizer, "eval")
+    if switches:
+        optimizer.eval()
     live = [parameter.detach().clone() for parameter in parameters] if average else []
     for parameter, mean in zip(parameters, average, strict=False):
         parameter.data.copy_(mean)
@@ -245,3 +271,5 @@ def swapped(parameters: Sequence[torch.nn.Parameter], average: Sequence[torch.Te
     finally:
         for parameter, value in zip(parameters, live, strict=False):
             parameter.data.copy_(value)
+        if switches:
+            optimizer.train()
