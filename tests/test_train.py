@@ -1,11 +1,16 @@
 """The recipe from end to end, on the embedded base."""
 
 import json
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from tiny import tiny_base
 
@@ -13,14 +18,14 @@ from scumble.configs import files
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Objective, Options
 from scumble.datasets.folder import read_folder
-from scumble.datasets.images import Size, centre_crop, read_size
+from scumble.datasets.images import Size, centre_crop, cropped, read_size
 from scumble.datasets.order import epoch_batches
 from scumble.trainer import cli
 from scumble.trainer.adapters.files import read_adapter
 from scumble.trainer.events import Event
 from scumble.trainer.latents import encode_set
 from scumble.trainer.lora import Part, attach
-from scumble.trainer.models import load, recognise
+from scumble.trainer.models import EMBEDDED, load, recognise
 from scumble.trainer.step import Look, Objectives, generator_for
 from scumble.trainer.train import steps_of, train
 
@@ -244,7 +249,6 @@ def test_steps_go_through_epochs_and_the_last_of_an_epoch_may_be_short():
             {"machine": {"device": "cpu", "precision": "fp16"}},
             "--precision fp16: the cpu device trains in bf16",
         ),
-        ({"optimization": {"optimizer": "lion"}}, '--optimizer lion needs lion_pytorch: pip install "scumble\\[optim'),
         ({"machine": {"attention": "xformers"}}, "--attention xformers: not installed"),
         ({"model": {"base": "model.ckpt"}}, "a pickle can run any program"),
         ({"model": {"base": "none.safetensors"}}, "--base none.safetensors: no such file"),
@@ -262,3 +266,121 @@ def test_the_command_trains_and_says_where_the_adapter_is(tmp_path: Path, capsys
     ])  # fmt: skip
     out = capsys.readouterr().out.replace("\n", "")
     assert "20 pictures" in out and "trainable parameters" in out and "it.safetensors" in out
+
+
+def test_steps_are_those_of_peft_and_torchs_adamw(tmp_path: Path):
+    wanted = {"steps": 5, "schedule": "constant", "warm_up": 0.0, "rate": 2e-3, "text_rate": 1e-3, "clip": 0.05}
+    output = {"preview_every": 0, "save_dtype": "fp32", "seed": 4}
+    run = ran(tmp_path, data={"caption_dropout": 0.0}, optimization=wanted, output=output)
+    ours, _ = read_adapter(run.folder / "clay.safetensors")
+
+    pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED)
+    unet, encoder, scheduler = pipeline.unet, pipeline.text_encoder, pipeline.scheduler
+    unet.requires_grad_(False), encoder.requires_grad_(False), pipeline.vae.requires_grad_(False)
+    texts = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+    inject_adapter_in_model(LoraConfig(r=16, lora_alpha=16, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), unet)
+    inject_adapter_in_model(LoraConfig(r=8, lora_alpha=8, target_modules=texts), encoder)
+    stems: dict[str, torch.nn.Parameter] = {}
+    for prefix, component in (("lora_unet_", unet), ("lora_te_text_model_", encoder)):
+        for name, parameter in component.named_parameters():
+            if "lora_" in name:
+                path, _, which = name.partition(".lora_")
+                stem = prefix + path.removeprefix("text_model.").replace(".", "_")
+                stems[f"{stem}.lora_{'down' if which[0] == 'A' else 'up'}.weight"] = parameter
+    initial = ran(tmp_path / "start", optimization={"steps": 1, "rate": 1e-30, "text_rate": 1e-30}, output=output)
+    start, _ = read_adapter(initial.folder / "clay.safetensors")
+    for name, parameter in stems.items():
+        parameter.data.copy_(start[name])
+        parameter.requires_grad_(True)
+    groups = [{"params": [p for name, p in stems.items() if name.startswith(prefix)], "lr": rate}
+              for prefix, rate in (("lora_unet", 2e-3), ("lora_te", 1e-3))]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    examples = read_folder(SAMPLES)
+    posteriors = []
+    for example in examples:
+        picture = cropped(example.image, centre_crop(read_size(example.image), Size(64, 64)))[None]
+        posteriors.append(pipeline.vae.encode(picture).latent_dist)
+    losses = []
+    for step, batch in enumerate(epoch_batches([0] * 20, [1] * 20, 4, 4, 0)[:5]):
+        clean, noise, timesteps = [], [], []
+        for slot, index in enumerate(batch):
+            generator = generator_for(4, step, slot)
+            posterior, eps = torch.randn(2, 4, 16, 16, generator=generator)
+            clean.append((posteriors[index].mean + posteriors[index].std * posterior)[0])
+            noise.append(eps)
+            timesteps.append(torch.randint(0, 1000, (), generator=generator))
+        t, eps = torch.stack(timesteps), torch.stack(noise)
+        noisy = scheduler.add_noise(torch.stack(clean) * pipeline.vae.config["scaling_factor"], eps, t)
+        window = pipeline.tokenizer.model_max_length
+        ids = pipeline.tokenizer(
+            [examples[index].caption for index in batch], padding="max_length", max_length=window, return_tensors="pt"
+        ).input_ids
+        prediction = unet(noisy, t, encoder(ids)[0]).sample
+        abar = scheduler.alphas_cumprod[t]
+        loss = ((prediction - eps).pow(2).mean((1, 2, 3)) * (5 * (1 - abar) / abar).clamp(max=1)).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(stems.values()), 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert run.losses == pytest.approx(losses, rel=1e-4)
+    assert stems.keys() == {name for name in ours if not name.endswith(".alpha")}
+    for name, parameter in stems.items():  # Adam moves an element by its rate a step, whatever the gradient's size
+        close = (ours[name] - parameter.detach()).abs() < 2e-5
+        assert float(close.float().mean()) > 0.99, name
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path):
+    command = [
+        sys.executable, "-m", "scumble.trainer.cli", "train", str(SAMPLES), "--steps", "5000", "--preview-every", "0",
+        "--save-every", "0", "--runs", str(tmp_path), "--name", "cut", "--json",
+    ]  # fmt: skip
+    events: list[Event] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for line in process.stdout:
+            events.append(json.loads(line))
+            if events[-1].get("step") == 3:
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+    done = events[-1]
+    assert done["kind"] == "done" and done["stopped"] and 3 <= done["step"] < 5000
+    assert f"stopped after step {done['step']} of 5000" in done["text"] and "options.toml" in done["text"]
+    _, metadata = read_adapter(tmp_path / "cut" / "cut.safetensors")
+    assert metadata["ss_steps"] == str(done["step"])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_finite(tmp_path: Path):
+    wanted = {"steps": 50, "rate": 100.0, "text_rate": 100.0, "schedule": "constant", "warm_up": 0.0}
+    with pytest.raises(Refused, match=r"step \d+: the loss is not finite; try a lower --rate.*clay\.safetensors"):
+        ran(tmp_path, optimization=wanted, output={"preview_every": 0})
+    tensors, _ = read_adapter(tmp_path / "runs/clay/clay.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "lion", "prodigy", "schedule_free"])
+def test_every_optimiser_of_the_extra_trains_and_saves_the_weights_that_it_found(optimizer: str, tmp_path: Path):
+    run = ran(tmp_path, optimization={"optimizer": optimizer, "steps": 8}, output={"preview_every": 4})
+    assert len(run.losses) == 8
+    tensors, metadata = read_adapter(run.folder / "clay.safetensors")
+    assert metadata["ss_optimizer"] == optimizer
+    assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if name.endswith("lora_up.weight"))
+    why = " ".join(run.of("plan")[0]["why"])
+    assert {"prodigy": "1 times what it finds", "schedule_free": "constant rate"}.get(optimizer, "cosine rate") in why
+
+
+def test_dropout_is_drawn_from_the_step_so_that_previews_leave_it_alone(tmp_path: Path):
+    network = {"dropout": 0.3}
+    with_previews = ran(tmp_path / "a", network=network, optimization={"steps": 4}, output={"preview_every": 1})
+    without = ran(tmp_path / "b", network=network, optimization={"steps": 4}, output={"preview_every": 0})
+    assert with_previews.losses == without.losses
+    plain = ran(tmp_path / "c", optimization={"steps": 4}, output={"preview_every": 0})
+    assert plain.losses[0] == without.losses[0] and plain.losses[3] != without.losses[3]  # up = 0 hides the first
+
+
+def test_the_plan_is_followed_by_a_measured_pass(run: Run):
+    (measured,) = run.of("measured")
+    assert measured["seconds"] > 0 and measured["memory_mb"] > 0 and measured["checkpointing"] is False
+    assert "7 steps in about" in measured["text"]
+    kinds = [event["kind"] for event in run.events]
+    assert kinds.index("plan") < kinds.index("measured") < kinds.index("step")

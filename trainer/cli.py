@@ -1,5 +1,6 @@
 """The command line. Nothing slow is imported before a command needs it, so that `scumble --help` answers at once."""
 
+import logging
 import os
 import sys
 from importlib.metadata import version
@@ -92,6 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command; what a person can mend is one line on stderr and exit code 2 (or the refusal's own)."""
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")  # read when the library is imported
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of what is no trouble here
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except Refused as error:

@@ -250,7 +250,7 @@ def tensor_shapes(path: Path) -> dict[str, list[int]]:
                 raise ValueError("the header is longer than the file")
             header = json.loads(file.read(length))
             return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-        except (struct.error, ValueError, KeyError, TypeError) as error:
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Refused(f"{path}: not a safetensors file ({error})") from None
 
 

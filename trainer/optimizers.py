@@ -74,7 +74,10 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimiser over groups of (peak learning rate, parameters); each group keeps its peak as `peak`."""
     groups = [{"params": params, "lr": rate, "peak": rate} for rate, params in parameters]
-    return KINDS[name].make(_package(name), groups, weight_decay)
+    optimizer = KINDS[name].make(_package(name), groups, weight_decay)
+    if train := getattr(optimizer, "train", None):  # schedule-free has two points, and must be told which
+        train()
+    return optimizer
 
 
 def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:

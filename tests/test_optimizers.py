@@ -1,0 +1,61 @@
+"""Optimisers: each moves a LoRA from its zero start, keeps its groups' rates, and is refused by name when absent."""
+
+import sys
+
+import pytest
+import torch
+
+from scumble.configs.errors import Refused
+from scumble.trainer.optimizers import KINDS, check_optimizer, make_optimizer, set_rate
+
+RATES = {"prodigy": 1.0}
+
+
+def fitted(name: str, steps: int = 150) -> tuple[float, float, torch.optim.Optimizer]:
+    """Fit up @ down (rank 4, up = 0 as in LoRA) to a matrix; loss before and after."""
+    generator = torch.Generator().manual_seed(0)
+    wanted = torch.randn(96, 4, generator=generator) @ torch.randn(4, 64, generator=generator) / 2
+    down = torch.nn.Parameter(torch.randn(4, 64, generator=generator) / 8)
+    up = torch.nn.Parameter(torch.zeros(96, 4))
+    rate = RATES.get(name, 1e-2)
+    optimizer = make_optimizer(name, [(rate, [down]), (rate, [up])], 0.0)
+    losses = []
+    for step in range(steps):
+        set_rate(optimizer, min(1.0, (step + 1) / 10))
+        loss = (up @ down - wanted).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses[0], losses[-1], optimizer
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_optimiser_learns_a_low_rank_matrix_from_the_zero_start(name: str):
+    before, after, _ = fitted(name)
+    assert after < 0.5 * before
+
+
+def test_rates_are_shares_of_each_groups_peak():
+    groups = [(1e-3, [torch.nn.Parameter(torch.ones(2))]), (5e-4, [torch.nn.Parameter(torch.ones(2))])]
+    optimizer = make_optimizer("adamw", groups, 0.01)
+    set_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 2.5e-4]
+    assert optimizer.param_groups[0]["weight_decay"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("adamw8bit", "bitsandbytes"),
+        ("lion", "lion_pytorch"),
+        ("prodigy", "prodigyopt"),
+        ("schedule_free", "schedulefree"),
+    ],
+)
+def test_an_optimiser_that_is_not_installed_is_refused_with_the_command(
+    name: str, package: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, package, None)  # what Python does where a package cannot be imported
+    with pytest.raises(Refused, match=rf'--optimizer {name} needs {package}: pip install "scumble\[optimizers\]"'):
+        check_optimizer(name)
