@@ -1,5 +1,6 @@
 """The recipe: options in, adapter out, events on the way. Read it from top to bottom."""
 
+import math
 import time
 from collections.abc import Generator, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -160,11 +161,13 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
                 loss = objectives.losses(looks).sum() / num_looks
             accelerator.backward(loss)
             total += loss.detach()
-        if not torch.isfinite(total):
-            trouble = f"step {step + 1}: the loss is not finite; try a lower --rate, or --precision fp32"
+        norm = accelerator.clip_grad_norm_(parameters, wanted.clip or math.inf)
+        scaled = accelerator.scaler is not None  # fp16: the scaler leaves out a step whose gradient overflows
+        broken = "" if torch.isfinite(total) else "loss"
+        if broken or not (scaled or torch.isfinite(norm)):
+            trouble = f"step {step + 1}: the {broken or 'gradient'} is not finite"
+            trouble += "; try a lower --rate, or --precision fp32"
             break
-        if wanted.clip:
-            accelerator.clip_grad_norm_(parameters, wanted.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for mean, parameter in zip(average, parameters, strict=False):
