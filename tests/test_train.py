@@ -4,9 +4,10 @@ import json
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
@@ -386,3 +387,52 @@ def test_the_plan_is_followed_by_a_measured_pass(run: Run):
     assert "7 steps in about" in measured["text"]
     kinds = [event["kind"] for event in run.events]
     assert kinds.index("plan") < kinds.index("measured") < kinds.index("step")
+
+
+def test_the_last_preview_is_what_stock_diffusers_paints_from_the_exported_file(run: Run):
+    stock = StableDiffusionPipeline.from_pretrained(EMBEDDED)
+    stock.set_progress_bar_config(disable=True)
+    stock.load_lora_weights(str(run.folder / "clay.safetensors"))
+    for index, event in enumerate(run.of("preview")[-2:]):
+        expected = stock(
+            event["prompt"], num_inference_steps=2, guidance_scale=5.0,
+            generator=torch.Generator().manual_seed(event["seed"]),
+        ).images[0]  # fmt: skip
+        painted = Image.open(run.folder / event["file"])
+        difference = np.abs(np.asarray(painted, dtype=int) - np.asarray(expected, dtype=int))
+        assert difference.max() <= 3, index  # the file holds fp16
+
+
+def test_the_moving_average_is_what_is_saved_and_training_goes_on_from_the_live_weights(tmp_path: Path):
+    optimization, output = {"steps": 4, "schedule": "constant"}, {"preview_every": 2, "save_dtype": "fp32"}
+    live = ran(tmp_path / "a", optimization=optimization, output=output | {"save_every": 1})
+    averaged = ran(tmp_path / "b", optimization=optimization | {"ema": 0.5}, output=output)
+    assert averaged.losses == live.losses
+    states = [read_adapter(path)[0] for path in sorted((live.folder / "checkpoints").glob("*.safetensors"))]
+    states.append(read_adapter(live.folder / "clay.safetensors")[0])
+    saved, _ = read_adapter(averaged.folder / "clay.safetensors")
+    for name in (name for name in saved if name.endswith("lora_up.weight")):
+        mean = torch.zeros_like(saved[name])  # up starts at 0
+        for state in states:
+            mean = 0.5 * mean + 0.5 * state[name]
+        torch.testing.assert_close(saved[name], mean, rtol=1e-5, atol=1e-8)
+
+
+def test_weights_of_regularisation_pictures_and_mirroring_reach_the_loss():
+    base = load(Model(), recognise(Model()), CPU, torch.float32)
+    examples = [replace(example, prior=index == 1) for index, example in enumerate(read_folder(SAMPLES)[:2])]
+    crops = [centre_crop(read_size(example.image), Size(64, 64)) for example in examples]
+    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)], mirror=True)
+    looks = [Look(0, 0, 0), Look(1, 0, 1)]
+
+    def losses(**changes: object) -> list[float]:
+        data = Options().data.model_copy(update={"caption_dropout": 0.0} | changes)
+        objectives = Objectives(base, examples, crops, latents, data, Objective(), seed=1, text_is_trained=False)
+        with torch.no_grad():
+            return objectives.losses(looks).tolist()
+
+    plain, weighted = losses(), losses(prior_weight=0.25)
+    assert weighted == pytest.approx([plain[0], 0.25 * plain[1]])
+    for mean, example, crop in zip(latents.mean, examples, crops, strict=True):
+        mirrored = base.vae.encode(cropped(example.image, crop).flip(-1)[None]).latent_dist.mean[0]
+        torch.testing.assert_close(mean[1], mirrored, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,51 @@
+"""All that needs a CUDA device, in one command: `pytest -m gpu`. Skipped, with the reason, where there is none."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import ran
+
+from scumble.configs.errors import Refused
+from scumble.trainer.adapters.files import read_adapter
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def on_cuda(folder: Path, precision: str, checkpointing: bool | str = "auto") -> list[float]:
+    machine = {"device": "cuda", "precision": precision, "checkpointing": checkpointing}
+    run = ran(folder, machine=machine, optimization={"steps": 20}, output={"preview_every": 10})
+    tensors, _ = read_adapter(run.folder / "clay.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if name.endswith("lora_up.weight"))
+    return run.losses
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "auto"])
+def test_every_precision_trains_like_the_cpu_does(precision: str, tmp_path: Path):
+    cpu = ran(tmp_path / "cpu", optimization={"steps": 20}, output={"preview_every": 0}).losses
+    cuda = on_cuda(tmp_path / "cuda", precision)
+    assert sum(cuda) == pytest.approx(sum(cpu), rel=0.01 if precision == "fp32" else 0.05)
+
+
+def test_recomputed_activations_change_nothing(tmp_path: Path):
+    plain = on_cuda(tmp_path / "a", "fp32", checkpointing=False)
+    again = on_cuda(tmp_path / "b", "fp32", checkpointing=True)
+    assert again == pytest.approx(plain, rel=1e-3)
+
+
+def test_a_pass_that_does_not_fit_recomputes_or_is_refused(tmp_path: Path):
+    _, total = torch.cuda.mem_get_info()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 512 * 2**20 / total))
+    try:
+        with pytest.raises(Refused, match=r"does not fit into the memory of the cuda device: .* lower --batch"):
+            ran(tmp_path, machine={"device": "cuda"}, data={"resolution": 1024}, optimization={"steps": 1, "batch": 16})
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_two_runs_on_one_device_have_the_same_losses(tmp_path: Path):
+    assert on_cuda(tmp_path / "a", "bf16") == pytest.approx(on_cuda(tmp_path / "b", "bf16"), rel=1e-3)
