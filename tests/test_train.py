@@ -250,6 +250,14 @@ def test_steps_go_through_epochs_and_the_last_of_an_epoch_may_be_short():
             {"machine": {"device": "cpu", "precision": "fp16"}},
             "--precision fp16: the cpu device trains in bf16",
         ),
+        (
+            {"objective": {"min_timestep": 900, "max_timestep": 100}},
+            "--min-timestep 900: above --max-timestep 100, so no timestep is left",
+        ),
+        (
+            {"optimization": {"optimizer": "prodigy", "rate": 0.5, "text_rate": 1.0}},
+            "--text-rate 1: prodigy takes one rate for all parts",
+        ),
         ({"machine": {"attention": "xformers"}}, "--attention xformers: not installed"),
         ({"model": {"base": "model.ckpt"}}, "a pickle can run any program"),
         ({"model": {"base": "none.safetensors"}}, "--base none.safetensors: no such file"),
@@ -259,6 +267,13 @@ def test_what_cannot_work_is_refused_before_a_weight_is_loaded(tables: dict, lin
     with pytest.raises(Refused, match=line):
         ran(tmp_path, **tables)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_a_weight_is_loaded(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(Refused, match=r"--runs .*file: .* cannot be made \(Not a directory\)") as error:
+        ran(tmp_path, output={"runs": str(tmp_path / "file")})
+    assert error.value.exit_code == 73
 
 
 def test_the_command_trains_and_says_where_the_adapter_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -47,7 +47,11 @@ def train(
     from .events import Terminal, json_reader
     from .train import train as run
 
-    result = run(resolved, [json_reader if json else Terminal()], dry_run)
+    if json:
+        result = run(resolved, [json_reader], dry_run)
+    else:
+        with Terminal() as terminal:
+            result = run(resolved, [terminal], dry_run)
     if result and result.stopped:
         raise SystemExit(130)
 

@@ -67,7 +67,14 @@ class Terminal:
             transient=not sys.stdout.isatty(),
             disable=not sys.stdout.isatty(),
         )
+        self.encoding: Any = None
         self.task: Any = None
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *trouble: object) -> None:
+        self.progress.stop()
 
     def __call__(self, event: Event) -> None:
         shown = getattr(self, f"_{event['kind']}", None)
@@ -75,9 +82,17 @@ class Terminal:
             shown(event)
 
     def _note(self, event: Event) -> None:
-        self.console.print(event["text"], soft_wrap=True)
+        self.progress.console.print(event["text"], soft_wrap=True)
 
     _measured = _note
+
+    def _encoded(self, event: Event) -> None:
+        if self.encoding is None:
+            self.progress.start()
+            self.encoding = self.progress.add_task("encoding pictures", total=event["total"], shown="")
+        self.progress.update(self.encoding, completed=event["done"])
+        if event["done"] == event["total"]:
+            self.progress.remove_task(self.encoding)
 
     def _plan(self, event: Event) -> None:
         for reason in event["why"]:

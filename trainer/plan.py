@@ -91,6 +91,9 @@ def make_plan(options: Options, source: Source, batches_per_epoch: int, num_pict
     parts = parts_of(options, source)
     steps_per_epoch = ceil(batches_per_epoch / wanted.accumulate)
     reasons = [_reason_for_parts(parts, options)]
+    low, high = options.objective.min_timestep, options.objective.max_timestep
+    if low > high:
+        raise Refused(f"--min-timestep {low}: above --max-timestep {high}, so no timestep is left to train")
     if wanted.steps != "auto" and wanted.epochs != "auto":
         raise Refused(f"--steps {wanted.steps} and --epochs {wanted.epochs}: give one of them")
     if wanted.steps != "auto":

@@ -66,6 +66,8 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
     wanted = options.optimization
     accelerator, dtype = make_accelerator(options.machine)
     device = accelerator.device
+    if not dry_run:
+        make_folder(folder)
     events = Events(readers if dry_run else [*readers, file_reader(folder / "events.jsonl")])
     found = f"{len(captions)} pictures in {len(set(buckets))} buckets ({', '.join(map(str, dict.fromkeys(buckets)))})"
     why = [f"{found} for {source.label}, {str(dtype).removeprefix('torch.')} on {device}", *plan.reasons]
@@ -78,8 +80,10 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
 
     # 3. Load the base, encode every picture once, put the adapter on.
     base = load(options.model, source, device, dtype)
-    events.emit("note", text=f"  encoding {len(examples)} pictures")
-    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)], options.data.flip)
+    latents = encode_set(
+        base, [(e.image, c) for e, c in zip(examples, crops, strict=True)], options.data.flip,
+        tell=lambda done: events.emit("encoded", done=done, total=len(examples)),
+    )  # fmt: skip
     trained = attach(base, options.network, plan.parts, options.output.seed)
     if options.machine.attention == "xformers":
         base.unet.enable_xformers_memory_efficient_attention()
@@ -232,6 +236,15 @@ def run_folder(options: Options) -> tuple[Path, str]:
         number += 1
         name = f"{wanted}-{number}"
     return Path(options.output.runs) / name, name
+
+
+def make_folder(folder: Path) -> None:
+    """Raises `Refused` (73) where the run's folder cannot be made or written."""
+    try:
+        folder.mkdir(parents=True)
+        (folder / "events.jsonl").touch()
+    except OSError as error:
+        raise Refused(f"--runs {folder.parent}: {folder} cannot be made ({error.strerror})", 73) from None
 
 
 def steps_of(
