@@ -7,7 +7,7 @@ import torch
 from test_train import ran
 
 from scumble.configs.errors import Refused
-from scumble.trainer.adapters.files import read_adapter
+from scumble.trainer.adapters.files import read_tensors
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,7 +18,7 @@ pytestmark = [
 def on_cuda(folder: Path, precision: str, checkpointing: bool | str = "auto") -> list[float]:
     machine = {"device": "cuda", "precision": precision, "checkpointing": checkpointing}
     run = ran(folder, machine=machine, optimization={"steps": 20}, output={"preview_every": 10})
-    tensors, _ = read_adapter(run.folder / "clay.safetensors")
+    tensors, _ = read_tensors(run.folder / "clay.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if name.endswith("lora_up.weight"))
     return run.losses

@@ -13,7 +13,7 @@ from tiny import CONFIGS, tiny_base
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Network
-from scumble.trainer.adapters.files import read_adapter, write_adapter
+from scumble.trainer.adapters.files import read_tensors, write_adapter
 from scumble.trainer.adapters.keys import sgm_path, text_key, unet_key
 from scumble.trainer.export import export, tensors_of
 from scumble.trainer.lora import CONVS, FULL, Part, Trained, attach, num_parameters
@@ -188,7 +188,7 @@ def test_what_is_not_finite_is_never_written(tmp_path: Path):
 def test_the_file_carries_its_metadata_and_the_hash_of_its_tensors(tmp_path: Path):
     path = tmp_path / "x.safetensors"
     write_adapter({"a": torch.ones(2)}, {"ss_output_name": "x"}, path)
-    tensors, metadata = read_adapter(path)
+    tensors, metadata = read_tensors(path)
     assert metadata["ss_output_name"] == "x" and torch.equal(tensors["a"], torch.ones(2))
     import hashlib
 

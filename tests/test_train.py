@@ -22,7 +22,7 @@ from scumble.datasets.folder import read_folder
 from scumble.datasets.images import Size, centre_crop, cropped, read_size
 from scumble.datasets.order import epoch_batches
 from scumble.trainer import cli
-from scumble.trainer.adapters.files import read_adapter
+from scumble.trainer.adapters.files import read_tensors
 from scumble.trainer.events import Event
 from scumble.trainer.latents import encode_set
 from scumble.trainer.lora import Part, attach
@@ -145,7 +145,7 @@ def test_accumulated_small_batches_are_one_large_batch(tmp_path: Path):
     large = ran(tmp_path / "a", optimization={"steps": 1, "batch": 20}, output=output)
     small = ran(tmp_path / "b", optimization={"steps": 1, "batch": 10, "accumulate": 2}, output=output)
     assert small.losses == pytest.approx(large.losses, rel=1e-5)
-    (one, _), (two, _) = (read_adapter(run.folder / "clay.safetensors") for run in (large, small))
+    (one, _), (two, _) = (read_tensors(run.folder / "clay.safetensors") for run in (large, small))
     ups = [name for name in one if name.endswith("lora_up.weight")]
     assert any(one[name].abs().max() > 0 for name in ups)
     # Adam's first step is the sign of the gradient: only where that is about 0 may two sums of it differ
@@ -288,7 +288,7 @@ def test_steps_are_those_of_peft_and_torchs_adamw(tmp_path: Path):
     wanted = {"steps": 5, "schedule": "constant", "warm_up": 0.0, "rate": 2e-3, "text_rate": 1e-3, "clip": 0.05}
     output = {"preview_every": 0, "save_dtype": "fp32", "seed": 4}
     run = ran(tmp_path, data={"caption_dropout": 0.0}, optimization=wanted, output=output)
-    ours, _ = read_adapter(run.folder / "clay.safetensors")
+    ours, _ = read_tensors(run.folder / "clay.safetensors")
 
     pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED)
     unet, encoder, scheduler = pipeline.unet, pipeline.text_encoder, pipeline.scheduler
@@ -304,7 +304,7 @@ def test_steps_are_those_of_peft_and_torchs_adamw(tmp_path: Path):
                 stem = prefix + path.removeprefix("text_model.").replace(".", "_")
                 stems[f"{stem}.lora_{'down' if which[0] == 'A' else 'up'}.weight"] = parameter
     initial = ran(tmp_path / "start", optimization={"steps": 1, "rate": 1e-30, "text_rate": 1e-30}, output=output)
-    start, _ = read_adapter(initial.folder / "clay.safetensors")
+    start, _ = read_tensors(initial.folder / "clay.safetensors")
     for name, parameter in stems.items():
         parameter.data.copy_(start[name])
         parameter.requires_grad_(True)
@@ -362,7 +362,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path):
     done = events[-1]
     assert done["kind"] == "done" and done["stopped"] and 3 <= done["step"] < 5000
     assert f"stopped after step {done['step']} of 5000" in done["text"] and "options.toml" in done["text"]
-    _, metadata = read_adapter(tmp_path / "cut" / "cut.safetensors")
+    _, metadata = read_tensors(tmp_path / "cut" / "cut.safetensors")
     assert metadata["ss_steps"] == str(done["step"])
 
 
@@ -372,7 +372,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_finite(tmp_pa
         Refused, match=r"step \d+: the (loss|gradient) is not finite; try a lower --rate.*clay\.safetensors"
     ):
         ran(tmp_path, optimization=wanted, output={"preview_every": 0})
-    tensors, _ = read_adapter(tmp_path / "runs/clay/clay.safetensors")
+    tensors, _ = read_tensors(tmp_path / "runs/clay/clay.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
@@ -380,7 +380,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_finite(tmp_pa
 def test_every_optimiser_of_the_extra_trains_and_saves_the_weights_that_it_found(optimizer: str, tmp_path: Path):
     run = ran(tmp_path, optimization={"optimizer": optimizer, "steps": 8}, output={"preview_every": 4})
     assert len(run.losses) == 8
-    tensors, metadata = read_adapter(run.folder / "clay.safetensors")
+    tensors, metadata = read_tensors(run.folder / "clay.safetensors")
     assert metadata["ss_optimizer"] == optimizer
     assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if name.endswith("lora_up.weight"))
     why = " ".join(run.of("plan")[0]["why"])
@@ -423,9 +423,9 @@ def test_the_moving_average_is_what_is_saved_and_training_goes_on_from_the_live_
     live = ran(tmp_path / "a", optimization=optimization, output=output | {"save_every": 1})
     averaged = ran(tmp_path / "b", optimization=optimization | {"ema": 0.5}, output=output)
     assert averaged.losses == live.losses
-    states = [read_adapter(path)[0] for path in sorted((live.folder / "checkpoints").glob("*.safetensors"))]
-    states.append(read_adapter(live.folder / "clay.safetensors")[0])
-    saved, _ = read_adapter(averaged.folder / "clay.safetensors")
+    states = [read_tensors(path)[0] for path in sorted((live.folder / "checkpoints").glob("*.safetensors"))]
+    states.append(read_tensors(live.folder / "clay.safetensors")[0])
+    saved, _ = read_tensors(averaged.folder / "clay.safetensors")
     for name in (name for name in saved if name.endswith("lora_up.weight")):
         mean = torch.zeros_like(saved[name])  # up starts at 0
         for state in states:

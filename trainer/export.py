@@ -13,7 +13,7 @@ from scumble.configs.options import Options
 from scumble.datasets.folder import Example
 from scumble.datasets.images import Size
 
-from .adapters.files import read_adapter, write_adapter
+from .adapters.files import read_tensors, write_adapter
 from .lora import Part, Trained
 from .models import Base
 
@@ -58,7 +58,7 @@ def export(
     """Write the adapter, read the file back and compare it with the live one, tensor for tensor."""
     expected = tensors_of(trained, dtype)
     write_adapter(expected, metadata, path)
-    found, _ = read_adapter(path)
+    found, _ = read_tensors(path)
     differing = [name for name in expected if name not in found or not torch.equal(found[name], expected[name])]
     if differing or found.keys() != expected.keys():
         raise RuntimeError(f"{path} does not hold the adapter that was written: {differing[:3]}")

@@ -1,10 +1,13 @@
-"""Module paths <-> adapter keys: kohya's names, which ComfyUI, A1111, Forge, InvokeAI and diffusers all read.
+"""Module paths <-> adapter keys, in each dialect that is found in the wild; one grammar, no list of layers.
 
-`{prefix}_{path with . as _}.lora_down.weight`, `.lora_up.weight`, `.alpha`. SD 1 and 2 keep diffusers' block names;
-SDXL takes those of the original sgm code, because diffusers' lose modules in A1111.
+Ours: a component (unet, text, text2) and diffusers' path in it, text encoders without the leading `text_model.`.
+kohya's: `{prefix}_{path with . as _}.lora_down.weight`, `.lora_up.weight`, `.alpha`, which ComfyUI, A1111, Forge,
+InvokeAI and diffusers all read. SD 1 and 2 keep diffusers' block names; SDXL takes those of the original sgm code,
+because diffusers' lose modules in A1111. PEFT's: `{component}.{path}.lora_A.weight`, `.lora_B.weight`.
 """
 
 import re
+from dataclasses import dataclass
 
 RESNET_SUFFIXES = {
     "conv1": "in_layers.2",
@@ -12,10 +15,51 @@ RESNET_SUFFIXES = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
+COMPONENT_PREFIXES = {"unet": "unet", "text": "text_encoder", "text2": "text_encoder_2"}  # PEFT's, as diffusers saves
+
+# Every word of a module path, those with an underscore of their own first; longer ones before their beginnings.
+ATOMS = (
+    "down_blocks", "up_blocks", "mid_block", "input_blocks", "output_blocks", "middle_block", "transformer_blocks",
+    "time_embedding", "time_emb_proj", "time_embed", "add_embedding", "label_emb", "skip_connection", "conv_shortcut",
+    "conv_in", "conv_out", "in_layers", "out_layers", "emb_layers", "proj_in", "proj_out", "to_q", "to_k", "to_v",
+    "to_out", "linear_1", "linear_2", "text_model", "self_attn", "q_proj", "k_proj", "v_proj", "out_proj",
+    "text_projection", "attentions", "resnets", "downsamplers", "upsamplers", "attn1", "attn2", "ff", "net", "proj",
+    "conv1", "conv2", "conv", "op", "out", "encoder", "layers", "mlp", "fc1", "fc2",
+)  # fmt: skip
+ATOM = re.compile("|".join([*ATOMS, r"\d+"]))
+
+SLOTS = {
+    "lora_down.weight": "lora_down", "lora_up.weight": "lora_up", "lora_mid.weight": "lora_mid", "alpha": "alpha",
+    "dora_scale": "dora_scale", "diff": "diff", "diff_b": "diff_b",
+    "lora_A.weight": "lora_down", "lora_B.weight": "lora_up", "lora_magnitude_vector.weight": "dora_scale",
+    "lora_magnitude_vector": "dora_scale", "lora.down.weight": "lora_down", "lora.up.weight": "lora_up",
+    "lora_linear_layer.down.weight": "lora_down", "lora_linear_layer.up.weight": "lora_up",
+    **{f"hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+    **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+}  # fmt: skip
+SLOT = re.compile(r"^(?P<stem>.+?)\.(?P<slot>" + "|".join(map(re.escape, sorted(SLOTS, key=len, reverse=True))) + r")$")
+OLD_PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight$")  # diffusers before PEFT
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """A layer that an adapter can sit on: `component` is unet, text or text2, `path` is diffusers' within it."""
+
+    component: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Key:
+    """One tensor's name, understood: where it belongs, what it is there, and in which dialect it was written."""
+
+    place: Place
+    slot: str
+    dialect: str  # kohya or peft
 
 
 def unet_key(path: str, sgm: bool) -> str:
-    """Key stem of a UNet module at diffusers' `path`; `sgm` for SDXL."""
+    """kohya's key stem of a UNet module at diffusers' `path`; `sgm` for SDXL."""
     return "lora_unet_" + (sgm_path(path) if sgm else path).replace(".", "_")
 
 
@@ -24,8 +68,60 @@ def text_key(path: str, prefix: str) -> str:
     return f"{prefix}_text_model_" + path.removeprefix("text_model.").replace(".", "_")
 
 
+def kohya_stem(place: Place, family: str) -> str:
+    """kohya's key stem in a file for `family` sd1, sd2 or sdxl."""
+    if place.component == "unet":
+        return unet_key(place.path, sgm=family == "sdxl")
+    prefix = {"text": "lora_te1", "text2": "lora_te2"}[place.component] if family == "sdxl" else "lora_te"
+    return text_key(place.path, prefix)
+
+
+def peft_stem(place: Place) -> str:
+    """The stem that diffusers' `save_lora_weights` writes."""
+    inner = place.path if place.component == "unet" else f"text_model.{place.path}"
+    return f"{COMPONENT_PREFIXES[place.component]}.{inner}"
+
+
+def parse_key(name: str) -> Key | None:
+    """Understand a tensor's name in any dialect; None where it is no adapter's."""
+    name = OLD_PROCESSOR.sub(_modern, name).replace(".default.", ".")
+    found = SLOT.match(name)
+    if not found:
+        return None
+    stem, slot = found["stem"], SLOTS[found["slot"]]
+    for prefix, component in (
+        ("lora_unet_", "unet"),
+        ("lora_te1_", "text"),
+        ("lora_te2_", "text2"),
+        ("lora_te_", "text"),
+    ):
+        if stem.startswith(prefix):
+            path = unflattened(stem.removeprefix(prefix))
+            return None if path is None else _key(component, path, slot, "kohya")
+    stem = stem.removeprefix("base_model.model.")
+    component = next((ours for ours, theirs in COMPONENT_PREFIXES.items() if stem.startswith(theirs + ".")), None)
+    if component is None:  # a UNet alone, as PEFT itself saves it
+        known = stem.startswith(
+            ("down_blocks.", "mid_block.", "up_blocks.", "time_embedding.", "add_embedding.", "conv_")
+        )
+        return _key("unet", stem, slot, "peft") if known else None
+    return _key(component, stem.removeprefix(COMPONENT_PREFIXES[component] + "."), slot, "peft")
+
+
+def unflattened(flat: str) -> str | None:
+    """`down_blocks_0_attentions_1_proj_in` -> `down_blocks.0.attentions.1.proj_in`; None where a word is unknown."""
+    parts, position = [], 0
+    while position < len(flat):
+        found = ATOM.match(flat, position)
+        if not found or (found.end() < len(flat) and flat[found.end()] != "_"):
+            return None
+        parts.append(found[0])
+        position = found.end() + 1
+    return ".".join(parts)
+
+
 def sgm_path(path: str) -> str:
-    """SDXL's name in the sgm code of a UNet module at diffusers' `path`.
+    """The name in the sgm (LDM) code of a UNet module at diffusers' `path`, for two resnets a block.
 
     down_blocks.i.resnets.j -> input_blocks.{3i+j+1}.0, attentions.j -> input_blocks.{3i+j+1}.1, downsamplers ->
     input_blocks.{3(i+1)}.0.op, up_blocks.i.resnets.j -> output_blocks.{3i+j}.0, attentions.j ->
@@ -51,6 +147,43 @@ def sgm_path(path: str) -> str:
     return f"{place}.{int(kind == 'attentions')}.{_inside(kind, inner)}"
 
 
+def diffusers_path(path: str) -> str:
+    """The inverse of `sgm_path`; a path that is diffusers' already comes back unchanged."""
+    part, _, rest = path.partition(".")
+    if part == "time_embed":
+        return f"time_embedding.linear_{int(rest) // 2 + 1}"
+    if part == "label_emb":
+        return f"add_embedding.linear_{int(rest.removeprefix('0.')) // 2 + 1}"
+    if path in ("input_blocks.0.0", "out.2"):
+        return {"input_blocks.0.0": "conv_in", "out.2": "conv_out"}[path]
+    if part not in ("input_blocks", "output_blocks", "middle_block"):
+        return path
+    if part == "middle_block":
+        index, _, inner = rest.partition(".")
+        kind = "attentions.0" if index == "1" else f"resnets.{int(index) // 2}"
+        return f"mid_block.{kind}.{_outside(kind, inner)}"
+    block, index, inner = rest.split(".", 2)
+    number = int(block) - (part == "input_blocks")
+    i, j = divmod(number, 3)
+    if part == "input_blocks" and inner == "op":
+        return f"down_blocks.{i}.downsamplers.0.conv"
+    if part == "output_blocks" and inner == "conv":
+        return f"up_blocks.{i}.upsamplers.0.conv"
+    kind = "attentions" if index == "1" else "resnets"
+    side = "down_blocks" if part == "input_blocks" else "up_blocks"
+    return f"{side}.{i}.{kind}.{j}.{_outside(kind, inner)}"
+
+
+def _modern(found: re.Match[str]) -> str:
+    layer = "to_out.0" if found[1] == "to_out" else found[1]
+    return f".{layer}.lora_{'A' if found[2] == 'down' else 'B'}.weight"
+
+
+def _key(component: str, path: str, slot: str, dialect: str) -> Key:
+    path = diffusers_path(path) if component == "unet" else path.removeprefix("text_model.")
+    return Key(Place(component, path), slot, dialect)
+
+
 def _numbered(rest: str) -> tuple[int, str, int, str]:
     found = re.fullmatch(r"(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", rest)
     assert found, rest
@@ -59,3 +192,8 @@ def _numbered(rest: str) -> tuple[int, str, int, str]:
 
 def _inside(kind: str, inner: str) -> str:
     return RESNET_SUFFIXES[inner] if kind == "resnets" else inner
+
+
+def _outside(kind: str, inner: str) -> str:
+    ours = {theirs: name for name, theirs in RESNET_SUFFIXES.items()}
+    return ours[inner] if kind.startswith("resnets") else inner
