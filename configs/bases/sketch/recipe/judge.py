@@ -40,10 +40,12 @@ def publish(vae: AutoencoderKL, model: Denoiser, tokenizer_folder: Path, picture
         requires_safety_checker=False,
     )
     pipeline.to("cpu", torch.float16).save_pretrained(out)
-    config = (
-        out / "text_encoder" / "config.json"
-    )  # or transformers loads this part in fp16 and diffusers the rest in fp32
-    config.write_text(config.read_text().replace('"float16"', '"float32"'))
+    for config in out.glob("*/config.json"):
+        settings = json.loads(config.read_text())
+        settings.pop("_name_or_path", None)  # where the recipe kept it
+        if settings.get("dtype") == "float16":  # or transformers loads this part in fp16 and diffusers the rest in fp32
+            settings["dtype"] = "float32"
+        config.write_text(json.dumps(settings, indent=2) + "\n")
     for name in ("vocab.json", "merges.txt"):
         (out / "tokenizer" / name).write_bytes((tokenizer_folder / name).read_bytes())
     vae.float(), model.float()
