@@ -116,7 +116,7 @@ class Terminal:
 
     def _preview(self, event: Event) -> None:
         if event["prompt_index"] == 0:
-            self.progress.console.print(f"  previews of epoch {event['epoch']}: {event['grid']}")
+            self.progress.console.print(f"  previews, {event['label']}: {event['grid']}")
 
     def _done(self, event: Event) -> None:
         self.progress.stop()

@@ -108,7 +108,7 @@ class Gallery:
             file = self.folder / f"step{step:06}-{index:02}.png"
             write_picture(picture, file, settings_of(shot, self.sampler, self.base.source.name))
             self.events.emit(
-                "preview", step=step, epoch=epoch, prompt_index=index, prompt=shot.prompt, seed=shot.seed,
+                "preview", step=step, epoch=epoch, label=label, prompt_index=index, prompt=shot.prompt, seed=shot.seed,
                 width=picture.width, height=picture.height, file=f"{self.folder.name}/{file.name}", grid=str(sheet),
             )  # fmt: skip
 

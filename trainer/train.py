@@ -69,7 +69,8 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
     if not dry_run:
         make_folder(folder)
     events = Events(readers if dry_run else [*readers, file_reader(folder / "events.jsonl")])
-    found = f"{len(captions)} pictures in {len(set(buckets))} buckets ({', '.join(map(str, dict.fromkeys(buckets)))})"
+    shapes = ", ".join(map(str, dict.fromkeys(buckets)))
+    found = f"{len(captions)} pictures in {len(set(buckets))} bucket{'s' * (len(set(buckets)) > 1)} ({shapes})"
     why = [f"{found} for {source.label}, {str(dtype).removeprefix('torch.')} on {device}", *plan.reasons]
     if source.name == "sketch":
         why.append("sketch is the embedded base, for demonstration and tests; name a real one with --base")
@@ -141,7 +142,7 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
         checkpointing=measured.checkpointing,
         text=f"  a step takes {measured.seconds * wanted.accumulate:.2f} s and {measured.memory_mb:,} MB"
         + (", activations recomputed" if measured.checkpointing else "")
-        + f": {plan.num_steps} steps in about {duration(expected_s)}, previews apart",
+        + f": {plan.num_steps} steps in about {duration(expected_s)} without previews",
     )  # fmt: skip
 
     # 6. The loop: looks at pictures, one update a step; previews and files on the way.
