@@ -17,6 +17,9 @@ from .models import Base
 from .text import Conditioning, encode, size_numbers
 
 
+MAX_ENCODINGS = 512  # for SDXL 0.3 MB each
+
+
 @dataclass(frozen=True)
 class Look:
     """One example in one step. `slot` numbers the examples of a step over all its forward passes."""
@@ -108,13 +111,18 @@ class Objectives:
     def _conditioning(self, captions: Sequence[str]) -> Conditioning:
         if self.text_is_trained:
             return encode(self.base, captions)
-        with torch.no_grad():
-            for caption in dict.fromkeys(captions):
-                if caption not in self.encodings:
-                    self.encodings[caption] = encode(self.base, [caption])
-        kept = [self.encodings[caption] for caption in captions]
+        kept = [self._encoding(caption) for caption in captions]
         pooled = [one.pooled for one in kept if one.pooled is not None]
         return Conditioning(torch.cat([one.hidden for one in kept]), torch.cat(pooled) if pooled else None)
+
+    def _encoding(self, caption: str) -> Conditioning:
+        """Of a frozen text encoder; the latest are kept, which are all of them unless tags are shuffled."""
+        if caption not in self.encodings:
+            if len(self.encodings) >= MAX_ENCODINGS:
+                del self.encodings[next(iter(self.encodings))]
+            with torch.no_grad():
+                self.encodings[caption] = encode(self.base, [caption])
+        return self.encodings[caption]
 
     def _example_weights(self, looks: Sequence[Look]) -> torch.Tensor:
         weights = [self.data.prior_weight if self.examples[look.index].prior else 1.0 for look in looks]
