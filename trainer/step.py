@@ -16,7 +16,6 @@ from .latents import Latents
 from .models import Base
 from .text import Conditioning, encode, size_numbers
 
-
 MAX_ENCODINGS = 512  # for SDXL 0.3 MB each
 
 
