@@ -31,7 +31,8 @@ def shaken(trained: list[Trained]) -> None:
     """Give every up matrix values, so that the adapter shows."""
     generator = torch.Generator().manual_seed(1)
     for module in trained:
-        module.up.data = 0.3 * torch.randn(module.up.shape, generator=generator)
+        up = module.tensors["lora_up"]
+        up.data = 0.3 * torch.randn(up.shape, generator=generator)
 
 
 def parts_of(base: Base, conv_rank: int = 0) -> list[Part]:
@@ -142,7 +143,7 @@ def test_the_same_seed_gives_the_same_adapter_and_leaves_other_randomness_alone(
     for turn in range(2):
         base = loaded("sd1", tmp_path / str(turn))
         torch.manual_seed(5)
-        downs.append(attach(base, Network(), [Part("unet", 4, 4.0)], seed=9)[0].down.clone())
+        downs.append(attach(base, Network(), [Part("unet", 4, 4.0)], seed=9)[0].tensors["lora_down"].clone())
         torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
     assert torch.equal(*downs)
 
@@ -165,7 +166,7 @@ def test_one_alpha_stands_for_a_component_and_the_product_is_the_live_one(tmp_pa
     for module in trained:
         up, down = (tensors[f"{module.key}.lora_{which}.weight"].flatten(1) for which in ("up", "down"))
         scale = float(tensors[f"{module.key}.alpha"]) / down.shape[0]
-        live = module.scale * module.up.flatten(1) @ module.down.flatten(1)
+        live = module.scale * module.tensors["lora_up"].flatten(1) @ module.tensors["lora_down"].flatten(1)
         torch.testing.assert_close(scale * up @ down, live, rtol=1e-5, atol=1e-6)
 
 

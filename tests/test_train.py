@@ -174,10 +174,12 @@ def test_our_loss_is_that_of_a_plain_loop_over_diffusers_and_peft():
     looks = [Look(index, step=11, slot=index) for index in range(4)]
     losses = objectives.losses(looks)
     losses.mean().backward()
-    ours = [module.up.grad.clone() for module in trained if module.up.grad is not None]
+    ups = [module.tensors["lora_up"] for module in trained]
+    ours = [up.grad.clone() for up in ups if up.grad is not None]
 
     for module in trained:
-        module.up.grad = module.down.grad = None
+        for parameter in module.tensors.values():
+            parameter.grad = None
     scheduler, vae = base.pipeline.scheduler, base.vae
     drawn = []
     for look in looks:
@@ -198,7 +200,7 @@ def test_our_loss_is_that_of_a_plain_loop_over_diffusers_and_peft():
     plain = torch.nn.functional.mse_loss(prediction, noise, reduction="none").mean((1, 2, 3)) * weights
     torch.testing.assert_close(losses, plain)
     plain.mean().backward()
-    theirs = [module.up.grad for module in trained if module.up.grad is not None]
+    theirs = [up.grad for up in ups if up.grad is not None]
     assert len(ours) == len(theirs) == len(trained)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)

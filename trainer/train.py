@@ -94,7 +94,7 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
 
     # 4. What is optimised, and how.
     groups = [
-        (plan.rates[part.name], [p for module in trained if module.part == part.name for p in (module.down, module.up)])
+        (plan.rates[part.name], [p for module in trained if module.part == part.name for p in module.tensors.values()])
         for part in plan.parts
     ]
     parameters = [parameter for _, group in groups for parameter in group]
