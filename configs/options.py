@@ -69,7 +69,7 @@ class Data(Section):
 class Network(Section):
     """The adapter."""
 
-    network: Literal["lora", "loha", "lokr"] = option(
+    network: Literal["lora", "dora", "loha", "lokr"] = option(
         "lora", "Kind of adapter; all but lora are for the UIs alone, diffusers cannot read them"
     )
     rank: Rank | Auto = option("auto", "Rank on the UNet's attention")

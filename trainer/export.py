@@ -44,10 +44,13 @@ def module_of(trained: Trained) -> Module:
 
 
 def tensors_of(trained: Sequence[Trained], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The file's tensors in kohya's dialect, alphas 0-dim in fp32."""
+    """The file's tensors in kohya's dialect: factors in `dtype`, alphas (0-dim) and DoRA's magnitudes in fp32.
+
+    Magnitudes are few, and what is learned of them is small beside what they are.
+    """
     adapter = Adapter({module.place: module_of(module) for module in trained}, family=trained[0].family)
     return {
-        name: tensor.cpu() if name.endswith(".alpha") else tensor.to("cpu", dtype)
+        name: tensor.cpu() if name.endswith((".alpha", ".dora_scale")) else tensor.to("cpu", dtype)
         for name, tensor in to_tensors(adapter).items()
     }
 
@@ -133,6 +136,8 @@ def network_arguments(network: Network, part: Part) -> dict[str, object]:
         arguments["algo"] = network.network
     if network.network == "lokr":
         arguments["factor"] = -1 if network.lokr_factor == "auto" else network.lokr_factor
+    if network.network == "dora":
+        arguments["dora_wd"] = True
     if part.conv_rank:
         arguments |= {"conv_dim": part.conv_rank, "conv_alpha": part.conv_alpha}
     if network.rslora:

@@ -17,6 +17,7 @@ from scumble.configs.errors import Refused
 from scumble.configs.options import Network
 
 from .adapters.keys import Place, kohya_stem
+from .dora import add_magnitude
 from .models import Base
 
 ADAPTER = "scumble"
@@ -67,10 +68,14 @@ class Trained:
         """What is trained, by its slot in the file.
 
         LoRA: lora_down (rank, in) and lora_up (out, rank) of a Linear, (rank, in, h, w) and (out, rank, 1, 1) of a
-        convolution. LoHa and LoKr: LyCORIS's factors (Yeh et al. 2023).
+        convolution; DoRA besides dora_scale (1, in) or (1, in, 1, 1). LoHa and LoKr: LyCORIS's factors
+        (Yeh et al. 2023).
         """
         if isinstance(self.layer, LoraLayer):
-            return {"lora_down": _weight(self.layer.lora_A[ADAPTER]), "lora_up": _weight(self.layer.lora_B[ADAPTER])}
+            assert isinstance(self.layer, torch.nn.Module)
+            own = dict(self.layer.named_parameters(recurse=False))  # DoRA's magnitudes, where it has them
+            down, up = _weight(self.layer.lora_A[ADAPTER]), _weight(self.layer.lora_B[ADAPTER])
+            return {"lora_down": down, "lora_up": up, **own}
         tables = {slot: getattr(self.layer, slot) for slot in self.layer.adapter_layer_names}
         return {slot: table[ADAPTER] for slot, table in tables.items() if ADAPTER in table}
 
@@ -97,7 +102,12 @@ def attach(base: Base, network: Network, parts: list[Part], seed: int) -> list[T
             if part.name == "unet":
                 check_targets(network.targets, [path for path, _ in component.named_modules()])
             inject_adapter_in_model(_config(part, network), component, ADAPTER)
-            trained += _adapted(base, part.name, component)
+            adapted = list(_adapted(base, part.name, component))
+            if network.network == "dora":
+                for module in adapted:
+                    assert isinstance(module.layer, LoraLayer)
+                    add_magnitude(module.layer, ADAPTER)
+            trained += adapted
     for module in trained:
         for parameter in module.tensors.values():
             parameter.data = parameter.data.float()
