@@ -1,6 +1,9 @@
-"""Every family × layers × text encoders × kind of adapter: a few real steps, the file, and what readers make of it."""
+"""Every base × layers × kind of adapter: real steps, the file, and what its readers make of it.
 
-from collections.abc import Iterator, Sequence
+Text encoders are trained in every other case, so that each pair of base, layers, kind and text encoders stands in one.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +32,7 @@ NETWORKS = {
     "loha": Network(network="loha"),
     "lokr": Network(network="lokr", lokr_factor=4),
 }
+BASES = ["sketch", "sd1", "sd2", "sdxl"]
 LAYERS = {"attention": ("attention", 0), "full": ("full", 0), "convs": ("full", 3)}  # targets, rank of convolutions
 
 
@@ -36,6 +40,7 @@ LAYERS = {"attention": ("attention", 0), "full": ("full", 0), "convs": ("full", 
 class Stage:
     """A base with two pictures, encoded once; adapters come and go. `stock` is diffusers' own, for looking at files."""
 
+    kind: str
     base: Base
     stock: DiffusionPipeline
     examples: list[Example]
@@ -43,7 +48,7 @@ class Stage:
     latents: Latents
 
 
-@pytest.fixture(scope="module", params=["sketch", "sd1", "sd2", "sdxl"])
+@pytest.fixture(scope="module", params=BASES)
 def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stage:
     kind = request.param
     folder = EMBEDDED if kind == "sketch" else tiny_base(kind, tmp_path_factory.mktemp(kind))
@@ -54,16 +59,14 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     examples = read_folder(SAMPLES)[:2]
     crops = [centre_crop(read_size(example.image), Size(64, 64)) for example in examples]
     latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)], mirror=False)
-    return Stage(base, stock, examples, crops, latents)
+    return Stage(kind, base, stock, examples, crops, latents)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("text", [True, False], ids=["text", "unet"])
 @pytest.mark.parametrize("layers", LAYERS)
-def test_readers_of_the_file_do_what_the_live_adapter_does(
-    stage: Stage, layers: str, text: bool, network: str, tmp_path: Path
-):
+def test_readers_of_the_file_do_what_the_live_adapter_does(stage: Stage, layers: str, network: str, tmp_path: Path):
     targets, conv_rank = LAYERS[layers]
+    text = (BASES.index(stage.kind) + list(LAYERS).index(layers) + list(NETWORKS).index(network)) % 2 == 0
     texts = ["text", "text2"][: len(stage.base.text_encoders)] if text else []
     parts = [Part("unet", 4, 8.0, conv_rank, 2.0), *(Part(name, 2, 1.0) for name in texts)]
     trained = attach(stage.base, NETWORKS[network].model_copy(update={"targets": targets}), parts, seed=0)
@@ -79,7 +82,7 @@ def test_readers_of_the_file_do_what_the_live_adapter_does(
         for module in trained:
             changed += read_as_live(module, adapter.modules[module.place])
         assert changed > 0.9 * len(trained)  # what no token of so short a caption reaches may have stayed
-        if network in ("lora", "rslora"):
+        if network in ("lora", "rslora") and layers == "convs":  # tests/test_lora.py looks at the others
             live = painted(stage.base.pipeline)
             stage.stock.load_lora_weights(str(path))
             np.testing.assert_allclose(painted(stage.stock), live, atol=2e-4)
@@ -88,7 +91,7 @@ def test_readers_of_the_file_do_what_the_live_adapter_does(
 
 
 def stepped(stage: Stage, trained: Sequence[Trained], parts: Sequence[Part]) -> None:
-    """Three steps of AdamW on the recipe's own loss, fast ones, so that every factor moves."""
+    """Two steps of AdamW on the recipe's own loss, the first of which moves what starts at 0, the second the rest."""
     objectives = Objectives(
         stage.base, stage.examples, stage.crops, stage.latents, Data(caption_dropout=0.0), Objective(), seed=1,
         text_is_trained=len(parts) > 1,
@@ -97,7 +100,7 @@ def stepped(stage: Stage, trained: Sequence[Trained], parts: Sequence[Part]) -> 
         (1e-2, [p for module in trained if module.part == part.name for p in module.tensors.values()]) for part in parts
     ]
     optimizer = make_optimizer("adamw", groups, 0.0)
-    for step in range(3):
+    for step in range(2):
         objectives.losses([Look(0, step, 0), Look(1, step, 1)]).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
