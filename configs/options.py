@@ -69,6 +69,9 @@ class Data(Section):
 class Network(Section):
     """The adapter."""
 
+    network: Literal["lora", "dora", "loha", "lokr"] = option(
+        "lora", "Kind of adapter; all but lora are for the UIs alone, diffusers cannot read them"
+    )
     rank: Rank | Auto = option("auto", "Rank on the UNet's attention")
     alpha: Alpha | Auto = option("auto", "Scale is alpha / rank; auto: alpha = rank")
     targets: str = option("attention", "UNet layers: attention, full (with feed-forward and projections), or a regex")
@@ -78,8 +81,11 @@ class Network(Section):
     text_alpha: Alpha | Auto = option("auto", "Alpha of the first text encoder; auto: its rank")
     text2_rank: RankOrNone | Auto = option("auto", "Rank on the second text encoder (SDXL); 0: not trained")
     text2_alpha: Alpha | Auto = option("auto", "Alpha of the second text encoder; auto: its rank")
-    dropout: ShareBelowOne = option(0.0, "Share of the adapter's inputs dropped in each step")
-    rslora: bool = option(False, "Rank-stabilised scale alpha / sqrt(rank) (Kalajdzievski 2023)")
+    lokr_factor: Annotated[int, Ge(2), Le(64)] | Auto = option(
+        8, "Size of LoKr's small factor; auto: near the square root of the layer's"
+    )
+    dropout: ShareBelowOne = option(0.0, "Share of the adapter's inputs dropped in each step (lora, dora)")
+    rslora: bool = option(False, "Rank-stabilised scale alpha / sqrt(rank) (Kalajdzievski 2023; lora, dora)")
 
 
 class Objective(Section):

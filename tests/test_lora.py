@@ -13,10 +13,11 @@ from tiny import CONFIGS, tiny_base
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Network
+from scumble.trainer.adapters.adapter import read_adapter
 from scumble.trainer.adapters.files import read_tensors, write_adapter
 from scumble.trainer.adapters.keys import sgm_path, text_key, unet_key
 from scumble.trainer.export import export, tensors_of
-from scumble.trainer.lora import CONVS, FULL, Part, Trained, attach, num_parameters
+from scumble.trainer.lora import ADAPTER, CONVS, FULL, Part, Trained, attach, num_parameters
 from scumble.trainer.models import Base, load, recognise
 
 CPU = torch.device("cpu")
@@ -31,7 +32,8 @@ def shaken(trained: list[Trained]) -> None:
     """Give every up matrix values, so that the adapter shows."""
     generator = torch.Generator().manual_seed(1)
     for module in trained:
-        module.up.data = 0.3 * torch.randn(module.up.shape, generator=generator)
+        up = module.tensors["lora_up"]
+        up.data = 0.3 * torch.randn(up.shape, generator=generator)
 
 
 def parts_of(base: Base, conv_rank: int = 0) -> list[Part]:
@@ -142,7 +144,7 @@ def test_the_same_seed_gives_the_same_adapter_and_leaves_other_randomness_alone(
     for turn in range(2):
         base = loaded("sd1", tmp_path / str(turn))
         torch.manual_seed(5)
-        downs.append(attach(base, Network(), [Part("unet", 4, 4.0)], seed=9)[0].down.clone())
+        downs.append(attach(base, Network(), [Part("unet", 4, 4.0)], seed=9)[0].tensors["lora_down"].clone())
         torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
     assert torch.equal(*downs)
 
@@ -165,7 +167,7 @@ def test_one_alpha_stands_for_a_component_and_the_product_is_the_live_one(tmp_pa
     for module in trained:
         up, down = (tensors[f"{module.key}.lora_{which}.weight"].flatten(1) for which in ("up", "down"))
         scale = float(tensors[f"{module.key}.alpha"]) / down.shape[0]
-        live = module.scale * module.up.flatten(1) @ module.down.flatten(1)
+        live = module.scale * module.tensors["lora_up"].flatten(1) @ module.tensors["lora_down"].flatten(1)
         torch.testing.assert_close(scale * up @ down, live, rtol=1e-5, atol=1e-6)
 
 
@@ -195,6 +197,54 @@ def test_the_file_carries_its_metadata_and_the_hash_of_its_tensors(tmp_path: Pat
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     assert metadata["sshs_model_hash"] == hashlib.sha256(data[start:]).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("network", "whole"),
+    [(Network(network="loha"), False), (Network(network="lokr", lokr_factor=4), True),
+     (Network(network="lokr", lokr_factor="auto"), True)],
+)  # fmt: skip
+def test_loha_and_lokr_start_at_nothing_and_their_files_hold_the_product_of_pefts(
+    network: Network, whole: bool, tmp_path: Path
+):
+    base = loaded("sd1", tmp_path)
+    before = painted(base)
+    trained = attach(base, network.model_copy(update={"targets": "full"}), parts_of(base, 3), seed=0)
+    np.testing.assert_array_equal(painted(base), before)
+    torch.manual_seed(1)
+    for module in trained:
+        for parameter in module.tensors.values():
+            assert parameter.dtype == torch.float32 and parameter.requires_grad
+            torch.nn.init.normal_(parameter, std=0.3)
+    export(tmp_path / "it.safetensors", trained, {}, torch.float32)
+    modules = read_adapter(tmp_path / "it.safetensors").modules
+    assert len(modules) == len(trained) and any(not module.rank for module in modules.values()) == whole
+    for module in trained:
+        assert not isinstance(module.layer, LoraLayer)
+        expected = module.layer.get_delta_weight(ADAPTER)
+        read = modules[module.place]
+        torch.testing.assert_close(read.delta().view(expected.shape), expected, rtol=1e-4, atol=1e-5)
+        assert read.kind == module.kind == network.network
+    live = [p for net in (base.unet, *base.text_encoders) for p in net.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in live) == num_parameters(trained)
+
+
+@pytest.mark.parametrize(
+    ("network", "of_16", "of_32"),
+    [
+        ("lora", 2 * (16 + 16), 2 * (32 + 32)),
+        ("dora", 2 * (16 + 16) + 16, 2 * (32 + 32) + 32),
+        ("loha", 2 * 2 * (16 + 16), 2 * 2 * (32 + 32)),
+        ("lokr", 4 * 4 + 4 * 4, 4 * 4 + 2 * (8 + 8)),  # the large factor is whole where it is no larger so
+    ],
+)
+def test_parameters_of_square_layers_at_rank_2_by_kind(network: str, of_16: int, of_32: int, tmp_path: Path):
+    base = loaded("sd1", tmp_path)
+    options = Network.model_validate({"network": network, "lokr_factor": 4, "targets": r".*attn1\.to_q"})
+    trained = attach(base, options, [Part("unet", 2, 2.0)], seed=0)
+    for module in trained:
+        expected = {16: of_16, 32: of_32}[module.layer.get_base_layer().weight.shape[0]]
+        assert num_parameters([module]) == expected
 
 
 def test_every_adapted_layer_is_pefts(tmp_path: Path):

@@ -144,7 +144,7 @@ def test_a_single_file_of_the_real_sd15_layout_takes_an_adapter_that_stock_diffu
     assert sum(module.part == "unet" for module in trained) == 278
     assert sum(module.part == "text" for module in trained) == 72
     for module in trained:
-        torch.nn.init.normal_(module.up, std=0.02)
+        torch.nn.init.normal_(module.tensors["lora_up"], std=0.02)
     assert isinstance(base.pipeline, StableDiffusionPipeline)
     live = painted(base.pipeline)
     export(tmp_path / "it.safetensors", trained, {}, torch.float32)

@@ -44,6 +44,15 @@ def test_rates_are_shares_of_each_groups_peak():
     assert optimizer.param_groups[0]["weight_decay"] == 0.01
 
 
+def test_what_is_kept_has_the_rate_of_its_group_and_does_not_decay():
+    loose, kept = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
+    optimizer = make_optimizer("adamw", [(1e-1, [loose, kept])], 0.5, [kept])
+    (loose.sum() * 0 + kept.sum() * 0).backward()
+    optimizer.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-1, 1e-1]
+    assert torch.equal(kept, torch.ones(2)) and bool((loose < 1).all())
+
+
 @pytest.mark.parametrize(
     ("name", "package"),
     [

@@ -22,6 +22,7 @@ from scumble.datasets.folder import read_folder
 from scumble.datasets.images import Size, centre_crop, cropped, read_size
 from scumble.datasets.order import epoch_batches
 from scumble.trainer import cli
+from scumble.trainer.adapters.adapter import read_adapter
 from scumble.trainer.adapters.files import read_tensors
 from scumble.trainer.events import Event
 from scumble.trainer.latents import encode_set
@@ -174,10 +175,12 @@ def test_our_loss_is_that_of_a_plain_loop_over_diffusers_and_peft():
     looks = [Look(index, step=11, slot=index) for index in range(4)]
     losses = objectives.losses(looks)
     losses.mean().backward()
-    ours = [module.up.grad.clone() for module in trained if module.up.grad is not None]
+    ups = [module.tensors["lora_up"] for module in trained]
+    ours = [up.grad.clone() for up in ups if up.grad is not None]
 
     for module in trained:
-        module.up.grad = module.down.grad = None
+        for parameter in module.tensors.values():
+            parameter.grad = None
     scheduler, vae = base.pipeline.scheduler, base.vae
     drawn = []
     for look in looks:
@@ -198,7 +201,7 @@ def test_our_loss_is_that_of_a_plain_loop_over_diffusers_and_peft():
     plain = torch.nn.functional.mse_loss(prediction, noise, reduction="none").mean((1, 2, 3)) * weights
     torch.testing.assert_close(losses, plain)
     plain.mean().backward()
-    theirs = [module.up.grad for module in trained if module.up.grad is not None]
+    theirs = [up.grad for up in ups if up.grad is not None]
     assert len(ours) == len(theirs) == len(trained)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
@@ -214,6 +217,30 @@ def test_every_family_trains_and_writes_its_label(kind: str, tmp_path: Path):
     assert len(run.losses) == 1
     label = {"sd1": "sd_v1", "sd2": "sd_v2", "sd2-v": "sd_v2", "sdxl": "sdxl_base_v1-0"}[kind]
     assert label.encode() in (run.folder / "clay.safetensors").read_bytes()[:20000]
+
+
+@pytest.mark.parametrize(
+    ("network", "module", "arguments", "note"),
+    [
+        ("dora", "networks.lora", {"dora_wd": True}, "DoRA: its file is exact in ComfyUI, A1111 and InvokeAI"),
+        ("loha", "lycoris.kohya", {"algo": "loha"}, "LoHa: its file loads in ComfyUI, A1111 and Forge"),
+        ("lokr", "lycoris.kohya", {"algo": "lokr", "factor": 8}, "LoKr: its file loads in ComfyUI, A1111 and Forge"),
+    ],
+)
+def test_every_kind_of_adapter_trains_and_says_who_reads_its_file(
+    network: str, module: str, arguments: dict, note: str, tmp_path: Path
+):
+    run = ran(
+        tmp_path, network={"network": network}, optimization={"steps": 4, "ema": 0.5},
+        machine={"precision": "bf16", "checkpointing": True}, output={"preview_every": 4},
+    )  # fmt: skip
+    (plan,) = run.of("plan")
+    assert any(line.startswith(note) and "diffusers" in line for line in plan["why"])
+    adapter = read_adapter(run.folder / "clay.safetensors")
+    assert adapter.kinds == {"lora" if network == "dora" else network}
+    assert any(part.delta().abs().max() > 0 for part in adapter.modules.values())
+    assert adapter.metadata["ss_network_module"] == module
+    assert json.loads(adapter.metadata["ss_network_args"]) == arguments
 
 
 def test_regularisation_pictures_are_as_many_as_pictures_and_weighted(tmp_path: Path):
@@ -259,6 +286,8 @@ def test_steps_go_through_epochs_and_the_last_of_an_epoch_may_be_short():
             "--text-rate 1: prodigy takes one rate for all parts",
         ),
         ({"machine": {"attention": "xformers"}}, "--attention xformers: not installed"),
+        ({"network": {"network": "loha", "dropout": 0.1}}, "--dropout 0.1: --network loha has none; lora and dora do"),
+        ({"network": {"network": "lokr", "rslora": True}}, "--rslora: --network lokr has no such scale"),
         ({"model": {"base": "model.ckpt"}}, "a pickle can run any program"),
         ({"model": {"base": "none.safetensors"}}, "--base none.safetensors: no such file"),
     ],

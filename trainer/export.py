@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from scumble.configs.options import Options
+from scumble.configs.options import Network, Options
 from scumble.datasets.folder import Example
 from scumble.datasets.images import Size
 
+from .adapters.adapter import NETWORK_MODULES, Adapter, Module, to_tensors
 from .adapters.files import read_tensors, write_adapter
 from .lora import Part, Trained
 from .models import Base
@@ -31,22 +32,27 @@ class Progress:
     started: float
 
 
-def tensors_of(trained: Sequence[Trained], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The file's tensors: for each module `.lora_down.weight`, `.lora_up.weight` and a 0-dim `.alpha`.
+def module_of(trained: Trained) -> Module:
+    """One live module as the file tells of it.
 
-    One alpha stands for a whole component, and other scales are folded into `lora_up`, because diffusers' loader
-    replaces alphas that differ from the most common one; the product is the same everywhere.
+    UIs take 1 for the scale of a LoKr whose factors are both whole, so there the scale goes into `lokr_w1`.
     """
-    tensors = {}
-    for part in dict.fromkeys(module.part for module in trained):
-        modules = [module for module in trained if module.part == part]
-        alpha = Counter(module.scale * module.rank for module in modules).most_common(1)[0][0]
-        for module in modules:
-            fold = module.scale * module.rank / alpha
-            tensors[f"{module.key}.lora_down.weight"] = module.down.detach().to(dtype)
-            tensors[f"{module.key}.lora_up.weight"] = (module.up.detach() * fold).to(dtype)
-            tensors[f"{module.key}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
-    return {name: tensor.cpu() for name, tensor in tensors.items()}
+    tensors = {slot: parameter.detach() for slot, parameter in trained.tensors.items()}
+    if "lokr_w1" in tensors and "lokr_w2" in tensors:
+        return Module("lokr", tensors | {"lokr_w1": trained.scale * tensors["lokr_w1"]}, None)
+    return Module(trained.kind, tensors, trained.scale * trained.rank)
+
+
+def tensors_of(trained: Sequence[Trained], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The file's tensors in kohya's dialect: factors in `dtype`, alphas (0-dim) and DoRA's magnitudes in fp32.
+
+    Magnitudes are few, and what is learned of them is small beside what they are.
+    """
+    adapter = Adapter({module.place: module_of(module) for module in trained}, family=trained[0].family)
+    return {
+        name: tensor.cpu() if name.endswith((".alpha", ".dora_scale")) else tensor.to("cpu", dtype)
+        for name, tensor in to_tensors(adapter).items()
+    }
 
 
 def export(
@@ -73,9 +79,6 @@ def metadata_of(
     v = base.source.prediction == "v_prediction"
     resolution = options.data.resolution  # a number by now: the plan has settled it
     unet = next((part for part in parts if part.name == "unet"), parts[0])
-    arguments = {"conv_dim": unet.conv_rank, "conv_alpha": unet.conv_alpha} if unet.conv_rank else {}
-    if options.network.rslora:
-        arguments["rslora"] = True
     architecture = "stable-diffusion-v2-512/lora" if family.name == "sd2" and not v else family.architecture
     finished = time.time()
     trained_on = [example for example in examples if not example.prior]
@@ -106,10 +109,10 @@ def metadata_of(
         "ss_tag_frequency": json.dumps(tag_frequency(trained_on)),
         "ss_dataset_dirs": json.dumps(folders(trained_on)),
         "ss_bucket_info": json.dumps({"buckets": bucket_info(buckets)}),
-        "ss_network_module": "networks.lora",
+        "ss_network_module": NETWORK_MODULES.get(options.network.network, NETWORK_MODULES["lora"]),
         "ss_network_dim": unet.rank,
         "ss_network_alpha": unet.alpha,
-        "ss_network_args": json.dumps(arguments),
+        "ss_network_args": json.dumps(network_arguments(options.network, unet)),
         "ss_unet_lr": options.optimization.rate,
         "ss_text_encoder_lr": options.optimization.text_rate,
         "ss_learning_rate": options.optimization.rate,
@@ -124,6 +127,22 @@ def metadata_of(
     if options.data.trigger:
         entries["modelspec.trigger_phrase"] = options.data.trigger
     return {name: str(value) for name, value in entries.items()}
+
+
+def network_arguments(network: Network, part: Part) -> dict[str, object]:
+    """What `ss_network_args` tells besides rank and alpha, by kohya's and LyCORIS's names."""
+    arguments: dict[str, object] = {}
+    if network.network in ("loha", "lokr"):
+        arguments["algo"] = network.network
+    if network.network == "lokr":
+        arguments["factor"] = -1 if network.lokr_factor == "auto" else network.lokr_factor
+    if network.network == "dora":
+        arguments["dora_wd"] = True
+    if part.conv_rank:
+        arguments |= {"conv_dim": part.conv_rank, "conv_alpha": part.conv_alpha}
+    if network.rslora:
+        arguments["rslora"] = True
+    return arguments
 
 
 def tag_frequency(examples: Sequence[Example]) -> dict[str, dict[str, int]]:

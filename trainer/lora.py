@@ -1,19 +1,23 @@
-"""LoRA on a loaded base, by PEFT: which layers, at which rank and scale, and how many parameters that makes."""
+"""An adapter on a loaded base, by PEFT: which layers, of which kind, at which rank and scale, how many parameters."""
 
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
+from peft.tuners.loha.layer import LoHaLayer
+from peft.tuners.lokr.layer import LoKrLayer
 from peft.tuners.lora import LoraLayer
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Network
 
-from .adapters.keys import text_key, unet_key
+from .adapters.keys import Place, kohya_stem
+from .dora import add_magnitude
 from .models import Base
 
 ADAPTER = "scumble"
@@ -22,6 +26,7 @@ FULL = r".*\.attentions\.\d+\.(proj_in|proj_out|.*\.(to_q|to_k|to_v|to_out\.0|ff
 CONVS = r".*\.resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|.*\.(downsamplers|upsamplers)\.0\.conv"
 TEXT = r".*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
 PRESET_TARGETS = {"attention": ATTENTION, "full": FULL}
+LAYERS = {"lora": LoraLayer, "loha": LoHaLayer, "lokr": LoKrLayer}
 
 
 @dataclass(frozen=True)
@@ -37,26 +42,46 @@ class Part:
 
 @dataclass(frozen=True)
 class Trained:
-    """One adapted module of the live model, with the stem of its keys in the file."""
+    """One adapted module of the live model: its part, diffusers' path in it, the base's family, PEFT's layer."""
 
     part: str
     path: str
-    key: str
-    layer: LoraLayer
+    family: str
+    layer: LoraLayer | LoHaLayer | LoKrLayer
 
     @property
-    def down(self) -> torch.nn.Parameter:
-        """(rank, in) of a Linear, (rank, in, h, w) of a convolution."""
-        return _weight(self.layer.lora_A[ADAPTER])
+    def place(self) -> Place:
+        return Place(self.part, self.path.removeprefix("text_model."))  # which only some versions of transformers have
 
     @property
-    def up(self) -> torch.nn.Parameter:
-        """(out, rank) of a Linear, (out, rank, 1, 1) of a convolution."""
-        return _weight(self.layer.lora_B[ADAPTER])
+    def key(self) -> str:
+        """The stem of its keys in the file."""
+        return kohya_stem(self.place, self.family)
+
+    @property
+    def kind(self) -> str:
+        """lora (with or without DoRA's magnitudes), loha or lokr."""
+        return next(kind for kind, layer in LAYERS.items() if isinstance(self.layer, layer))
+
+    @property
+    def tensors(self) -> dict[str, torch.nn.Parameter]:
+        """What is trained, by its slot in the file.
+
+        LoRA: lora_down (rank, in) and lora_up (out, rank) of a Linear, (rank, in, h, w) and (out, rank, 1, 1) of a
+        convolution; DoRA besides dora_scale (1, in) or (1, in, 1, 1). LoHa and LoKr: LyCORIS's factors
+        (Yeh et al. 2023).
+        """
+        if isinstance(self.layer, LoraLayer):
+            assert isinstance(self.layer, torch.nn.Module)
+            own = dict(self.layer.named_parameters(recurse=False))  # DoRA's magnitudes, where it has them
+            down, up = _weight(self.layer.lora_A[ADAPTER]), _weight(self.layer.lora_B[ADAPTER])
+            return {"lora_down": down, "lora_up": up, **own}
+        tables = {slot: getattr(self.layer, slot) for slot in self.layer.adapter_layer_names}
+        return {slot: table[ADAPTER] for slot, table in tables.items() if ADAPTER in table}
 
     @property
     def scale(self) -> float:
-        """s of W + s · up @ down."""
+        """alpha / rank, or alpha / sqrt(rank) where it is rank-stabilised: s of W + s · up @ down."""
         return float(self.layer.scaling[ADAPTER])
 
     @property
@@ -65,7 +90,7 @@ class Trained:
 
 
 def attach(base: Base, network: Network, parts: list[Part], seed: int) -> list[Trained]:
-    """Put a LoRA on each part of the base, in fp32, up = 0 (Hu et al. 2021); returns every adapted module in order.
+    """Put an adapter on each part of the base, in fp32, its product 0; returns every adapted module in order.
 
     Raises `Refused` where a regex of the options matches no layer.
     """
@@ -77,9 +102,14 @@ def attach(base: Base, network: Network, parts: list[Part], seed: int) -> list[T
             if part.name == "unet":
                 check_targets(network.targets, [path for path, _ in component.named_modules()])
             inject_adapter_in_model(_config(part, network), component, ADAPTER)
-            trained += _adapted(base, part.name, component)
+            adapted = list(_adapted(base, part.name, component))
+            if network.network == "dora":
+                for module in adapted:
+                    assert isinstance(module.layer, LoraLayer)
+                    add_magnitude(module.layer, ADAPTER)
+            trained += adapted
     for module in trained:
-        for parameter in (module.down, module.up):
+        for parameter in module.tensors.values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     return trained
@@ -112,8 +142,8 @@ def recompute_activations(base: Base, parts: Sequence[Part]) -> None:
 
 
 def num_parameters(trained: list[Trained]) -> int:
-    """Trainable parameters: rank · (in + out) of each Linear, rank · (in · h · w + out) of each convolution."""
-    return sum(module.down.numel() + module.up.numel() for module in trained)
+    """Trainable parameters; of LoRA rank · (in + out) a Linear, rank · (in · h · w + out) a convolution."""
+    return sum(parameter.numel() for module in trained for parameter in module.tensors.values())
 
 
 def _weight(module: torch.nn.Module) -> torch.nn.Parameter:
@@ -121,33 +151,22 @@ def _weight(module: torch.nn.Module) -> torch.nn.Parameter:
     return module.weight
 
 
-def _config(part: Part, network: Network) -> LoraConfig:
-    if part.name != "unet":
-        return LoraConfig(
-            r=part.rank,
-            lora_alpha=part.alpha,  # ty: ignore[invalid-argument-type]
-            target_modules=TEXT,
-            lora_dropout=network.dropout,
-            use_rslora=network.rslora,
-        )
-    chosen = PRESET_TARGETS.get(network.targets, network.targets)
-    targets = f"(?:{chosen})|(?:{CONVS})" if part.conv_rank else chosen
-    return LoraConfig(
-        r=part.rank,
-        lora_alpha=part.alpha,  # ty: ignore[invalid-argument-type]
-        target_modules=targets,
-        rank_pattern={f"(?:{CONVS})": part.conv_rank} if part.conv_rank else {},
-        alpha_pattern={f"(?:{CONVS})": part.conv_alpha} if part.conv_rank else {},
-        lora_dropout=network.dropout,
-        use_rslora=network.rslora,
-    )
+def _config(part: Part, network: Network) -> LoraConfig | LoHaConfig | LoKrConfig:
+    targets = PRESET_TARGETS.get(network.targets, network.targets) if part.name == "unet" else TEXT
+    own_rank = {"rank_pattern": {f"(?:{CONVS})": part.conv_rank}, "alpha_pattern": {f"(?:{CONVS})": part.conv_alpha}}
+    shared: dict[str, Any] = {"r": part.rank, "target_modules": targets}
+    if part.conv_rank:
+        shared |= {"target_modules": f"(?:{targets})|(?:{CONVS})", **own_rank}
+    alpha: Any = part.alpha  # PEFT says int and takes any number
+    if network.network == "loha":
+        return LoHaConfig(alpha=alpha, **shared)
+    if network.network == "lokr":
+        factor = -1 if network.lokr_factor == "auto" else network.lokr_factor
+        return LoKrConfig(alpha=alpha, decompose_factor=factor, **shared)
+    return LoraConfig(lora_alpha=alpha, lora_dropout=network.dropout, use_rslora=network.rslora, **shared)
 
 
 def _adapted(base: Base, part: str, component: torch.nn.Module) -> Iterator[Trained]:
     for path, module in component.named_modules():
-        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
-            if part == "unet":
-                key = unet_key(path, sgm=base.family.name == "sdxl")
-            else:
-                key = text_key(path, base.family.text_prefixes[0 if part == "text" else 1])
-            yield Trained(part, path, key, module)
+        if isinstance(module, LoraLayer | LoHaLayer | LoKrLayer):
+            yield Trained(part, path, base.family.name, module)

@@ -70,10 +70,22 @@ def check_optimizer(name: str) -> None:
 
 
 def make_optimizer(
-    name: str, parameters: Iterable[tuple[float, list[torch.nn.Parameter]]], weight_decay: float
+    name: str,
+    parameters: Iterable[tuple[float, list[torch.nn.Parameter]]],
+    weight_decay: float,
+    kept: Iterable[torch.nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
-    """The optimiser over groups of (peak learning rate, parameters); each group keeps its peak as `peak`."""
-    groups = [{"params": params, "lr": rate, "peak": rate} for rate, params in parameters]
+    """The optimiser over groups of (peak learning rate, parameters); each group keeps its peak as `peak`.
+
+    Weights in `kept` do not decay: towards zero, DoRA's magnitudes would take the base with them.
+    """
+    spared = {id(parameter) for parameter in kept}
+    groups: Groups = []
+    for rate, params in parameters:
+        decaying = [parameter for parameter in params if id(parameter) not in spared]
+        groups.append({"params": decaying, "lr": rate, "peak": rate})
+        if still := [parameter for parameter in params if id(parameter) in spared]:
+            groups.append({"params": still, "lr": rate, "peak": rate, "weight_decay": 0.0})
     optimizer = KINDS[name].make(_package(name), groups, weight_decay)
     if train := getattr(optimizer, "train", None):  # schedule-free has two points, and must be told which
         train()

@@ -38,6 +38,14 @@ DEFAULTS = {
 }  # fmt: skip
 
 
+KINDS_OF_ADAPTER = {
+    "lora": ("LoRA", ""),
+    "dora": ("DoRA", "its file is exact in ComfyUI, A1111 and InvokeAI; diffusers warns and leaves its magnitudes out"),
+    "loha": ("LoHa", "its file loads in ComfyUI, A1111 and Forge; diffusers cannot read it"),
+    "lokr": ("LoKr", "its file loads in ComfyUI, A1111 and Forge; diffusers cannot read it"),
+}
+
+
 @dataclass(frozen=True)
 class Plan:
     """Numbers of a run. A step is one update of the adapter; an epoch is one pass over pictures times repeats."""
@@ -70,8 +78,13 @@ def batch_of(options: Options, source: Source) -> int:
 
 
 def parts_of(options: Options, source: Source) -> list[Part]:
-    """The parts that are trained, with rank and alpha. Raises `Refused` where none is."""
+    """The parts that are trained, with rank and alpha. Raises `Refused` where the kind of adapter cannot do it."""
     network, defaults = options.network, defaults_for(source)
+    if network.network in ("loha", "lokr"):
+        if network.dropout:
+            raise Refused(f"--dropout {network.dropout:g}: --network {network.network} has none; lora and dora do")
+        if network.rslora:
+            raise Refused(f"--rslora: --network {network.network} has no such scale; leave it, or take lora or dora")
     rank = defaults.rank if network.rank == "auto" else network.rank
     conv_alpha = network.conv_rank if network.conv_alpha == "auto" else network.conv_alpha
     parts = [Part("unet", rank, rank if network.alpha == "auto" else network.alpha, network.conv_rank, conv_alpha)]
@@ -90,7 +103,8 @@ def make_plan(options: Options, source: Source, batches_per_epoch: int, num_pict
     wanted, defaults = options.optimization, defaults_for(source)
     parts = parts_of(options, source)
     steps_per_epoch = ceil(batches_per_epoch / wanted.accumulate)
-    reasons = [_reason_for_parts(parts, options)]
+    name, note = KINDS_OF_ADAPTER[options.network.network]
+    reasons = [f"{name} on {_words_for_parts(parts, options)}", *([f"{name}: {note}"] if note else [])]
     low, high = options.objective.min_timestep, options.objective.max_timestep
     if low > high:
         raise Refused(f"--min-timestep {low}: above --max-timestep {high}, so no timestep is left to train")
@@ -171,8 +185,8 @@ def settled(options: Options, plan: Plan, name: str) -> Options:
     return options.model_copy(update={"network": network, "optimization": optimization, "output": output, "data": data})
 
 
-def _reason_for_parts(parts: Sequence[Part], options: Options) -> str:
+def _words_for_parts(parts: Sequence[Part], options: Options) -> str:
     words = {"unet": f"UNet ({options.network.targets})", "text": "text encoder", "text2": "second text encoder"}
     said = [f"{words[part.name]} rank {part.rank}" + (f", convs rank {part.conv_rank}" if part.conv_rank else "")
             for part in parts]  # fmt: skip
-    return "LoRA on " + ", ".join(said)
+    return ", ".join(said)

@@ -95,12 +95,13 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
 
     # 4. What is optimised, and how.
     groups = [
-        (plan.rates[part.name], [p for module in trained if module.part == part.name for p in (module.down, module.up)])
+        (plan.rates[part.name], [p for module in trained if module.part == part.name for p in module.tensors.values()])
         for part in plan.parts
     ]
     parameters = [parameter for _, group in groups for parameter in group]
+    magnitudes = [module.tensors["dora_scale"] for module in trained if "dora_scale" in module.tensors]
     # accelerate unscales gradients in fp16
-    optimizer = accelerator.prepare(make_optimizer(wanted.optimizer, groups, wanted.weight_decay))
+    optimizer = accelerator.prepare(make_optimizer(wanted.optimizer, groups, wanted.weight_decay, magnitudes))
     objectives = Objectives(
         base, examples, crops, latents, options.data, options.objective, options.output.seed,
         text_is_trained=len(plan.parts) > 1,

@@ -1,0 +1,151 @@
+"""Every base × layers × kind of adapter: real steps, the file, and what its readers make of it.
+
+Text encoders are trained in every other case, so that each pair of base, layers, kind and text encoders stands in one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from tiny import tiny_base
+
+from scumble.configs.options import Data, Model, Network, Objective
+from scumble.datasets.folder import Example, read_folder
+from scumble.datasets.images import Crop, Size, centre_crop, read_size
+from scumble.trainer.adapters.adapter import Module, read_adapter
+from scumble.trainer.export import export
+from scumble.trainer.latents import Latents, encode_set
+from scumble.trainer.lora import Part, Trained, attach, component_of
+from scumble.trainer.models import EMBEDDED, Base, load, recognise
+from scumble.trainer.optimizers import make_optimizer
+from scumble.trainer.step import Look, Objectives
+
+SAMPLES = Path(__file__).parent.parent / "datasets/samples/clay-style"
+NETWORKS = {
+    "lora": Network(),
+    "rslora": Network(rslora=True),
+    "dora": Network(network="dora"),
+    "loha": Network(network="loha"),
+    "lokr": Network(network="lokr", lokr_factor=4),
+}
+BASES = ["sketch", "sd1", "sd2", "sdxl"]
+LAYERS = {"attention": ("attention", 0), "full": ("full", 0), "convs": ("full", 3)}  # targets, rank of convolutions
+
+
+@dataclass
+class Stage:
+    """A base with two pictures, encoded once; adapters come and go. `stock` is diffusers' own, for looking at files."""
+
+    kind: str
+    base: Base
+    stock: DiffusionPipeline
+    examples: list[Example]
+    crops: list[Crop]
+    latents: Latents
+
+
+@pytest.fixture(scope="module", params=BASES)
+def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    kind = request.param
+    folder = EMBEDDED if kind == "sketch" else tiny_base(kind, tmp_path_factory.mktemp(kind))
+    model = Model(base="sketch" if kind == "sketch" else str(folder))
+    base = load(model, recognise(model), torch.device("cpu"), torch.float32)
+    stock = DiffusionPipeline.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    examples = read_folder(SAMPLES)[:2]
+    crops = [centre_crop(read_size(example.image), Size(64, 64)) for example in examples]
+    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)], mirror=False)
+    return Stage(kind, base, stock, examples, crops, latents)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("layers", LAYERS)
+def test_readers_of_the_file_do_what_the_live_adapter_does(stage: Stage, layers: str, network: str, tmp_path: Path):
+    targets, conv_rank = LAYERS[layers]
+    text = (BASES.index(stage.kind) + list(LAYERS).index(layers) + list(NETWORKS).index(network)) % 2 == 0
+    texts = ["text", "text2"][: len(stage.base.text_encoders)] if text else []
+    parts = [Part("unet", 4, 8.0, conv_rank, 2.0), *(Part(name, 2, 1.0) for name in texts)]
+    trained = attach(stage.base, NETWORKS[network].model_copy(update={"targets": targets}), parts, seed=0)
+    try:
+        stepped(stage, trained, parts)
+        path = tmp_path / "it.safetensors"
+        export(path, trained, {}, torch.float32)
+        adapter = read_adapter(path)
+        assert list(adapter.modules) == sorted(module.place for module in trained)
+        assert adapter.family == stage.base.family.name or not text  # tiny widths tell no family, a second encoder does
+        assert {module.part for module in trained} == {"unet", *texts}
+        changed = 0
+        for module in trained:
+            changed += read_as_live(module, adapter.modules[module.place])
+        assert changed > 0.9 * len(trained)  # what no token of so short a caption reaches may have stayed
+        if network in ("lora", "rslora") and layers == "convs":  # tests/test_lora.py looks at the others
+            live = painted(stage.base.pipeline)
+            stage.stock.load_lora_weights(str(path))
+            np.testing.assert_allclose(painted(stage.stock), live, atol=2e-4)
+    finally:
+        removed(stage, trained)
+
+
+def stepped(stage: Stage, trained: Sequence[Trained], parts: Sequence[Part]) -> None:
+    """Two steps of AdamW on the recipe's own loss, the first of which moves what starts at 0, the second the rest."""
+    objectives = Objectives(
+        stage.base, stage.examples, stage.crops, stage.latents, Data(caption_dropout=0.0), Objective(), seed=1,
+        text_is_trained=len(parts) > 1,
+    )  # fmt: skip
+    groups = [
+        (1e-2, [p for module in trained if module.part == part.name for p in module.tensors.values()]) for part in parts
+    ]
+    optimizer = make_optimizer("adamw", groups, 0.0)
+    for step in range(2):
+        objectives.losses([Look(0, step, 0), Look(1, step, 1)]).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@torch.no_grad()
+def read_as_live(module: Trained, read: Module) -> bool:
+    """Compare what the file makes of a layer with what the live one does on random inputs; did it change at all?"""
+    original = module.layer.get_base_layer()
+    assert isinstance(original, torch.nn.Linear | torch.nn.Conv2d) and isinstance(module.layer, torch.nn.Module)
+    weight = original.weight + read.delta().view(original.weight.shape)
+    if "dora_scale" in read.tensors:
+        weight = decomposed_by_uis(weight, read.tensors["dora_scale"])
+    inputs = torch.randn(2, weight.shape[1], *([5, 5] if weight.dim() == 4 else []))
+    if isinstance(original, torch.nn.Conv2d):
+        expected = torch.nn.functional.conv2d(inputs, weight, original.bias, original.stride, original.padding)
+    else:
+        expected = torch.nn.functional.linear(inputs, weight, original.bias)
+    torch.testing.assert_close(module.layer(inputs), expected, rtol=1e-4, atol=1e-5, msg=lambda m: f"{module.key}: {m}")
+    return not torch.equal(weight, original.weight)
+
+
+def decomposed_by_uis(changed: torch.Tensor, dora_scale: torch.Tensor) -> torch.Tensor:
+    """How ComfyUI (`weight_decompose`) and A1111 (`apply_weight_decompose`) read DoRA, `changed` being W + dW.
+
+    ComfyUI takes magnitudes to be those of the outputs where their first size is the layer's: never, for one input a
+    column. It adds an epsilon to the norm besides, which fp32 hardly sees.
+    """
+    assert dora_scale.shape[0] != changed.shape[0]
+    by_input = changed.transpose(0, 1).reshape(changed.shape[1], -1)
+    norm = by_input.norm(dim=1, keepdim=True).reshape(changed.shape[1], *[1] * (changed.dim() - 1)).transpose(0, 1)
+    return changed * (dora_scale / (norm + torch.finfo(changed.dtype).eps))
+
+
+@torch.no_grad()
+def painted(pipeline: DiffusionPipeline) -> np.ndarray:
+    return pipeline(
+        "a cat", num_inference_steps=1, generator=torch.manual_seed(0), output_type="np", height=64, width=64
+    ).images[0]
+
+
+def removed(stage: Stage, trained: Sequence[Trained]) -> None:
+    """Take the adapters off again."""
+    stage.stock.unload_lora_weights()
+    for module in trained:
+        component_of(stage.base, module.part).set_submodule(module.path, module.layer.get_base_layer())
+    for component in (stage.base.unet, *stage.base.text_encoders):
+        component.__dict__.pop("peft_config", None)
