@@ -14,12 +14,15 @@ from scumble.configs import files, reference
 from scumble.configs.errors import Refused, nearest
 from scumble.configs.options import Model, Options, Previews, declared, section
 
+from .adapters.commands import adapter
+
 app = App(
     name="scumble",
     help="Train a LoRA of a style or a character from a folder of pictures.",
     help_format="plaintext",
     version=version("scumble"),
 )
+app.command(adapter)
 app["--help"].group = app["--version"].group = "Other"
 
 DEFAULTS = Options()
