@@ -2,7 +2,7 @@
 
 import json as json_library
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
@@ -30,6 +30,25 @@ def inspect(
             print(json_library.dumps(tables.as_json(report), ensure_ascii=False))
         else:
             _print(tables.report_page(report))
+
+
+@adapter.command
+def convert(
+    file: Annotated[Path, Parameter(help="Adapter file")],
+    /,
+    *,
+    to: Annotated[Literal["kohya", "peft"], Parameter(help="Names of the keys: kohya's, for every UI, or PEFT's")],
+    dtype: Annotated[
+        Literal["fp16", "bf16", "fp32"] | None, Parameter(help="Number format; none: the file's own")
+    ] = None,
+    out: Annotated[Path | None, Parameter(help="File to write; none: FILE with the dialect in its name")] = None,
+    force: Annotated[bool, Parameter(help="Write over a file that is there", negative="")] = False,
+) -> None:
+    """Write an adapter with other key names or in another number format; its metadata is kept."""
+    from .convert import convert as converted
+
+    written = converted(file, to, dtype or "", out or file.with_name(f"{file.stem}-{to}.safetensors"), force)
+    print(f"wrote {written}")
 
 
 def _print(page: object) -> None:
