@@ -51,6 +51,28 @@ def convert(
     print(f"wrote {written}")
 
 
+@adapter.command
+def verify(
+    file: Annotated[Path, Parameter(help="Adapter file")],
+    /,
+    *,
+    base: Annotated[str, Parameter(help="Its base: sketch, a diffusers folder, a hub id or a .safetensors file")],
+    quick: Annotated[bool, Parameter(help="Leave out the trial by diffusers; no base is loaded", negative="")] = False,
+) -> None:
+    """Check that every UI finds a home for every key, that numbers and shapes are right, and that diffusers agrees.
+
+    Exit code 1 where something is wrong.
+    """
+    from . import tables
+    from .verify import verify as verdict_of
+
+    verdict = verdict_of(file, base, quick)
+    trials = [tables.trial_line(trial.component, trial.difference, trial.effect) for trial in verdict.trials]
+    _print(tables.verdict_page(str(file), verdict.uis, verdict.faults, trials))
+    if verdict.faults:
+        raise SystemExit(1)
+
+
 def _print(page: object) -> None:
     from rich.console import Console
 

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .inspect import FAMILY_LABELS, Report, block_norms
+from .inspect import COMPONENT_LABELS, FAMILY_LABELS, Report, block_norms
 from .keys import Place
 from .uis import Match
 
@@ -15,6 +15,7 @@ NETWORK_LABELS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "dora": "DoRA"
 DIALECT_LABELS = {"kohya": "kohya's", "peft": "PEFT's (diffusers)"}
 BAR_CELLS = 32
 EIGHTHS = " ▏▎▍▌▋▊▉"
+MOST_FAULTS = 20
 NAMED = 3  # modules named where many have the same trouble
 
 
@@ -91,6 +92,24 @@ def ui_table(uis: Sequence[Match]) -> Table:
         style = "green" if match.is_whole else "red"
         table.add_row(match.ui, Text(f"{match.matched} / {match.total}", style), safe(_verdict(match)))
     return table
+
+
+def verdict_page(path: str, uis: Sequence[Match], faults: Sequence[str], trials: Sequence[str]) -> RenderableType:
+    """Of `verify`: the UIs' shares, what diffusers computes, every fault, and the verdict in one line."""
+    shown = [*faults[:MOST_FAULTS], *([f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else [])]
+    return Group(
+        _line(path, "bold"),
+        ui_table(uis),
+        *map(_line, trials),
+        *(_line(f"! {fault}", "bold red") for fault in shown),
+        _line("nothing is wrong", "green") if not faults else _line(f"{len(faults)} faults", "bold red"),
+    )
+
+
+def trial_line(component: str, difference: float, effect: float) -> str:
+    """How far diffusers' output is from ours, beside how far the adapter moves it."""
+    label = COMPONENT_LABELS[component]
+    return f"{label}: the adapter moves its output by {effect:.2g}, diffusers differs from ours by {difference:.2g}"
 
 
 def safe(text: str, most: int = 400) -> Text:
