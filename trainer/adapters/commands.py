@@ -68,8 +68,8 @@ def verify(
 
     verdict = verdict_of(file, base, quick)
     trials = [tables.trial_line(trial.component, trial.difference, trial.effect) for trial in verdict.trials]
-    _print(tables.verdict_page(str(file), verdict.uis, verdict.faults, trials))
-    if verdict.faults:
+    _print(tables.verdict_page(str(file), verdict.uis, verdict.dialect, verdict.faults, trials))
+    if not verdict.is_sound:
         raise SystemExit(1)
 
 

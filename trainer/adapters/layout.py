@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .files import read_header
-from .keys import Place, diffusers_path
+from .keys import UNET_LAYER, Place, parse_key
 
 Shape = tuple[int, ...]
 FOLDERS = {"unet": "unet", "text": "text_encoder", "text2": "text_encoder_2"}
@@ -41,9 +41,11 @@ def _of_folder(folder: Path) -> Iterator[tuple[Place, Shape]]:
 
 def _of_file(file: Path) -> Iterator[tuple[Place, Shape]]:
     for name, entry in read_header(file).entries.items():
-        if name.startswith("model.diffusion_model.") and name.endswith(".weight") and len(entry.shape) > 1:
+        if name.startswith("model.diffusion_model.") and name.endswith(".weight"):
             path = name.removeprefix("model.diffusion_model.").removesuffix(".weight")
-            yield Place("unet", diffusers_path(path)), entry.shape
+            key = parse_key(f"lora_unet_{path.replace('.', '_')}.alpha")
+            if key and _is_layer("unet", key.place.path, entry.shape):
+                yield key.place, entry.shape
         for prefix, component in CLIP_PREFIXES.items():
             path = name.removeprefix(prefix).removeprefix("text_model.").removesuffix(".weight")
             if name.startswith(prefix) and name.endswith(".weight") and _is_layer(component, path, entry.shape):
@@ -65,4 +67,5 @@ def _of_open_clip(name: str, shape: Shape) -> Iterator[tuple[str, Shape]]:
 
 
 def _is_layer(component: str, path: str, shape: Shape) -> bool:
-    return len(shape) > 1 and (component == "unet" or TEXT_LAYER.fullmatch(path) is not None)
+    """Whether an adapter's key can name the layer; a norm or an embedding is none."""
+    return len(shape) > 1 and (UNET_LAYER if component == "unet" else TEXT_LAYER).fullmatch(path) is not None

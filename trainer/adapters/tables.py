@@ -54,9 +54,9 @@ def troubles(report: Report) -> Iterator[str]:
         yield f"{len(report.zero)} modules are zero and do nothing: {_named(report.zero)}"
     if report.hashes.stored and report.hashes.stored != report.hashes.model:
         yield "the hash in its metadata is not that of its tensors: the file was changed after it was written"
-    for match in report.uis:
-        if not match.is_whole:
-            yield f"{match.ui} {_verdict(match)}"
+    poor = [match.ui for match in report.uis if not match.is_whole]
+    if poor:
+        yield f"not read whole by {', '.join(poor)}{_cure(report.dialect)}"
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -94,16 +94,17 @@ def ui_table(uis: Sequence[Match]) -> Table:
     return table
 
 
-def verdict_page(path: str, uis: Sequence[Match], faults: Sequence[str], trials: Sequence[str]) -> RenderableType:
+def verdict_page(
+    path: str, uis: Sequence[Match], dialect: str, faults: Sequence[str], trials: Sequence[str]
+) -> RenderableType:
     """Of `verify`: the UIs' shares, what diffusers computes, every fault, and the verdict in one line."""
     shown = [*faults[:MOST_FAULTS], *([f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else [])]
-    return Group(
-        _line(path, "bold"),
-        ui_table(uis),
-        *map(_line, trials),
-        *(_line(f"! {fault}", "bold red") for fault in shown),
-        _line("nothing is wrong", "green") if not faults else _line(f"{len(faults)} faults", "bold red"),
-    )
+    poor = [match.ui for match in uis if not match.is_whole]
+    lines = [_line(f"! {fault}", "bold red") for fault in shown]
+    if poor:
+        lines.append(_line(f"! not read whole by {', '.join(poor)}{_cure(dialect)}", "bold red"))
+    verdict = lines or [_line("nothing is wrong", "green")]
+    return Group(_line(path, "bold"), ui_table(uis), *map(_line, trials), *verdict)
 
 
 def trial_line(component: str, difference: float, effect: float) -> str:
@@ -122,6 +123,10 @@ def bar(share: float) -> str:
     """A bar of BAR_CELLS · share cells, to an eighth of a cell."""
     eighths = max(round(8 * BAR_CELLS * share), 1 if share > 0 else 0)
     return "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
+
+
+def _cure(dialect: str) -> str:
+    return ": `scumble adapter convert --to kohya` makes a file that is" if dialect == "peft" else ""
 
 
 def _verdict(match: Match) -> str:

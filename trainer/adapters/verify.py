@@ -44,11 +44,19 @@ class Trial:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All that is wrong with a file, a line each in `faults`; the UIs' shares and diffusers' trials beside it."""
+    """What is wrong with a file's numbers and shapes, a line each in `faults`; the UIs' shares and diffusers' trials.
+
+    `dialect` is how its keys are named, kohya or peft.
+    """
 
     uis: tuple[Match, ...]
     trials: tuple[Trial, ...]
     faults: tuple[str, ...]
+    dialect: str
+
+    @property
+    def is_sound(self) -> bool:
+        return not self.faults and all(match.is_whole for match in self.uis)
 
 
 def verify(file: Path, base: str, quick: bool = False) -> Verdict:
@@ -67,7 +75,6 @@ def verify(file: Path, base: str, quick: bool = False) -> Verdict:
     uis = tuple(matches(tensors, layout, adapter.family))
     faults = list(_module_faults(adapter, layout))
     loads = not faults and all(match.is_whole for match in uis if match.ui == "diffusers")
-    faults += [f"{match.ui}: {_loss(match)}" for match in uis if not match.is_whole]
     trials: tuple[Trial, ...] = ()
     if loads and not quick:
         trials = tuple(tried(load(model, source, torch.device("cpu"), torch.float32), adapter, file))
@@ -77,7 +84,7 @@ def verify(file: Path, base: str, quick: bool = False) -> Verdict:
             for trial in trials
             if not trial.agrees
         ]
-    return Verdict(uis, trials, tuple(faults))
+    return Verdict(uis, trials, tuple(faults), adapter.dialect)
 
 
 def _module_faults(adapter: Adapter, layout: Mapping[Place, Shape]) -> Iterator[str]:
@@ -158,10 +165,6 @@ def _weight(base: Base, place: Place) -> torch.Tensor:
     parameters = dict(component.named_parameters())
     path = f"{place.path}.weight"
     return parameters[path] if path in parameters else parameters[f"text_model.{path}"]
-
-
-def _loss(match: Match) -> str:
-    return match.refusal or f"has no home for {len(match.lost)} of {match.total} modules, first {match.lost[0]}"
 
 
 def _times(shape: tuple[int, int] | None) -> str:
