@@ -100,7 +100,10 @@ def test_names_of_every_program_are_understood(name: str, place: Place, slot: st
 @pytest.mark.parametrize(
     "name",
     ["model.diffusion_model.out.2.weight",
-     "lora_unet_nonsense_block.lora_down.weight", "emb_params", "../../etc/passwd",
+     "lora_unet_nonsense_block.lora_down.weight", "emb_params",
+     "lora_unet_input_blocks_0.alpha", "lora_unet_to_q_to_k.alpha", "lora_unet_mid_block_resnets_9_conv1.alpha",
+     "lora_unet_middle_block_0_to_q.alpha", "unet.class_embedding.lora_A.weight", "lora_unet_label_emb_to_q.alpha",
+     "../../etc/passwd",
      "lora_te3_text_model_encoder_layers_0_mlp_fc1.alpha", "transformer.blocks.0.attn.to_q.lora_A.weight", ""],
 )  # fmt: skip
 def test_other_names_are_no_adapters(name: str):

@@ -11,7 +11,9 @@ from PIL import Image
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Previews
-from scumble.trainer import cli, preview
+from scumble.trainer import cli, compare, preview
+from scumble.trainer.adapters.files import write_adapter
+from scumble.trainer.adapters.keys import text_key, unet_key
 from scumble.trainer.models import EMBEDDED, Base, load, recognise
 from scumble.trainer.prompts import Shot, derived, shots_of
 
@@ -147,3 +149,78 @@ def test_the_command_writes_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture
     cli.main(["preview", "--prompts", "tiger", "--prompts", "owl", "--preview-steps", "2", "--out", str(out)])
     assert Image.open(out).width > 2 * 128
     assert str(out) in capsys.readouterr().out
+
+
+def an_adapter(path: Path, **metadata: str) -> Path:
+    """Random factors on the attention of the embedded base and of its text encoder, of rank 2 and alpha 1."""
+    pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED)
+    layers = {unet_key(name, sgm=False): layer for name, layer in pipeline.unet.named_modules() if ".to_" in name}
+    for name, layer in pipeline.text_encoder.named_modules():
+        layers |= {text_key(name, "lora_te"): layer} if name.endswith("_proj") else {}
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for stem, layer in layers.items():
+        if isinstance(layer, torch.nn.Linear):
+            tensors[f"{stem}.lora_down.weight"] = 0.5 * torch.randn(2, layer.in_features, generator=generator)
+            tensors[f"{stem}.lora_up.weight"] = 0.5 * torch.randn(layer.out_features, 2, generator=generator)
+            tensors[f"{stem}.alpha"] = torch.tensor(1.0)
+    write_adapter(tensors, {"ss_base_model_version": "sd_v1"} | metadata, path)
+    return path
+
+
+def test_strengths_are_those_of_stock_diffusers_and_the_base_is_left_as_it_was(tmp_path: Path):
+    base, shots = loaded(Model()), [replace(SHOT, cfg=1.5, steps=2)]
+    file = an_adapter(tmp_path / "it.safetensors")
+    plain = preview.paint(base, shots, "ddim")[0]
+    nothing, half, whole = (row[0] for row in compare.paint_strengths(base, file, shots, [0, 0.5, 1], "ddim"))
+    assert np.array_equal(pixels(nothing), pixels(plain))
+    stock = StableDiffusionPipeline.from_pretrained(EMBEDDED)
+    stock.load_lora_weights(str(file))
+    for strength, picture in ((0.5, half), (1.0, whole)):
+        stock.set_adapters("default_0", strength)
+        expected = stock(
+            SHOT.prompt, num_inference_steps=2, guidance_scale=1.5, negative_prompt="", generator=torch.manual_seed(3)
+        ).images[0]
+        assert np.abs(pixels(picture) - pixels(expected)).max() <= 1
+        assert np.abs(pixels(picture) - pixels(plain)).max() > 8
+    assert np.array_equal(pixels(preview.paint(base, shots, "ddim")[0]), pixels(plain))
+
+
+def test_a_row_is_a_file_at_a_strength_and_a_column_a_prompt(tmp_path: Path):
+    file = an_adapter(tmp_path / "it.safetensors", ss_sd_model_name="sketch")
+    again = tmp_path / "b" / "it.safetensors"
+    again.parent.mkdir()
+    again.write_bytes(file.read_bytes())
+    out = tmp_path / "grid.png"
+    prompts = ["--prompts", "tiger", "--prompts", "owl", "--prompts", "car"]
+    cli.main(["preview", str(file), str(again), *prompts, "--strengths", "0,1", "--preview-steps", "1",
+              "--out", str(out)])  # fmt: skip
+    picture, side = Image.open(out).convert("RGB"), 128 + preview.GAP_PX
+    margin = picture.width - 3 * side - preview.GAP_PX
+    assert margin > 40 and picture.height - 4 * side in range(preview.GAP_PX + 11, preview.GAP_PX + 40)
+    rows = [np.asarray(picture.crop((margin, side * row, picture.width, side * (row + 1)))) for row in range(4)]
+    assert np.array_equal(rows[0], rows[2]) and np.array_equal(rows[1], rows[3])  # the same bytes under two names
+    assert not np.array_equal(rows[0], rows[1])
+    assert compare.names_of([file, again])[1] == "b/it"
+    assert len(compare.names_of([Path("x" * 90 + ".safetensors")])[0]) == compare.LABEL_LETTERS
+
+
+def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def refused(file: Path, *arguments: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["preview", str(file), "--prompts", "a", "--out", str(tmp_path / "no.png"), *arguments])
+        line = capsys.readouterr().err
+        assert stop.value.code == 2 and line.count("\n") == 1
+        return line
+
+    other = tmp_path / "other.safetensors"
+    stem = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
+    parts = {f"{stem}.lora_down.weight": torch.ones(2, 2048), f"{stem}.lora_up.weight": torch.ones(8, 2)}
+    write_adapter(parts, {"ss_sd_model_name": "my-xl.safetensors"}, other)
+    assert "was trained on my-xl.safetensors; name the base to paint with: --base FILE" in refused(other)
+    assert "is for sdxl, but --base sketch is sd1; name a base of its kind" in refused(other, "--base", "sketch")
+    assert "--strengths 0,x: must be numbers" in refused(other, "--strengths", "0,x")
+    assert "--strengths nan: must be numbers" in refused(other, "--strengths", "nan")
+    write_adapter({f"{stem}.lokr_w1": torch.ones(2, 2), f"{stem}.lokr_w2": torch.ones(2, 2)}, {}, other)
+    assert "does not tell its base" in refused(other)
+    assert "is lokr, which diffusers cannot paint with" in refused(other, "--base", "sketch")
+    assert not (tmp_path / "no.png").exists()

@@ -14,12 +14,15 @@ from scumble.configs import files, reference
 from scumble.configs.errors import Refused, nearest
 from scumble.configs.options import Model, Options, Previews, declared, section
 
+from .adapters.commands import adapter
+
 app = App(
     name="scumble",
     help="Train a LoRA of a style or a character from a folder of pictures.",
     help_format="plaintext",
     version=version("scumble"),
 )
+app.command(adapter)
 app["--help"].group = app["--version"].group = "Other"
 
 DEFAULTS = Options()
@@ -58,13 +61,14 @@ def train(
 
 @app.command
 def preview(
-    *,
+    *adapters: Annotated[Path, Parameter(name="ADAPTERS", help="Adapter files to compare, a row for each strength")],
     model: Annotated[Model, section("Model")] = DEFAULTS.model,
     previews: Annotated[Previews, section("Previews")] = DEFAULTS.previews,
+    strengths: Annotated[str, Parameter(help="Strengths of the adapters, with commas between")] = "0,0.5,0.8,1,1.2",
     out: Annotated[Path, Parameter(help="Picture to write")] = Path("preview.png"),
     force: Annotated[bool, Parameter(help="Write over a picture that is there", negative="")] = False,
 ) -> None:
-    """Paint prompts with a base model, as one labelled grid."""
+    """Paint prompts with a base model, or with adapters on it at several strengths, as one labelled grid."""
     flags = {
         "model": model.model_dump(exclude_unset=True),
         "previews": previews.model_dump(exclude_unset=True),
@@ -72,9 +76,14 @@ def preview(
     options = files.resolve(flags=flags)
     if out.exists() and not force:
         raise Refused(f"{out} exists: choose another --out, or --force to write over it")
-    from .preview import preview_base
+    if adapters:
+        from .compare import compare, strengths_of
 
-    preview_base(options.model, options.previews, out)
+        compare(adapters, options.model, options.previews, strengths_of(strengths), out)
+    else:
+        from .preview import preview_base
+
+        preview_base(options.model, options.previews, out)
     print(f"painted {out}")
 
 
@@ -113,7 +122,16 @@ def _one_line(error: CycloptsError) -> str:
     if isinstance(error, UnknownOptionError):
         flag = str(error.token.keyword or error.token.value)
         key = flag.lstrip("-").replace("-", "_")
-        known = [entry.key for entry in declared()] + ["preset", "dry_run", "out", "force"]
+        known = [entry.key for entry in declared()] + [
+            "preset",
+            "dry_run",
+            "out",
+            "force",
+            "strengths",
+            "json",
+            "to",
+            "dtype",
+        ]
         close = "" if key in known else nearest(key, known).replace("_", "-").replace("mean ", "mean --")
         return f"{flag}: no such option of this command{close}; --help lists its own, `scumble options` all"
     if isinstance(error, UnusedCliTokensError):

@@ -150,7 +150,7 @@ def tag_frequency(examples: Sequence[Example]) -> dict[str, dict[str, int]]:
     counts: dict[str, Counter[str]] = {}
     for example in examples:
         tags = (tag.strip() for tag in example.caption.split(","))
-        counts.setdefault(example.image.parent.name, Counter()).update(tag for tag in tags if tag)
+        counts.setdefault(folder_label(example.image.parent), Counter()).update(tag for tag in tags if tag)
     return {folder: dict(counter.most_common(MAX_TAGS)) for folder, counter in counts.items()}
 
 
@@ -158,9 +158,15 @@ def folders(examples: Sequence[Example]) -> dict[str, dict[str, int]]:
     """`{folder: {n_repeats, img_count}}`."""
     found: dict[str, dict[str, int]] = {}
     for example in examples:
-        entry = found.setdefault(example.image.parent.name, {"n_repeats": example.repeats, "img_count": 0})
+        entry = found.setdefault(folder_label(example.image.parent), {"n_repeats": example.repeats, "img_count": 0})
         entry["img_count"] += 1
     return found
+
+
+def folder_label(folder: Path) -> str:
+    """A folder's own name, as metadata tells it; a person's home has the person's name, so it is called `pictures`."""
+    folder = folder.resolve()
+    return "pictures" if folder == Path.home().resolve() else folder.name
 
 
 def bucket_info(buckets: Sequence[Size]) -> dict[str, dict[str, object]]:

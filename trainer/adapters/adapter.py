@@ -5,17 +5,19 @@ scale * kron(w1, w2) (both Yeh et al. 2023, LyCORIS). DoRA keeps besides a magni
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from scumble.configs.errors import Refused
 
 from .files import read_tensors
-from .keys import Key, Place, kohya_stem, parse_key, peft_stem
+from .keys import COMPONENT_PREFIXES, Key, Place, kohya_stem, parse_key, peft_stem
 
 KINDS = {"lora_": "lora", "hada_": "loha", "lokr_": "lokr", "diff": "full"}  # by the beginning of a slot's name
 NEEDED = {"lora": ("lora_down", "lora_up"), "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")}
@@ -102,7 +104,7 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
             raise Refused(f"{name}: {key.place.component} {key.place.path} has two {key.slot}, second {tensor_name}")
         found[key.place][key.slot] = tensors[tensor_name]
         dialects.add(key.dialect)
-    alphas = _peft_alphas(metadata)
+    settings = _peft_settings(metadata)
     modules = {}
     for place, slots in sorted(found.items()):
         kind = next((kind for slot in slots for start, kind in KINDS.items() if slot.startswith(start)), None)
@@ -110,7 +112,8 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
         if kind is None or missing:
             raise Refused(f"{name}: {place.component} {place.path} lacks {', '.join(missing) or 'its factors'}")
         alpha = slots.pop("alpha", None)
-        modules[place] = Module(kind, slots, alphas.get(place.component) if alpha is None else float(alpha))
+        module = Module(kind, slots, None if alpha is None else float(alpha))
+        modules[place] = module if module.alpha is not None else _with_peft_alpha(module, place, settings, name)
     family = _family(modules, metadata)
     return Adapter(modules, dict(metadata), family, "kohya" if "kohya" in dialects else "peft")
 
@@ -170,18 +173,29 @@ def _lycoris_product(up: torch.Tensor, down: torch.Tensor, middle: torch.Tensor 
     return _product(up if middle is None else up.T, down, middle)
 
 
-def _peft_alphas(metadata: Mapping[str, str]) -> dict[str, float]:
-    """lora_alpha of each component, where diffusers wrote its config into the file."""
+def _peft_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """PEFT's config (`unet.lora_alpha`, …), where diffusers wrote it into the file."""
     try:
         settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        prefixes = {"unet": "unet", "text": "text_encoder", "text2": "text_encoder_2"}
-        return {
-            component: float(settings[f"{prefix}.lora_alpha"])
-            for component, prefix in prefixes.items()
-            if f"{prefix}.lora_alpha" in settings
-        }
-    except (ValueError, TypeError):
+    except (ValueError, RecursionError):
         return {}
+    return settings if isinstance(settings, dict) else {}
+
+
+def _with_peft_alpha(module: Module, place: Place, settings: Mapping[str, Any], name: str) -> Module:
+    """The module with the alpha of PEFT's config: `alpha_pattern` goes first; rsLoRA's scale is alpha / sqrt(rank)."""
+    prefix = COMPONENT_PREFIXES[place.component]
+    patterns = settings.get(f"{prefix}.alpha_pattern") or {}
+    alpha = settings.get(f"{prefix}.lora_alpha")
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        if not re.fullmatch(r"[\w.]+", pattern):  # a stranger's regex could run for ever
+            raise Refused(f"{name}: its alpha_pattern {pattern[:80]} is no plain path, which alone is read")
+        if f".{place.path}".endswith("." + pattern.removeprefix("text_model.")):
+            alpha = value
+            break
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        return module
+    return replace(module, alpha=alpha * (module.rank**0.5 if settings.get(f"{prefix}.use_rslora") else 1.0))
 
 
 def _family(modules: Mapping[Place, Module], metadata: Mapping[str, str]) -> str:

@@ -38,6 +38,11 @@ SLOTS = {
     **{f"lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
 }  # fmt: skip
 SLOT = re.compile(r"^(?P<stem>.+?)\.(?P<slot>" + "|".join(map(re.escape, sorted(SLOTS, key=len, reverse=True))) + r")$")
+UNET_LAYER = re.compile(
+    r"(down|up)_blocks\.\d+\.((downsamplers|upsamplers)\.0\.conv|attentions\.\d+\.[\w.]+|resnets\.\d+\.RESNET)"
+    r"|mid_block\.(attentions\.0\.[\w.]+|resnets\.[01]\.RESNET)|(time|add)_embedding\.linear_[12]|conv_(in|out)"
+    .replace("RESNET", f"({'|'.join(RESNET_SUFFIXES)})")
+)  # fmt: skip
 OLD_PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight$")  # diffusers before PEFT
 
 
@@ -179,9 +184,14 @@ def _modern(found: re.Match[str]) -> str:
     return f".{layer}.lora_{'A' if found[2] == 'down' else 'B'}.weight"
 
 
-def _key(component: str, path: str, slot: str, dialect: str) -> Key:
-    path = diffusers_path(path) if component == "unet" else path.removeprefix("text_model.")
-    return Key(Place(component, path), slot, dialect)
+def _key(component: str, path: str, slot: str, dialect: str) -> Key | None:
+    if component != "unet":
+        return Key(Place(component, path.removeprefix("text_model.")), slot, dialect)
+    try:
+        path = diffusers_path(path)
+    except (ValueError, KeyError):  # words of sgm's in an order that no UNet has
+        return None
+    return Key(Place(component, path), slot, dialect) if UNET_LAYER.fullmatch(path) else None
 
 
 def _numbered(rest: str) -> tuple[int, str, int, str]:

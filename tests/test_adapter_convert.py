@@ -1,0 +1,152 @@
+"""Another dialect, the same adapter: stock diffusers loads both and paints the same picture."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from diffusers.training_utils import _collate_lora_metadata
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tiny import tiny_base
+
+from scumble.trainer import cli
+from scumble.trainer.adapters.adapter import read_adapter
+from scumble.trainer.adapters.files import read_tensors
+
+PIPELINES: dict[str, Any] = {"sd1": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
+UNET = LoraConfig(
+    r=4, lora_alpha=2, target_modules=["to_q", "to_v", "to_out.0", "proj_in", "ff.net.2", "conv1"],
+    rank_pattern={"conv1": 2}, alpha_pattern={"conv1": 3},
+)  # fmt: skip
+TEXT = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"])
+
+
+def shake(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+def trained(kind: str, folder: Path) -> tuple[Any, Path]:
+    """A tiny pipeline with adapters on it, mixed in rank and scale, and the file that diffusers saves of it."""
+    pipeline = PIPELINES[kind].from_pretrained(tiny_base(kind, folder / "base"))
+    parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+    if kind == "sdxl":
+        parts["text_encoder_2"] = pipeline.text_encoder_2
+    for name, part in parts.items():
+        part.add_adapter(UNET if name == "unet" else TEXT)
+        shake(part)
+    layers = {f"{name}_lora_layers": get_peft_model_state_dict(part) for name, part in parts.items()}
+    pipeline.save_lora_weights(folder, **layers, **_collate_lora_metadata(parts))
+    return pipeline, folder / "pytorch_lora_weights.safetensors"
+
+
+def painted(pipeline: Any) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    result = pipeline(
+        "a cat", num_inference_steps=2, height=64, width=64, generator=torch.manual_seed(0), output_type="np"
+    )
+    return result.images[0]
+
+
+def with_file(kind: str, folder: Path, file: Path) -> np.ndarray:
+    pipeline = PIPELINES[kind].from_pretrained(folder / "base")
+    pipeline.load_lora_weights(str(file))
+    return painted(pipeline)
+
+
+def convert(source: Path, out: Path, *arguments: str) -> Path:
+    cli.main(["adapter", "convert", str(source), "--out", str(out), *arguments])
+    return out
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_both_dialects_paint_what_the_live_adapter_paints(kind: str, tmp_path: Path):
+    pipeline, file = trained(kind, tmp_path)
+    live = painted(pipeline)
+    kohya = convert(file, tmp_path / "kohya.safetensors", "--to", "kohya")
+    peft = convert(kohya, tmp_path / "peft.safetensors", "--to", "peft")
+    plain = painted(PIPELINES[kind].from_pretrained(tmp_path / "base"))
+    assert np.abs(live - plain).max() > 0.01
+    for written in (kohya, peft):
+        np.testing.assert_allclose(with_file(kind, tmp_path, written), live, atol=1e-4, err_msg=written.name)
+
+
+def test_alpha_patterns_of_peft_are_heard(tmp_path: Path):
+    pipeline, file = trained("sd1", tmp_path)
+    adapter = read_adapter(file)
+    deltas = {place.path: module.delta() for place, module in adapter.modules.items() if place.component == "unet"}
+    checked = 0
+    for path, layer in pipeline.unet.named_modules():
+        if isinstance(layer, LoraLayer):
+            expected = layer.get_delta_weight("default").flatten(1)
+            torch.testing.assert_close(deltas[path], expected, msg=path)
+            checked += 1
+    assert checked == len(deltas) > 20
+
+
+def test_a_round_trip_keeps_every_delta_and_the_metadata(tmp_path: Path):
+    _, file = trained("sd1", tmp_path)
+    told = {"ss_tag_frequency": '{"a": {"cat": 3}}', "modelspec.title": "mine", "sshs_legacy_hash": "0"}
+    tensors, _ = read_tensors(convert(file, tmp_path / "plain.safetensors", "--to", "kohya"))
+    save_file(tensors, tmp_path / "a.safetensors", told)
+    peft = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--to", "peft")
+    again = convert(peft, tmp_path / "c.safetensors", "--to", "kohya")
+    first, last = read_adapter(tmp_path / "a.safetensors"), read_adapter(again)
+    assert first.modules.keys() == last.modules.keys()
+    for place, module in first.modules.items():
+        torch.testing.assert_close(last.modules[place].delta(), module.delta())
+    for path in (peft, again):
+        with safe_open(path, "pt") as written:
+            metadata = written.metadata()
+        assert metadata["modelspec.title"] == "mine"
+        assert json.loads(metadata["ss_tag_frequency"]) == {"a": {"cat": 3}}
+        assert LORA_ADAPTER_METADATA_KEY not in metadata and "sshs_legacy_hash" not in metadata
+    assert (metadata["ss_base_model_version"], metadata["ss_v2"]) == ("sd_v1", "False")
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_numbers_are_those_that_torch_rounds_to(dtype: str, tmp_path: Path):
+    _, file = trained("sd1", tmp_path)
+    plain, _ = read_tensors(convert(file, tmp_path / "a.safetensors", "--to", "kohya"))
+    found, _ = read_tensors(convert(file, tmp_path / "b.safetensors", "--to", "kohya", "--dtype", dtype))
+    expected = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    for name, tensor in found.items():
+        assert torch.equal(tensor, plain[name] if name.endswith("alpha") else plain[name].to(expected)), name
+
+
+def test_what_cannot_be_done_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def refused(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["adapter", "convert", *arguments])
+        line = capsys.readouterr().err
+        assert stop.value.code == 2 and line.count("\n") == 1
+        return line
+
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    big = {f"{stem}.lora_{end}.weight": torch.full((2, 2), 1e5) for end in ("up", "down")}
+    save_file(big, tmp_path / "big.safetensors")
+    save_file({f"{stem}.lokr_w1": torch.ones(2, 2), f"{stem}.lokr_w2": torch.ones(2, 2)}, tmp_path / "k.safetensors")
+    (tmp_path / "there.safetensors").write_bytes(b"mine")
+    source, out = str(tmp_path / "big.safetensors"), ("--out", str(tmp_path / "out.safetensors"))
+    assert "is the file that is read" in refused(source, "--to", "kohya", "--out", source)
+    assert "exists: choose another name, or --force" in refused(
+        source, "--to", "kohya", "--out", str(tmp_path / "there.safetensors")
+    )
+    assert "numbers that fp16 cannot hold; use --dtype bf16" in refused(
+        source, "--to", "kohya", "--dtype", "fp16", *out
+    )
+    assert "lokr has no place in a PEFT file" in refused(str(tmp_path / "k.safetensors"), "--to", "peft", *out)
+    assert "--to" in refused(source, "--to", "comfy", *out) and "--to" in refused(source, *out)
+    assert not (tmp_path / "out.safetensors").exists() and (tmp_path / "there.safetensors").read_bytes() == b"mine"

@@ -1,0 +1,48 @@
+"""What is published with an adapter: never where the files lie, nor whose they are."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from scumble.configs import files
+from scumble.trainer import cli
+from scumble.trainer.adapters.files import read_header
+from scumble.trainer.models import EMBEDDED
+from scumble.trainer.train import train
+
+SAMPLES = Path(__file__).parent.parent / "datasets/samples/clay-style"
+PERSON = "annabel"
+
+
+@pytest.mark.parametrize("pictures", ["my clay", ""])  # a folder, and the person's home itself
+def test_what_is_written_tells_no_path_and_no_user(pictures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    home = tmp_path / "home" / PERSON
+    (home / pictures).mkdir(parents=True)
+    (home / "models").mkdir()
+    (home / "models/my base").symlink_to(EMBEDDED)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    for name in ("fox.webp", "fox.txt"):
+        shutil.copy(SAMPLES / name, home / pictures / name)
+    flags = {
+        "model": {"base": str(home / "models/my base")},
+        "data": {"images": str(home / pictures)},
+        "optimization": {"steps": 1},
+        "previews": {"prompts": ("owl",), "preview_steps": 1},
+        "output": {"runs": str(home / "runs"), "name": "clay"},
+    }
+    result = train(files.resolve(flags=flags), [], dry_run=False)
+    assert result
+    cli.main(["adapter", "convert", str(result.adapter), "--to", "peft"])
+    cli.main(["adapter", "convert", str(result.adapter.with_name("clay-peft.safetensors")), "--to", "kohya"])
+    published = [path for path in result.adapter.parent.rglob("*") if path.suffix in (".safetensors", ".png")]
+    assert {path.name for path in published} >= {"clay.safetensors", "clay.png", "clay-peft-kohya.safetensors"}
+    for path in published:
+        data = path.read_bytes()
+        assert PERSON.encode() not in data and str(tmp_path).encode() not in data, path
+    metadata = read_header(result.adapter).metadata
+    assert metadata["ss_sd_model_name"] == "my base"
+    assert list(json.loads(metadata["ss_dataset_dirs"])) == [pictures or "pictures"]
+    assert not [key for key, text in metadata.items() if text.startswith(("/", "\\", "~")) or ":\\" in text]

@@ -1,0 +1,79 @@
+"""`scumble adapter …`: tools for finished files. Torch is imported when a command runs, not when help is asked for."""
+
+import json as json_library
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, Parameter
+
+from scumble.configs.errors import Refused
+
+adapter = App(name="adapter", help="Look into finished adapter files, and change them.", help_format="plaintext")
+
+# Commands of other modules are put on here, each with one line: `adapter.command(function)`.
+
+
+@adapter.command
+def inspect(
+    *files: Annotated[Path, Parameter(help="Adapter files")],
+    json: Annotated[bool, Parameter(help="Print one JSON object a file, for programs", negative="")] = False,
+) -> None:
+    """Tell what adapter files are: kind, ranks, words, strength by block, hashes, which UIs read them."""
+    if not files:
+        raise Refused("adapter inspect: name at least one adapter file")
+    from . import tables
+    from .inspect import inspect as report_of
+
+    for file in files:
+        report = report_of(file)
+        if json:
+            print(json_library.dumps(tables.as_json(report), ensure_ascii=False))
+        else:
+            _print(tables.report_page(report))
+
+
+@adapter.command
+def convert(
+    file: Annotated[Path, Parameter(help="Adapter file")],
+    /,
+    *,
+    to: Annotated[Literal["kohya", "peft"], Parameter(help="Names of the keys: kohya's, for every UI, or PEFT's")],
+    dtype: Annotated[
+        Literal["fp16", "bf16", "fp32"] | None, Parameter(help="Number format; none: the file's own")
+    ] = None,
+    out: Annotated[Path | None, Parameter(help="File to write; none: FILE with the dialect in its name")] = None,
+    force: Annotated[bool, Parameter(help="Write over a file that is there", negative="")] = False,
+) -> None:
+    """Write an adapter with other key names or in another number format; its metadata is kept."""
+    from .convert import convert as converted
+
+    written = converted(file, to, dtype or "", out or file.with_name(f"{file.stem}-{to}.safetensors"), force)
+    print(f"wrote {written}")
+
+
+@adapter.command
+def verify(
+    file: Annotated[Path, Parameter(help="Adapter file")],
+    /,
+    *,
+    base: Annotated[str, Parameter(help="Its base: sketch, a diffusers folder, a hub id or a .safetensors file")],
+    quick: Annotated[bool, Parameter(help="Leave out the trial by diffusers; no base is loaded", negative="")] = False,
+) -> None:
+    """Check that every UI finds a home for every key, that numbers and shapes are right, and that diffusers agrees.
+
+    Exit code 1 where something is wrong.
+    """
+    from . import tables
+    from .verify import verify as verdict_of
+
+    verdict = verdict_of(file, base, quick)
+    trials = [tables.trial_line(trial.component, trial.difference, trial.effect) for trial in verdict.trials]
+    _print(tables.verdict_page(str(file), verdict.uis, verdict.dialect, verdict.faults, trials))
+    if not verdict.is_sound:
+        raise SystemExit(1)
+
+
+def _print(page: object) -> None:
+    from rich.console import Console
+
+    Console(highlight=False).print(page)

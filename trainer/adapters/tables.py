@@ -1,0 +1,199 @@
+"""Reports on adapter files as people and programs read them: rich tables, JSON."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .inspect import COMPONENT_LABELS, FAMILY_LABELS, Report, block_norms
+from .keys import Place
+from .uis import Match
+
+NETWORK_LABELS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "dora": "DoRA", "full": "full difference"}
+DIALECT_LABELS = {"kohya": "kohya's", "peft": "PEFT's (diffusers)"}
+BAR_CELLS = 32
+EIGHTHS = " ▏▎▍▌▋▊▉"
+MOST_FAULTS = 20
+NAMED = 3  # modules named where many have the same trouble
+
+
+def report_page(report: Report) -> RenderableType:
+    """What an artist wants to know of a file first, then its numbers."""
+    return Group(
+        Text(""),
+        _line(report.path, "bold"),
+        _line(headline(report)),
+        Text(""),
+        _facts(report),
+        Text(""),
+        _parts(report),
+        Text(""),
+        _bars(report),
+        Text(""),
+        ui_table(report.uis),
+        *[_line(f"! {trouble}", "bold red") for trouble in troubles(report)],
+    )
+
+
+def headline(report: Report) -> str:
+    """`LoRA for Stable Diffusion 1, 144 modules, 1.2 MB, float16`."""
+    network = " + ".join(NETWORK_LABELS.get(name, name) for name in report.network.split("+"))
+    count = sum(group.modules for group in report.groups)
+    size = f"{report.bytes / 1e6:.1f} MB" if report.bytes >= 1e6 else f"{report.bytes / 1e3:.0f} kB"
+    base = "sketch" if report.settings.get("base") == "sketch" else FAMILY_LABELS[report.family]
+    return f"{network} for {base}, {count} modules, {size}, {' + '.join(report.dtypes)}"
+
+
+def troubles(report: Report) -> Iterator[str]:
+    """What a person should know before using the file, a line each."""
+    if report.broken:
+        yield f"{len(report.broken)} modules hold numbers that are not finite: {_named(report.broken)}"
+    if report.zero:
+        yield f"{len(report.zero)} modules are zero and do nothing: {_named(report.zero)}"
+    if report.hashes.stored and report.hashes.stored != report.hashes.model:
+        yield "the hash in its metadata is not that of its tensors: the file was changed after it was written"
+    poor = [match.ui for match in report.uis if not match.is_whole]
+    if poor:
+        yield f"not read whole by {', '.join(poor)}{_cure(report.dialect)}"
+
+
+def as_json(report: Report) -> dict[str, Any]:
+    """The same for programs; norms by module."""
+    return {
+        "path": report.path, "bytes": report.bytes, "family": report.family, "network": report.network,
+        "dialect": report.dialect, "dtypes": report.dtypes,
+        "parts": [
+            {"part": group.label, "modules": group.modules, "ranks": group.ranks, "alphas": group.alphas}
+            for group in report.groups
+        ],
+        "trigger": report.trigger, "tags": dict(report.tags), "settings": report.settings,
+        "hashes": {
+            "sha256": report.hashes.file, "auto_v2": report.hashes.auto_v2, "model": report.hashes.model,
+            "a1111": report.hashes.a1111, "stored": report.hashes.stored,
+            "stored_is_true": report.hashes.stored == report.hashes.model if report.hashes.stored else None,
+        },
+        "blocks": {label: norm for label, (norm, _) in block_norms(report.norms).items()},
+        "norms": {_name(place): norm for place, norm in report.norms.items()},
+        "zero": [_name(place) for place in report.zero],
+        "not_finite": [_name(place) for place in report.broken],
+        "uis": {
+            match.ui: {"matched": match.matched, "total": match.total, "refusal": match.refusal}
+            for match in report.uis
+        },
+    }  # fmt: skip
+
+
+def ui_table(uis: Sequence[Match]) -> Table:
+    """UI × matched/total, and what happens to the rest."""
+    table = _table("UI", "modules read", "")
+    for match in uis:
+        style = "green" if match.is_whole else "red"
+        table.add_row(match.ui, Text(f"{match.matched} / {match.total}", style), safe(_verdict(match)))
+    return table
+
+
+def verdict_page(
+    path: str, uis: Sequence[Match], dialect: str, faults: Sequence[str], trials: Sequence[str]
+) -> RenderableType:
+    """Of `verify`: the UIs' shares, what diffusers computes, every fault, and the verdict in one line."""
+    shown = [*faults[:MOST_FAULTS], *([f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else [])]
+    poor = [match.ui for match in uis if not match.is_whole]
+    lines = [_line(f"! {fault}", "bold red") for fault in shown]
+    if poor:
+        lines.append(_line(f"! not read whole by {', '.join(poor)}{_cure(dialect)}", "bold red"))
+    verdict = lines or [_line("nothing is wrong", "green")]
+    return Group(_line(path, "bold"), ui_table(uis), *map(_line, trials), *verdict)
+
+
+def trial_line(component: str, difference: float, effect: float) -> str:
+    """How far diffusers' output is from ours, beside how far the adapter moves it."""
+    label = COMPONENT_LABELS[component]
+    return f"{label}: the adapter moves its output by {effect:.2g}, diffusers differs from ours by {difference:.2g}"
+
+
+def safe(text: str, most: int = 400) -> Text:
+    """Text of a stranger's file: no markup, no control characters, not endless."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text)
+    return Text(shown if len(shown) <= most else shown[: most - 1] + "…")
+
+
+def bar(share: float) -> str:
+    """A bar of BAR_CELLS · share cells, to an eighth of a cell."""
+    eighths = max(round(8 * BAR_CELLS * share), 1 if share > 0 else 0)
+    return "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
+
+
+def _cure(dialect: str) -> str:
+    return ": `scumble adapter convert --to kohya` makes a file that is" if dialect == "peft" else ""
+
+
+def _verdict(match: Match) -> str:
+    if match.refusal:
+        return f"turns the file away: {match.refusal}"
+    if match.lost:
+        more = f" and {len(match.lost) - 1} more" if len(match.lost) > 1 else ""
+        return f"passes over {match.lost[0]}{more}"
+    return "reads all of it"
+
+
+def _facts(report: Report) -> Table:
+    hashes = report.hashes
+    told = {"": "none in the metadata", hashes.model: "the metadata's is true"}
+    facts = {
+        "trigger": report.trigger or "none told",
+        "tags": ", ".join(f"{tag} ({count})" for tag, count in report.tags) or "none told",
+        **report.settings,
+        "keys": DIALECT_LABELS[report.dialect],
+        "hash (A1111)": f"{hashes.a1111}  ({told.get(hashes.stored, 'the metadata tells another')})",
+        "hash (AutoV2)": hashes.auto_v2,
+    }
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    for label, value in facts.items():
+        table.add_row(label, safe(value))
+    return table
+
+
+def _parts(report: Report) -> Table:
+    table = _table("part", "modules", "rank", "alpha")
+    for group in report.groups:
+        ranks = ", ".join(str(rank) if rank else "whole" for rank in group.ranks)
+        alphas = ", ".join("none (scale 1)" if alpha is None else f"{alpha:g}" for alpha in group.alphas)
+        table.add_row(group.label, str(group.modules), safe(ranks, 40), safe(alphas, 40))
+    return table
+
+
+def _bars(report: Report) -> Table:
+    """Where the adapter works: the norm of each block's deltas together."""
+    blocks = block_norms(report.norms)
+    largest = max((norm for norm, _ in blocks.values()), default=0.0) or 1.0
+    table = _table("block", "modules", "strength", "")
+    table.columns[2].justify = "right"
+    for label, (norm, count) in blocks.items():
+        table.add_row(label, str(count), f"{norm:.3g}", Text(bar(norm / largest), "dark_orange"))
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if column == "modules" else "left", no_wrap=number == 0)
+    return table
+
+
+def _line(text: str, style: str = "") -> Text:
+    line = safe(text)
+    line.stylize(style)
+    return line
+
+
+def _name(place: Place) -> str:
+    return f"{place.component}.{place.path}"
+
+
+def _named(places: Sequence[Place]) -> str:
+    more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
+    return ", ".join(map(_name, places[:NAMED])) + more

@@ -1,0 +1,101 @@
+"""Adapters beside each other: prompts × strengths × files as one labelled grid, painted by stock diffusers."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from scumble.configs.errors import Refused
+from scumble.configs.options import Model, Previews
+
+from .adapters.adapter import Adapter, read_adapter
+from .models import Base, Source, load, recognise
+from .preview import cell, default_cfg, grid, paint, write_picture
+from .prompts import Shot, shots_of
+
+STRENGTH_LIMIT = 10.0
+LABEL_LETTERS = 32  # of a file's name
+LOADED = "compared"
+
+
+def compare(files: Sequence[Path], model: Model, previews: Previews, strengths: Sequence[float], out: Path) -> None:
+    """Paint every prompt with every file at every strength; a row is one file at one strength, a column one prompt.
+
+    Raises `Refused` where a file is no LoRA, belongs to another family, or its base must be named.
+    """
+    adapters = [read_adapter(file) for file in files]
+    if "base" not in model.model_fields_set:
+        model = model.model_copy(update={"base": base_of(files, adapters)})
+    source = recognise(model)
+    for file, adapter in zip(files, adapters, strict=True):
+        check_paintable(file, adapter, source)
+    shots = shots_of(previews, None, [], default_cfg(model.base))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = load(model, source, device, torch.float32)
+    painted = [row for file in files for row in paint_strengths(base, file, shots, strengths, previews.sampler)]
+    rows = [[cell(picture) for picture in pictures] for pictures in painted]
+    labels = [f"{name} @ {strength:g}" for name in names_of(files) for strength in strengths]
+    below = [[] for _ in rows[:-1]] + [[shot.prompt for shot in shots]]
+    write_picture(grid(rows, below, labels), out)
+
+
+def paint_strengths(
+    base: Base, file: Path, shots: Sequence[Shot], strengths: Sequence[float], sampler: str
+) -> list[list[Image.Image]]:
+    """The shots at each strength of one file, which stock diffusers loads and scales; the base is left as it was."""
+    base.pipeline.load_lora_weights(str(file), adapter_name=LOADED)
+    rows = []
+    for strength in strengths:
+        base.pipeline.set_adapters([LOADED], [strength])
+        rows.append(paint(base, shots, sampler))
+    base.pipeline.unload_lora_weights()
+    return rows
+
+
+def strengths_of(text: str) -> list[float]:
+    """`0,0.5,1` -> numbers. Raises `Refused` where one is none, or is beyond what any UI offers."""
+    try:
+        strengths = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        strengths = []
+    if not strengths or not all(math.isfinite(number) and abs(number) <= STRENGTH_LIMIT for number in strengths):
+        raise Refused(
+            f"--strengths {text}: must be numbers from -{STRENGTH_LIMIT:g} to {STRENGTH_LIMIT:g} with commas between, "
+            "such as 0,0.5,1"
+        )
+    return strengths
+
+
+def base_of(files: Sequence[Path], adapters: Sequence[Adapter]) -> str:
+    """The embedded base where every file was trained on it; any other must be named."""
+    for file, adapter in zip(files, adapters, strict=True):
+        told = adapter.metadata.get("ss_sd_model_name", "")
+        if told != "sketch":
+            on = f"was trained on {told[:80]}" if told else "does not tell its base"
+            raise Refused(f"{file}: {on}; name the base to paint with: --base FILE")
+    return "sketch"
+
+
+def check_paintable(file: Path, adapter: Adapter, source: Source) -> None:
+    """Raises `Refused` for what stock diffusers cannot put on this base."""
+    if adapter.family != source.family.name:
+        raise Refused(
+            f"{file}: is for {adapter.family}, but --base {source.name} is {source.family.name}; "
+            "name a base of its kind"
+        )
+    dora = any("dora_scale" in module.tensors for module in adapter.modules.values())
+    if adapter.kinds != {"lora"} or dora:
+        kind = "dora" if dora else "+".join(sorted(adapter.kinds))
+        raise Refused(f"{file}: is {kind}, which diffusers cannot paint with; look at it in ComfyUI")
+
+
+def names_of(files: Sequence[Path]) -> list[str]:
+    """Short names for labels; with the folder in front where two files share one."""
+    stems = [file.stem for file in files]
+    names = [
+        f"{file.resolve().parent.name}/{stem}" if stems.count(stem) > 1 else stem
+        for file, stem in zip(files, stems, strict=True)
+    ]
+    return [name if len(name) <= LABEL_LETTERS else "…" + name[1 - LABEL_LETTERS :] for name in names]
