@@ -51,6 +51,15 @@ def factors_of(module: Module) -> Factors:
     return Factors(module.scale * up, down.flatten(1))
 
 
+def delta_shape(module: Module) -> tuple[int, int]:
+    """(out, in · h · w) of dW; of a LoRA without computing it."""
+    if not has_factors(module):
+        out, inputs = module.delta().shape
+        return out, inputs
+    kernel = module.tensors.get("lora_mid", module.tensors["lora_down"]).shape[2:]
+    return len(module.tensors["lora_up"]), module.tensors["lora_down"].shape[1] * math.prod(kernel)
+
+
 def module_of(factors: Factors, kernel: tuple[int, ...], dtype: torch.dtype) -> Module:
     """A LoRA of scale 1; `kernel` is () for a Linear, (h, w) for a convolution."""
     rank, out = len(factors.down), len(factors.up)

@@ -19,6 +19,7 @@ from .factors import (
     Reduced,
     Reduction,
     collect,
+    delta_shape,
     dtype_of,
     factors_of,
     has_factors,
@@ -169,14 +170,13 @@ def seed_at(place: Place, seed: int) -> int:
 def _merged(place: Place, weighted: Sequence[tuple[float, Module]], recipe: Recipe, kernel: tuple[int, ...]) -> Reduced:
     dtype = dtype_of(weighted[0][1])
     rule = Rule(recipe.rank or max(module.rank for _, module in weighted))
+    _check_shapes(place, [delta_shape(module) for _, module in weighted])
     if recipe.method in ("linear", "svd") and all(has_factors(module) for _, module in weighted):
-        _check_shapes(place, [(len(pair.up), pair.down.shape[1]) for pair in (factors_of(m) for _, m in weighted)])
         factors = concatenated(weighted)
         if recipe.method == "linear":
             return Reduced(module_of(factors, kernel, dtype), 0.0, 1.0)
         return reduced(svd_of_factors(*factors), rule, kernel, dtype)
     deltas = [module.delta() for _, module in weighted]
-    _check_shapes(place, [tuple(delta.shape) for delta in deltas])
     delta = fused(deltas, [weight for weight, _ in weighted], recipe, place)
     total = float(delta.double().square().sum())
     return reduced(svd_of_dense(delta, rule.rank), rule, kernel, dtype, total)
