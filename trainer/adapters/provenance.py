@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from pathlib import PureWindowsPath
+from pathlib import Path, PureWindowsPath
 
-from scumble.trainer.models import FAMILIES
+from scumble.trainer.models import FAMILIES, Source
 
-from .adapter import Adapter
+from .adapter import Adapter, to_tensors
+from .factors import Reduction
+from .files import write_adapter
 
 KEPT = (
     "modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation", "modelspec.resolution",
@@ -36,6 +38,27 @@ def metadata_of_result(parents: Sequence[Adapter], result: Adapter, title: str, 
         "ss_network_alpha": f"{float(rank):g}",
         "ss_network_args": json.dumps({}),
         "ss_training_comment": comment,
+    }
+
+
+def write_result(result: Reduction, parents: Sequence[Adapter], out: Path, comment: str, force: bool) -> None:
+    """Write a computed adapter under kohya's names with its metadata. Raises `Refused` as `write_adapter` does."""
+    metadata = metadata_of_result(parents, result.adapter, out.stem, comment)
+    write_adapter(to_tensors(result.adapter), metadata, out, force)
+
+
+def metadata_of_base(source: Source) -> dict[str, str]:
+    """What an adapter that comes from no other one tells of its base."""
+    v = source.prediction == "v_prediction"
+    told = for_family(source.family.name)
+    if source.family.name == "sd2" and not v:
+        told["modelspec.architecture"] = "stable-diffusion-v2-512/lora"
+    side = source.resolution_px
+    return told | {
+        "modelspec.prediction_type": "v" if v else "epsilon",
+        "modelspec.resolution": f"{side}x{side}",
+        "ss_resolution": f"({side}, {side})",
+        "ss_sd_model_name": source.name,
     }
 
 
