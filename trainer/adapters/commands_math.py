@@ -100,8 +100,8 @@ def extract(
     import torch
 
     from scumble.configs.options import Model
-    from scumble.trainer.models import recognise
 
+    from ..models import recognise
     from .adapter import Adapter
     from .extract import extract as extracted
     from .lowrank import Rule
@@ -178,7 +178,8 @@ def place_of_base(base: str) -> Path:
     if Path(base).exists() and base != "sketch":
         return Path(base)
     from scumble.configs.options import Model
-    from scumble.trainer.models import recognise
+
+    from ..models import recognise
 
     return Path(recognise(Model(base=base)).place)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from scumble.configs.errors import Refused
-from scumble.trainer.lora import CONVS, FULL, TEXT
 
+from ..lora import CONVS, FULL, TEXT
 from .adapter import Adapter
 from .factors import Reduced, Reduction, collect, reduced
 from .keys import Place

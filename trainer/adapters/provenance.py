@@ -4,8 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 
-from scumble.trainer.models import FAMILIES, Source
-
+from ..models import FAMILIES, Source
 from .adapter import Adapter, to_tensors
 from .factors import Reduction
 from .files import write_adapter
