@@ -53,6 +53,14 @@ class Place:
     component: str
     path: str
 
+    @property
+    def block(self) -> str:
+        """The block it lies in: `down_blocks.1`, `mid_block`, `up_blocks.0`, another part of the UNet, or `text`."""
+        if self.component != "unet":
+            return self.component
+        first, _, rest = self.path.partition(".")
+        return f"{first}.{rest.partition('.')[0]}" if first in ("down_blocks", "up_blocks") else first
+
 
 @dataclass(frozen=True)
 class Key:

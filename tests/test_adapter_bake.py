@@ -1,0 +1,306 @@
+"""Baking against what diffusers paints with the adapter loaded, against PEFT's own merge, and in one file."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_bases_one_file import PIPELINES, narrow, one_file, parameters_of, random_parts
+from tiny import tiny_base
+
+from scumble.configs.errors import Refused
+from scumble.trainer.adapters.adapter import Adapter, Module, from_tensors, read_adapter, to_tensors
+from scumble.trainer.adapters.bake import Dose, bake, baked
+from scumble.trainer.adapters.files import write_adapter
+from scumble.trainer.adapters.keys import Place
+from scumble.trainer.adapters.weights import find_weights
+from scumble.trainer.models import EMBEDDED
+
+VERSIONS = {"sketch": "sd_v1", "sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+FAMILIES = {"sketch": "sd1", "sd15": "sd1", "sd21": "sd2", "sd1": "sd1", "sd2": "sd2", "sdxl": "sdxl"}
+UNET = ("attn1.to_q", "attn2.to_v", "to_out.0", "proj_in", "ff.net.2", "conv1")
+TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # without out_proj, diffusers loses the others
+
+
+def base_of(kind: str, folder: Path) -> Path:
+    """A folder in fp32, so that what is stored is what is painted with."""
+    if kind != "sketch":
+        return tiny_base(kind, folder)
+    pipeline(EMBEDDED).save_pretrained(folder)
+    return folder
+
+
+def pipeline(folder: Path) -> Any:
+    loaded = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    loaded.set_progress_bar_config(disable=True)
+    return loaded
+
+
+def adapter_for(base: Path, family: str, seed: int, layers: tuple[str, ...] = UNET + TEXT) -> Adapter:
+    """A LoRA of rank 2 on some layers, 0.3 as large as their weights."""
+    weights = find_weights(base)
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for place in sorted(weights.spots):
+        if not place.path.endswith(layers) or place.path.startswith("add_embedding"):
+            continue
+        weight = weights.read(place)
+        ones = (1,) * (weight.dim() - 2)
+        down = torch.randn(2, *weight.shape[1:], generator=generator)
+        up = torch.randn(len(weight), 2, *ones, generator=generator)
+        factor = 0.3 * float(weight.float().norm() / (up.flatten(1) @ down.flatten(1)).norm())
+        modules[place] = Module("lora", {"lora_down": down, "lora_up": up * factor}, 2.0)
+    return Adapter(modules, {}, family)
+
+
+def written(adapter: Adapter, kind: str, path: Path) -> Path:
+    write_adapter(to_tensors(adapter), {"ss_base_model_version": VERSIONS[kind]}, path)
+    return path
+
+
+def paint(loaded: Any) -> torch.Tensor:
+    side = loaded.unet.config.sample_size * loaded.vae_scale_factor
+    found = loaded(
+        "a fox", num_inference_steps=2, guidance_scale=4.0, height=side, width=side, output_type="pt",
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    return found.images
+
+
+@pytest.mark.parametrize("kind", ["sketch", "sd1", "sdxl"])
+def test_a_baked_folder_paints_what_the_adapters_paint_when_they_are_loaded(kind: str, tmp_path: Path):
+    base = base_of(kind, tmp_path / "base")
+    doses = []
+    at_run_time = pipeline(base)
+    plain = paint(at_run_time)
+    for name, seed, strength, layers in (("one", 1, 0.8, UNET + TEXT), ("two", 2, -0.5, UNET)):
+        file = written(adapter_for(base, FAMILIES[kind], seed, layers), kind, tmp_path / f"{name}.safetensors")
+        at_run_time.load_lora_weights(file, adapter_name=name)
+        doses.append(Dose(name, read_adapter(file), strength))
+    at_run_time.set_adapters(["one", "two"], [0.8, -0.5])
+    expected = paint(at_run_time)
+    bake(base, tmp_path / "baked", doses)
+    found = paint(pipeline(tmp_path / "baked"))
+    assert float((expected - plain).abs().mean()) > 1e-3
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+    assert float((found - expected).abs().mean()) < 1e-4
+
+
+def test_the_embedded_base_keeps_its_types_and_its_other_files(tmp_path: Path):
+    adapter = adapter_for(EMBEDDED, "sd1", 1)
+    bake(EMBEDDED, tmp_path / "baked", [Dose("one", adapter)])
+    before, after = find_weights(EMBEDDED), find_weights(tmp_path / "baked")
+    assert before.spots.keys() == after.spots.keys()
+    for place in before.spots:
+        old, new = before.read(place), after.read(place)
+        assert old.dtype == new.dtype and old.shape == new.shape
+        if place in adapter.modules:
+            expected = old.float() + adapter.modules[place].delta().reshape(old.shape)
+            assert torch.equal(new, expected.to(old.dtype))
+        else:
+            assert torch.equal(new, old)
+    vae = "vae/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "baked" / vae).read_bytes() == (EMBEDDED / vae).read_bytes()
+    pipeline(tmp_path / "baked")
+    with safe_open(tmp_path / "baked/unet/diffusion_pytorch_model.safetensors", "pt") as file:
+        assert file.metadata()["baked"] == "one x 1"
+
+
+@pytest.mark.parametrize("base", ["sd15", "sd21", "sdxl"])
+def test_one_file_of_the_original_layout_is_baked_like_the_folder(base: str, tmp_path: Path):
+    folder = narrow(base, tmp_path / "configs")
+    parts = random_parts(base, folder)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    save_file(one_file(base, parts), checkpoint, {"who": "me"})
+    pipeline = PIPELINES[base].from_single_file(str(checkpoint), config=str(folder), local_files_only=True)
+    pipeline.save_pretrained(tmp_path / "folder")
+    assert find_weights(checkpoint).family == FAMILIES[base]
+    folders, files = find_weights(tmp_path / "folder"), find_weights(checkpoint)
+    assert folders.spots.keys() == files.spots.keys() or base == "sdxl"  # its text projection is transposed in one file
+    adapter = adapter_for(tmp_path / "folder", FAMILIES[base], 1)
+    assert {place.component for place in adapter.modules} == {"unet", "text"} | ({"text2"} if base == "sdxl" else set())
+    bake(checkpoint, tmp_path / "baked.safetensors", [Dose("one", adapter, 0.7)])
+    bake(tmp_path / "folder", tmp_path / "baked", [Dose("one", adapter, 0.7)])
+    again = PIPELINES[base].from_single_file(
+        str(tmp_path / "baked.safetensors"), config=str(folder), local_files_only=True
+    )
+    from_folder = PIPELINES[base].from_pretrained(tmp_path / "baked")
+    for part in parts:
+        one, other = parameters_of(getattr(again, part)), parameters_of(getattr(from_folder, part))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one), part
+    place = next(place for place in adapter.modules if place.path.endswith("v_proj"))
+    module = getattr(again, "text_encoder" if place.component == "text" else "text_encoder_2")
+    old = parts["text_encoder" if place.component == "text" else "text_encoder_2"][f"{place.path}.weight"]
+    new = parameters_of(module)[f"{place.path}.weight"]
+    torch.testing.assert_close(new, old + 0.7 * adapter.modules[place].delta(), rtol=1e-5, atol=1e-6)
+    with safe_open(tmp_path / "baked.safetensors", "pt") as file:
+        assert file.metadata() == {"who": "me", "baked": "one x 0.7"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_undo_gives_the_base_back_but_for_the_rounding_of_its_type(dtype: torch.dtype, tmp_path: Path):
+    generator = torch.Generator().manual_seed(0)
+    prefix, fused = "model.diffusion_model.middle_block.1", "conditioner.embedders.1.model.transformer.resblocks.0.attn"
+    tensors = {
+        f"{prefix}.proj_in.weight": torch.randn(30, 30, generator=generator).to(dtype),
+        f"{prefix}.proj_in.bias": torch.randn(30, generator=generator).to(dtype),
+        f"{fused}.in_proj_weight": torch.randn(60, 20, generator=generator).to(dtype),
+    }
+    save_file(tensors, tmp_path / "base.safetensors")
+    doses = [Dose("one", adapter_for(tmp_path / "base.safetensors", "sdxl", 1, ("proj_in", "q_proj", "v_proj")), 0.9)]
+    bake(tmp_path / "base.safetensors", tmp_path / "baked.safetensors", doses)
+    bake(tmp_path / "baked.safetensors", tmp_path / "back.safetensors", doses, undo=True)
+    back, there = load_file(tmp_path / "back.safetensors"), load_file(tmp_path / "baked.safetensors")
+    changed = {name for name in tensors if not torch.equal(there[name], tensors[name])}
+    assert changed == {f"{prefix}.proj_in.weight", f"{fused}.in_proj_weight"}
+    keys = slice(20, 40)  # rows of k, which the adapter has not
+    assert torch.equal(there[f"{fused}.in_proj_weight"][keys], tensors[f"{fused}.in_proj_weight"][keys])
+    step = 2 * torch.finfo(dtype).eps
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(back[name].float(), tensor.float(), rtol=step, atol=step)
+
+
+class Small(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = torch.nn.Linear(12, 20, bias=False)
+        self.conv = torch.nn.Conv2d(6, 6, 3, bias=False)
+
+
+def test_dora_of_peft_is_baked_as_peft_merges_it():
+    torch.manual_seed(0)
+    model = Small()
+    old = {"to_q": model.to_q.weight.detach().clone(), "conv": model.conv.weight.detach().clone()}
+    inject_adapter_in_model(LoraConfig(r=3, lora_alpha=6, target_modules=["to_q", "conv"], use_dora=True), model, "it")
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.abs() + 0.3 * torch.rand(parameter.shape)
+    prefixes = {"to_q": "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q",
+                "conv": "unet.down_blocks.0.downsamplers.0.conv"}  # fmt: skip
+    state = get_peft_model_state_dict(model, adapter_name="it")
+    renamed = {prefixes[name.split(".")[0]] + "." + name.split(".", 1)[1]: tensor for name, tensor in state.items()}
+    settings = json.dumps({"unet.lora_alpha": 6})
+    adapter = from_tensors(renamed, {"lora_adapter_metadata": settings}, "x")
+    assert adapter.dialect == "peft"
+    for name, prefix in prefixes.items():
+        layer = getattr(model, name)
+        assert isinstance(layer, LoraLayer)
+        layer.merge()
+        module = adapter.modules[Place("unet", prefix.removeprefix("unet."))]
+        found = baked(old[name], module, 1.0, adapter.dialect)
+        torch.testing.assert_close(found, layer.get_base_layer().weight.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_dora_on_inputs_gives_every_column_of_the_sum_its_length():
+    torch.manual_seed(0)
+    weight, magnitude = torch.randn(8, 5, 3, 3), torch.rand(1, 5, 1, 1) + 0.5
+    module = Module(
+        "lora", {"lora_down": torch.randn(2, 5, 3, 3), "lora_up": torch.randn(8, 2, 1, 1), "dora_scale": magnitude}, 1.0
+    )
+    whole, half = baked(weight, module, 1.0, "kohya"), baked(weight, module, 0.5, "kohya")
+    direction = weight + module.delta().reshape(weight.shape)
+    for column in range(5):
+        expected = direction[:, column] / direction[:, column].norm() * magnitude[0, column]
+        torch.testing.assert_close(whole[:, column], expected)
+    torch.testing.assert_close(half, (weight + whole) / 2)
+
+
+def ones() -> Module:
+    return Module("lora", {"lora_down": torch.ones(1, 1024), "lora_up": torch.ones(1024, 1)}, 1.0)
+
+
+def test_a_large_file_is_baked_in_little_memory(tmp_path: Path):
+    blocks = [(i, j) for i in range(12) for j in range(5)]
+    tensors = {
+        f"model.diffusion_model.output_blocks.{i}.1.transformer_blocks.{j}.attn1.to_q.weight": torch.ones(1024, 1024)
+        for i, j in blocks
+    }  # 240 MiB
+    save_file(tensors, tmp_path / "base.safetensors")
+    places = [
+        Place("unet", f"up_blocks.{i // 3}.attentions.{i % 3}.transformer_blocks.{j}.attn1.to_q") for i, j in blocks
+    ]
+    write_adapter(to_tensors(Adapter({p: ones() for p in places})), {}, tmp_path / "x.safetensors")
+    script = """if True:
+        import resource, sys
+        from pathlib import Path
+        from scumble.trainer.adapters.adapter import read_adapter
+        from scumble.trainer.adapters.bake import Dose, bake
+        here = Path(sys.argv[1])
+        adapter = read_adapter(here / "x.safetensors")
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        bake(here / "base.safetensors", here / "baked.safetensors", [Dose("x", adapter, 2.0)])
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+    """
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 64
+    with safe_open(tmp_path / "baked.safetensors", "pt") as file:
+        assert all(float(file.get_tensor(name).mean()) == 3.0 for name in file.keys())  # noqa: SIM118
+
+
+def test_what_is_not_finite_is_refused_and_leaves_nothing_behind(tmp_path: Path):
+    name = "model.diffusion_model.middle_block.1.proj_in"
+    save_file({f"{name}.weight": torch.ones(4, 4, dtype=torch.float16)}, tmp_path / "base.safetensors")
+    huge = {"lora_down": torch.full((1, 4), 300.0), "lora_up": torch.full((4, 1), 300.0)}
+    adapter = Adapter({Place("unet", "mid_block.attentions.0.proj_in"): Module("lora", huge, None)})
+    with pytest.raises(Refused, match=r"proj_in\.weight would not be finite in F16: use a smaller strength"):
+        bake(tmp_path / "base.safetensors", tmp_path / "out.safetensors", [Dose("x", adapter)])
+    assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base("sd1", tmp_path_factory.mktemp("bake") / "base")
+
+
+def test_what_does_not_fit_is_one_line_before_anything_is_written(tiny: Path, tmp_path: Path):
+    fits = adapter_for(tiny, "sd1", 1)
+    place = next(iter(fits.modules))
+    other = Adapter(fits.modules | {Place("unet", "down_blocks.7.attentions.0.proj_in"): fits.modules[place]})
+    wide = Adapter({place: Module("lora", {"lora_down": torch.ones(2, 9), "lora_up": torch.ones(4, 2)}, None)})
+    dora = {place: Module("lora", fits.modules[place].tensors | {"dora_scale": torch.ones(99, 1)}, None)}
+    for adapter, undo, line in (
+        (other, False, r"x: 1 of \d+ layers are not in .*first unet down_blocks\.7\.attentions\.0\.proj_in"),
+        (wide, False, r"x: .* is 4 x 9, the base's is \d+ x \d+; it is for another base"),
+        (Adapter(dora), False, r"DoRA magnitudes \(99, 1\)"),
+        (Adapter(dora), True, "--undo x: .* is DoRA, which has no delta without its base"),
+    ):
+        with pytest.raises(Refused, match=line) as error:
+            bake(tiny, tmp_path / "out", [Dose("x", adapter)], undo=undo)
+        assert "\n" not in str(error.value)
+    for base, line in (
+        (tmp_path / "none", "no such file or folder"),
+        (tmp_path, r"has no \.safetensors in unet/"),
+    ):
+        with pytest.raises(Refused, match=line):
+            bake(base, tmp_path / "out", [Dose("x", fits)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_place_needs_force_and_a_folder_of_something_else_is_never_replaced(tiny: Path, tmp_path: Path):
+    doses = [Dose("x", adapter_for(tiny, "sd1", 1))]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/diary.txt").write_text("dear diary")
+    with pytest.raises(Refused, match="exists: choose another name, or --force"):
+        bake(tiny, tmp_path / "mine", doses)
+    with pytest.raises(Refused, match="is no diffusers folder, so it is not replaced"):
+        bake(tiny, tmp_path / "mine", doses, force=True)
+    with pytest.raises(Refused, match="is the base itself"):
+        bake(tiny, tiny, doses, force=True)
+    assert (tmp_path / "mine/diary.txt").read_text() == "dear diary"
+    shutil.copytree(tiny, tmp_path / "base")
+    (tmp_path / "base/unet/diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    bake(tmp_path / "base", tmp_path / "baked", doses)
+    bake(tmp_path / "base", tmp_path / "baked", doses, force=True)
+    assert not (tmp_path / "baked/unet/diffusion_pytorch_model.bin").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["baked", "base", "mine"]

@@ -1,0 +1,113 @@
+"""The commands on real files: what they write loads in diffusers, says how it was made and has no path in it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cyclopts import App
+from safetensors import safe_open
+
+from scumble.configs.errors import Refused
+from scumble.trainer.adapters import commands_math
+from scumble.trainer.adapters.adapter import Adapter, Module, read_adapter, to_tensors
+from scumble.trainer.adapters.files import write_adapter
+from scumble.trainer.adapters.weights import find_weights
+from scumble.trainer.models import EMBEDDED
+
+app = App()
+for command in (commands_math.merge, commands_math.resize, commands_math.extract, commands_math.bake):
+    app.command(command)
+
+
+def run(*arguments: object) -> None:
+    app([str(argument) for argument in arguments], exit_on_error=False, print_error=False, result_action="return_value")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two adapters of rank 4 for the embedded base."""
+    folder = tmp_path_factory.mktemp("commands")
+    weights = find_weights(EMBEDDED)
+    for seed, name in enumerate(("clay", "paper")):
+        generator = torch.Generator().manual_seed(seed)
+        modules = {}
+        for place in sorted(weights.spots):
+            if place.path.endswith(("attn1.to_q", "attn2.to_v")):
+                out, inputs = weights.read(place).shape
+                down = torch.randn(4, inputs, generator=generator)
+                up = 0.02 * torch.randn(out, 4, generator=generator)
+                modules[place] = Module("lora", {"lora_down": down, "lora_up": up}, 4.0)
+        metadata = {"ss_base_model_version": "sd_v1", "modelspec.trigger_phrase": name}
+        write_adapter(to_tensors(Adapter(modules)), metadata, folder / f"{name}.safetensors")
+    return folder
+
+
+def test_merge_writes_the_weighted_sum_and_says_of_what(folder: Path):
+    out = folder / "both.safetensors"
+    run("merge", folder / "clay.safetensors", folder / "paper.safetensors", "--out", out, "--weights", 0.7, -0.5,
+        "--blocks", "mid_block=0.5", "2:up_blocks.0=0")  # fmt: skip
+    clay, paper, both = (read_adapter(folder / f"{name}.safetensors") for name in ("clay", "paper", "both"))
+    for place, module in both.modules.items():
+        factor = 0.5 if place.block == "mid_block" else 1.0
+        second = 0.0 if place.block == "up_blocks.0" else -0.5 * factor
+        expected = 0.7 * factor * clay.modules[place].delta() + second * paper.modules[place].delta()
+        torch.testing.assert_close(module.delta(), expected, rtol=1e-4, atol=1e-4)
+    with safe_open(out, "pt") as file:
+        told = file.metadata()
+    comment = told["ss_training_comment"]
+    assert comment.startswith("merged with scumble (linear): clay x 0.7 {mid_block: 0.5}, paper x -0.5 {")
+    assert told["modelspec.trigger_phrase"] == "clay, paper" and told["ss_network_dim"] == "8"
+    assert not any(str(folder) in value for value in told.values())
+
+
+def test_resize_tells_what_each_block_loses(folder: Path, capsys: pytest.CaptureFixture[str]):
+    out = folder / "small.safetensors"
+    run("resize", folder / "clay.safetensors", "--out", out, "--rank", 2)
+    printed = capsys.readouterr().out
+    assert "mid_block" in printed and "of its change is lost" in printed and "rank 2" in printed
+    assert {module.rank for module in read_adapter(out).modules.values()} == {2}
+    with pytest.raises(Refused, match=r"small\.safetensors exists: choose another --out, or --force"):
+        run("resize", folder / "clay.safetensors", "--out", out, "--rank", 2)
+    run("resize", folder / "clay.safetensors", "--out", out, "--energy", 0.9, "--force")
+
+
+def test_what_is_baked_is_extracted_again_and_can_be_taken_out(folder: Path):
+    run("bake", folder / "clay.safetensors", "--base", "sketch", "--out", folder / "baked", "--strengths", 0.5)
+    run("extract", folder / "baked", "--base", "sketch", "--out", folder / "found.safetensors", "--rank", 4,
+        "--dtype", "fp32")  # fmt: skip
+    found, clay = read_adapter(folder / "found.safetensors"), read_adapter(folder / "clay.safetensors")
+    assert found.modules.keys() == clay.modules.keys()
+    assert found.metadata["ss_training_comment"] == "extracted with scumble (rank 4): baked"
+    assert found.metadata["ss_sd_model_name"] == "sketch"
+    assert found.metadata["modelspec.prediction_type"] in ("v", "epsilon")
+    for place, module in found.modules.items():
+        expected = 0.5 * clay.modules[place].delta()
+        assert float((module.delta() - expected).norm() / expected.norm()) < 0.05  # what the base's type rounds
+    run("bake", folder / "clay.safetensors", "--base", folder / "baked", "--out", folder / "back", "--strengths", 0.5,
+        "--undo")  # fmt: skip
+    before, after = find_weights(EMBEDDED), find_weights(folder / "back")
+    for place in clay.modules:
+        torch.testing.assert_close(after.read(place), before.read(place), rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["merge", "--out", "x.safetensors"], "name at least one adapter file"),
+        (["merge", "a", "b", "--out", "x.safetensors", "--weights", "1"], "--weights: 1 numbers for 2 files"),
+        (["merge", "a", "--out", "x.safetensors", "--blocks", "3:text=1"], "--blocks 3:text=1: write BLOCK=FACTOR"),
+        (["merge", "a", "--out", "x.safetensors", "--blocks", "text=much"], "--blocks text=much: write BLOCK=FACTOR"),
+        (["resize", "a", "--out", "x.pt"], r"--out x\.pt: give a name that ends in \.safetensors"),
+        (["bake", "a", "--base", "sketch", "--out", "x", "--strengths", "nan"], "--strengths nan: use a finite number"),
+    ],
+)
+def test_what_is_told_wrongly_is_one_line_before_a_file_is_read(arguments: list[str], line: str):
+    with pytest.raises(Refused, match=line):
+        run(*arguments)
+
+
+def test_the_commands_are_there_without_torch():
+    script = "import sys, scumble.trainer.adapters.commands_math; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,219 @@
+"""Merging against sums of dense deltas, and against PEFT's own TIES and DARE."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.utils import merge_utils
+
+from scumble.configs.errors import Refused
+from scumble.trainer.adapters.adapter import Adapter, Module, from_tensors, to_tensors
+from scumble.trainer.adapters.keys import Place
+from scumble.trainer.adapters.merge import Input, Recipe, fused, merge, rank_stabilised, seed_at
+from scumble.trainer.adapters.provenance import metadata_of_result
+
+TO_K = Place("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k")
+CONV = Place("unet", "up_blocks.0.resnets.1.conv1")
+MID = Place("unet", "mid_block.attentions.0.proj_in")
+FC1 = Place("text", "encoder.layers.0.mlp.fc1")
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def lora(seed: int, out: int, rank: int, inputs: tuple[int, ...], alpha: float | None = None) -> Module:
+    kernel = (1,) * (len(inputs) - 1)
+    return Module("lora", {"lora_down": draw(seed, rank, *inputs), "lora_up": draw(-seed, out, rank, *kernel)}, alpha)
+
+
+def adapter(seed: int, rank: int, alpha: float | None = None) -> Adapter:
+    return Adapter(
+        {
+            TO_K: lora(seed, 24, rank, (768,), alpha),
+            CONV: lora(seed + 1, 20, rank, (10, 3, 3), alpha),
+            MID: lora(seed + 2, 16, rank, (16, 1, 1), alpha),
+            FC1: lora(seed + 3, 40, rank, (30,), alpha),
+        }
+    )
+
+
+def loha(seed: int, rank: int = 2) -> Module:
+    shapes = {"hada_w1_a": (20, rank), "hada_w1_b": (rank, 90), "hada_w2_a": (20, rank), "hada_w2_b": (rank, 90)}
+    return Module("loha", {name: draw(seed + n, *shape) for n, (name, shape) in enumerate(shapes.items())}, float(rank))
+
+
+DORA = Module("lora", {**lora(1, 8, 2, (9,)).tensors, "dora_scale": draw(1, 1, 9)}, 1.0)
+
+
+def test_a_linear_merge_is_exactly_the_weighted_sum_through_the_written_file_too():
+    inputs = [
+        Input("a", adapter(10, 4, 2.0), 0.7, {"mid_block": 0.5, "text": 0.0}),
+        Input("b", adapter(20, 3, None), -1.5, {"up_blocks.0": 2.0}),
+        Input("c", Adapter({TO_K: lora(5, 24, 6, (768,), 1.0)}), 0.25),
+    ]
+    result = merge(inputs, Recipe())
+    for found in (result.adapter, from_tensors(to_tensors(result.adapter), {}, "x")):
+        assert found.modules.keys() == {TO_K, CONV, MID, FC1}
+        for place, module in found.modules.items():
+            expected = sum(
+                one.weight * one.blocks.get(place.block, 1.0) * one.adapter.modules[place].delta()
+                for one in inputs
+                if place in one.adapter.modules
+            )
+            assert isinstance(expected, torch.Tensor)
+            torch.testing.assert_close(module.delta(), expected, rtol=1e-4, atol=1e-4)
+    assert result.adapter.modules[TO_K].rank == 13 and result.adapter.modules[FC1].rank == 3
+    assert result.adapter.modules[CONV].tensors["lora_down"].shape == (7, 10, 3, 3)
+    assert result.adapter.modules[CONV].tensors["lora_up"].shape == (20, 7, 1, 1)
+    assert set(result.errors.values()) == {0.0}
+
+
+def test_blocks_are_named_by_the_part_of_the_model():
+    assert [place.block for place in (TO_K, CONV, MID, FC1)] == ["down_blocks.1", "up_blocks.0", "mid_block", "text"]
+    assert [Place("text2", "encoder.layers.0.mlp.fc1").block, Place("unet", "conv_in").block] == ["text2", "conv_in"]
+
+
+def test_an_svd_merge_is_the_best_of_the_largest_rank_or_of_the_rank_that_is_given():
+    inputs = [Input("a", adapter(10, 4), 1.0), Input("b", adapter(20, 3), 0.5)]
+    for rank, expected_rank in ((0, 4), (2, 2)):
+        result = merge(inputs, Recipe("svd", rank=rank))
+        lost, total = 0.0, 0.0
+        for place, module in result.adapter.modules.items():
+            dense = inputs[0].adapter.modules[place].delta() + 0.5 * inputs[1].adapter.modules[place].delta()
+            u, s, vh = torch.linalg.svd(dense, full_matrices=False)
+            best = (u[:, :expected_rank] * s[:expected_rank]) @ vh[:expected_rank]
+            assert module.rank == expected_rank
+            torch.testing.assert_close(module.delta(), best, rtol=1e-3, atol=1e-3)
+            if place == FC1:
+                lost, total = float((dense - module.delta()).norm()), float(dense.norm())
+        assert result.errors["text"] == pytest.approx(lost / total, rel=1e-3)
+
+
+@pytest.mark.parametrize("density", [0.2, 0.75, 1.0])
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.5, 1.5, -0.7)])
+def test_ties_is_that_of_peft_on_weighted_deltas(density: float, weights: tuple[float, ...]):
+    deltas = [draw(n, 20, 30) for n in range(3)]
+    weighted = [weight * delta for weight, delta in zip(weights, deltas, strict=True)]
+    theirs = merge_utils.ties(weighted, torch.ones(3), density)
+    torch.testing.assert_close(fused(deltas, weights, Recipe("ties", density=density), TO_K), theirs)
+
+
+@pytest.mark.parametrize("density", [0.3, 0.9, 1.0])
+def test_dare_is_that_of_peft_with_the_same_draws(density: float):
+    deltas, weights = [draw(n, 20, 30) for n in range(3)], (0.5, 1.5, 1.0)
+    weighted = [weight * delta for weight, delta in zip(weights, deltas, strict=True)]
+    methods: list[tuple[str, Any]] = [("dare", merge_utils.dare_linear), ("dare_ties", merge_utils.dare_ties)]
+    for method, peft in methods:
+        torch.manual_seed(seed_at(TO_K, 7))
+        theirs = peft(weighted, torch.ones(3), density)
+        ours = fused(deltas, weights, Recipe(method, density=density, seed=7), TO_K)
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_dare_keeps_the_sum_on_average_and_repeats_with_its_seed():
+    deltas, weights = [torch.ones(200, 200), 2 * torch.ones(200, 200)], (1.0, 0.5)
+    recipe = Recipe("dare", density=0.25, seed=1)
+    found = fused(deltas, weights, recipe, TO_K)
+    assert float(found.mean()) == pytest.approx(2.0, abs=0.05)
+    assert torch.equal(found, fused(deltas, weights, recipe, TO_K))
+    assert not torch.equal(found, fused(deltas, weights, Recipe("dare", density=0.25, seed=2), TO_K))
+    assert not torch.equal(found, fused(deltas, weights, recipe, CONV))
+
+
+def test_ties_and_dare_write_the_best_lora_of_their_dense_result():
+    inputs = [Input("a", adapter(10, 4), 1.0), Input("b", adapter(20, 3), 0.5)]
+    for method in ("ties", "dare", "dare_ties"):
+        recipe = Recipe(method, rank=5, density=0.6, seed=3)
+        result = merge(inputs, recipe)
+        for place, module in result.adapter.modules.items():
+            dense = fused([one.adapter.modules[place].delta() for one in inputs], [1.0, 0.5], recipe, place)
+            u, s, vh = torch.linalg.svd(dense, full_matrices=False)
+            torch.testing.assert_close(module.delta(), (u[:, :5] * s[:5]) @ vh[:5], rtol=1e-3, atol=1e-3)
+        assert 0 < result.errors["text"] < 1
+
+
+def test_a_loha_is_merged_by_its_dense_delta_with_the_kernel_of_its_layer():
+    inputs = [Input("a", adapter(10, 4)), Input("b", Adapter({CONV: loha(3)}), 0.1)]
+    result = merge(inputs, Recipe("svd", rank=8))  # LoHa of rank 2 has rank 4, and 4 + 4 = 8: nothing is lost
+    dense = inputs[0].adapter.modules[CONV].delta() + 0.1 * loha(3).delta()
+    torch.testing.assert_close(result.adapter.modules[CONV].delta(), dense, rtol=1e-3, atol=1e-3)
+    alone = merge([Input("b", Adapter({CONV: loha(3)}))], Recipe("svd", rank=4)).adapter.modules[CONV]
+    assert alone.tensors["lora_down"].shape == (4, 10, 3, 3)
+    torch.testing.assert_close(alone.delta(), loha(3).delta(), rtol=1e-3, atol=1e-3)
+    with pytest.raises(Refused, match=r"b: unet up_blocks\.0\.resnets\.1\.conv1 is loha, which has no LoRA rank"):
+        merge(inputs, Recipe("linear"))
+
+
+def test_a_tucker_core_is_merged_exactly():
+    tensors = {"lora_down": draw(1, 4, 10, 1, 1), "lora_up": draw(2, 20, 4, 1, 1), "lora_mid": draw(3, 4, 4, 3, 3)}
+    core = Adapter({CONV: Module("lora", tensors, 2.0)})
+    result = merge([Input("a", core), Input("b", adapter(10, 3))], Recipe()).adapter.modules[CONV]
+    expected = core.modules[CONV].delta() + adapter(10, 3).modules[CONV].delta()
+    torch.testing.assert_close(result.delta(), expected, rtol=1e-4, atol=1e-4)
+    assert result.rank == 7 and result.tensors["lora_down"].shape == (7, 10, 3, 3)
+
+
+def test_rank_stabilised_scales_are_those_of_alpha_by_the_root_of_the_rank():
+    one = adapter(10, 4, 2.0)
+    for place, module in rank_stabilised(one).modules.items():
+        assert module.scale == pytest.approx(2.0 / 4**0.5)
+        torch.testing.assert_close(module.delta(), one.modules[place].delta() * 2, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_stays_what_it_was():
+    halves = {
+        place: Module("lora", {slot: tensor.half() for slot, tensor in module.tensors.items()}, 4.0)
+        for place, module in adapter(10, 4).modules.items()
+    }
+    merged = merge([Input("a", Adapter(halves)), Input("b", Adapter(halves), 0.5)], Recipe("svd", rank=4)).adapter
+    for place, module in merged.modules.items():
+        assert {tensor.dtype for tensor in module.tensors.values()} == {torch.float16}
+        expected = 1.5 * Module("lora", halves[place].tensors, 4.0).delta()
+        assert float((module.delta() - expected).norm() / expected.norm()) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("inputs", "recipe", "line"),
+    [
+        ([Input("a", adapter(1, 2), 1.0, {"mid_blok": 1.0})], Recipe(), r"mid_blok.*did you mean mid_block\?"),
+        ([Input("a", adapter(1, 2)), Input("b", Adapter({}, {}, "sdxl"))], Recipe(), "b is for sdxl, a for sd1"),
+        ([Input("a", adapter(1, 2), float("nan"))], Recipe(), "a: a weight is no finite number"),
+        ([Input("a", adapter(1, 2), 0.0)], Recipe(), "nothing is left to write: every weight is 0"),
+        ([Input("a", adapter(1, 2))], Recipe("tie"), r"--method tie: use .*did you mean ties\?"),
+        ([Input("a", adapter(1, 2))], Recipe("dare", density=0.0), "--density 0: the share of values"),
+        ([Input("a", adapter(1, 2))], Recipe("linear", rank=4), "linear keeps all ranks; use --method svd"),
+        ([Input("a", adapter(1, 2)), Input("b", Adapter({TO_K: lora(1, 8, 2, (768,))}))], Recipe(),
+         r"attn2\.to_k has 24 x 768 and 8 x 768 in the inputs"),
+        ([Input("a", Adapter({TO_K: DORA}))], Recipe(),
+         "a: unet .*attn2.to_k is DoRA, .* bake it into the base and extract"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_merged_is_one_line(inputs: list[Input], recipe: Recipe, line: str):
+    with pytest.raises(Refused, match=line) as error:
+        merge(inputs, recipe)
+    assert "\n" not in str(error.value)
+
+
+def test_metadata_keeps_the_base_joins_the_triggers_and_has_no_path():
+    first = Adapter({}, {
+        "ss_base_model_version": "sd_v2", "modelspec.architecture": "stable-diffusion-v2-512/lora",
+        "ss_sd_model_name": r"C:\Users\jo\models\base.safetensors", "modelspec.trigger_phrase": "clay",
+        "ss_dataset_dirs": json.dumps({"/home/jo/pictures": {}}), "lora_adapter_metadata": "{}", "ss_steps": "10",
+    }, "sd2")  # fmt: skip
+    second = Adapter({}, {"modelspec.trigger_phrase": "paper"}, "sd2")
+    result = Adapter(adapter(1, 6).modules, {}, "sd2")
+    told = metadata_of_result([first, second], result, "both", "merged with scumble: a x 1, b x 0.5")
+    assert told["modelspec.architecture"] == "stable-diffusion-v2-512/lora" and told["ss_v2"] == "True"
+    assert told["ss_sd_model_name"] == "base.safetensors" and told["modelspec.trigger_phrase"] == "clay, paper"
+    assert told["ss_network_dim"] == "6" and told["ss_network_alpha"] == "6" and told["ss_output_name"] == "both"
+    assert not {"ss_dataset_dirs", "lora_adapter_metadata", "ss_steps"} & told.keys()
+    assert not any("/home" in value or "Users" in value for value in told.values())
+
+
+def test_metadata_of_a_file_that_has_none_is_that_of_its_family(tmp_path: Path):
+    told = metadata_of_result([Adapter({}, {}, "sdxl")], Adapter(adapter(1, 2).modules, {}, "sdxl"), "x", "resized")
+    assert told["ss_base_model_version"] == "sdxl_base_v1-0"
+    assert told["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"

@@ -1,0 +1,195 @@
+"""Commands that compute adapters: merge, resize, extract, bake. Torch is imported when one of them runs."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from scumble.configs.errors import Refused
+
+Method = Literal["linear", "svd", "ties", "dare", "dare_ties"]
+OutFile = Annotated[Path, Parameter(help="File to write, .safetensors")]
+Force = Annotated[bool, Parameter(help="Write over what is there", negative="")]
+Strengths = Annotated[
+    list[float] | None, Parameter(help="Strength of each adapter, in their order; none: 1", consume_multiple=True)
+]
+
+
+def merge(
+    *files: Annotated[Path, Parameter(help="Adapter files of one kind of base")],
+    out: OutFile,
+    weights: Strengths = None,
+    blocks: Annotated[
+        list[str] | None,
+        Parameter(
+            help="Factors in some blocks, as up_blocks.1=0.5 for all files or 2:text=0 for the second",
+            consume_multiple=True,
+        ),
+    ] = None,
+    method: Annotated[
+        Method, Parameter(help="linear is the exact sum; svd cuts it to a rank; the others fight interference")
+    ] = "linear",
+    rank: Annotated[int, Parameter(help="Rank of the result, but for linear; 0: the largest of the files'")] = 0,
+    density: Annotated[float, Parameter(help="Share of values that ties and dare keep")] = 0.5,
+    seed: Annotated[int, Parameter(help="Draws of dare")] = 0,
+    rslora: Annotated[bool, Parameter(help="Read alphas as rank-stabilised: alpha / √rank", negative="")] = False,
+    force: Force = False,
+) -> None:
+    """Merge adapters into one LoRA."""
+    if not files:
+        raise Refused("adapter merge: name at least one adapter file")
+    check_out(out, force)
+    strengths = as_many(weights, files, "--weights")
+    factors = block_factors(blocks or [], len(files))
+    from .adapter import read_adapter
+    from .merge import Input, Recipe, rank_stabilised
+    from .merge import merge as merged
+    from .provenance import write_result
+
+    adapters = [rank_stabilised(read_adapter(file)) if rslora else read_adapter(file) for file in files]
+    inputs = [Input(*one) for one in zip([file.stem for file in files], adapters, strengths, factors, strict=True)]
+    result = merged(inputs, Recipe(method, rank, density, seed))
+    parts = zip(files, strengths, factors, strict=True)
+    parents = ", ".join(f"{file.stem} x {weight:g}{_told(table)}" for file, weight, table in parts)
+    how = method if method in ("linear", "svd") else f"{method}, density {density:g}"
+    write_result(result, adapters, out, f"merged with scumble ({how}): {parents}", force)
+    tell(result.errors)
+    print(f"wrote {out}: {len(result.adapter.modules)} layers, rank {result.rank}")
+
+
+def resize(
+    file: Annotated[Path, Parameter(help="Adapter file")],
+    /,
+    *,
+    out: OutFile,
+    rank: Annotated[int, Parameter(help="The rank, or with --energy or --ratio the largest; 0: no limit")] = 0,
+    energy: Annotated[float, Parameter(help="Share of each layer's squared norm to keep, such as 0.95")] = 0.0,
+    ratio: Annotated[float, Parameter(help="Drop singular values below this share of a layer's largest")] = 0.0,
+    force: Force = False,
+) -> None:
+    """Give an adapter a smaller rank: one for all layers, or for each the least that keeps enough."""
+    check_out(out, force)
+    from .adapter import read_adapter
+    from .lowrank import Rule
+    from .provenance import write_result
+    from .resize import resize as resized
+
+    adapter = read_adapter(file)
+    result = resized(adapter, Rule(rank, energy, ratio), file.stem)
+    told = [f"{name} {value:g}" for name, value in (("rank", rank), ("energy", energy), ("ratio", ratio)) if value]
+    write_result(result, [adapter], out, f"resized with scumble ({', '.join(told)}): {file.stem}", force)
+    tell(result.errors)
+    print(f"wrote {out}: {len(result.adapter.modules)} layers, rank {result.rank}")
+
+
+def extract(
+    tuned: Annotated[Path, Parameter(help="Fine-tuned model: a diffusers folder or a .safetensors file")],
+    /,
+    *,
+    base: Annotated[str, Parameter(help="What it was tuned from: sketch, a folder, a hub id or a .safetensors file")],
+    out: OutFile,
+    rank: Annotated[int, Parameter(help="The rank, or with --energy the largest")] = 32,
+    energy: Annotated[float, Parameter(help="Share of each layer's squared change to keep; 0: use the rank")] = 0.0,
+    text: Annotated[bool, Parameter(help="Take the text encoders too", negative="--no-text")] = True,
+    convs: Annotated[bool, Parameter(help="Take the convolutions too", negative="")] = False,
+    dtype: Annotated[Literal["fp16", "bf16", "fp32"], Parameter(help="Number format of the result")] = "fp16",
+    force: Force = False,
+) -> None:
+    """Make a LoRA of what fine-tuning changed in a model."""
+    check_out(out, force)
+    import torch
+
+    from scumble.configs.options import Model
+
+    from ..models import recognise
+    from .adapter import Adapter
+    from .extract import extract as extracted
+    from .lowrank import Rule
+    from .provenance import metadata_of_base, write_result
+
+    dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    source = recognise(Model(base=base))
+    result = extracted(Path(source.place), tuned, Rule(rank, energy), text, convs, dtypes[dtype])
+    comment = f"extracted with scumble (rank {rank}{f', energy {energy:g}' if energy else ''}): {tuned.stem}"
+    parent = Adapter({}, metadata_of_base(source), source.family.name)
+    write_result(result, [parent], out, comment, force)
+    tell(result.errors)
+    print(f"wrote {out}: {len(result.adapter.modules)} layers, rank {result.rank}")
+
+
+def bake(
+    *files: Annotated[Path, Parameter(help="Adapter files")],
+    base: Annotated[str, Parameter(help="Base: sketch, a diffusers folder, a hub id or a .safetensors file")],
+    out: Annotated[Path, Parameter(help="Folder or .safetensors file to write, as the base is")],
+    strengths: Strengths = None,
+    undo: Annotated[bool, Parameter(help="Take the adapters out of a baked base", negative="")] = False,
+    force: Force = False,
+) -> None:
+    """Add adapters into a base for good, or take them out again."""
+    if not files:
+        raise Refused("adapter bake: name at least one adapter file")
+    amounts = as_many(strengths, files, "--strengths")
+    from .adapter import read_adapter
+    from .bake import Dose
+    from .bake import bake as baked
+
+    doses = [Dose(file.stem, read_adapter(file), amount) for file, amount in zip(files, amounts, strict=True)]
+    baked(place_of_base(base), out, doses, undo, force)
+    print(f"wrote {out}")
+
+
+def check_out(out: Path, force: bool) -> None:
+    """Raises `Refused` for a place that would be refused after the work."""
+    if out.suffix != ".safetensors":
+        raise Refused(f"--out {out}: give a name that ends in .safetensors")
+    if out.exists() and not force:
+        raise Refused(f"{out} exists: choose another --out, or --force to write over it")
+
+
+def as_many(numbers: list[float] | None, files: tuple[Path, ...], flag: str) -> list[float]:
+    """One finite number a file. Raises `Refused` where there are more or fewer."""
+    if not numbers:
+        return [1.0] * len(files)
+    if len(numbers) != len(files):
+        raise Refused(f"{flag}: {len(numbers)} numbers for {len(files)} files; give one each")
+    for number in numbers:
+        if not abs(number) < float("inf"):
+            raise Refused(f"{flag} {number:g}: use a finite number")
+    return numbers
+
+
+def block_factors(told: list[str], num_files: int) -> list[dict[str, float]]:
+    """`up_blocks.1=0.5` for all files and `2:text=0` for the second -> a table of factors for each file."""
+    factors: list[dict[str, float]] = [{} for _ in range(num_files)]
+    for one in told:
+        number, colon, rest = one.rpartition(":")
+        block, _, factor = rest.partition("=")
+        try:
+            chosen = factors if not colon else [factors[range(1, num_files + 1).index(int(number))]]
+            for table in chosen:
+                table[block] = float(factor)
+        except ValueError:
+            raise Refused(f"--blocks {one}: write BLOCK=FACTOR, or N:BLOCK=FACTOR for file N of {num_files}") from None
+    return factors
+
+
+def place_of_base(base: str) -> Path:
+    """Where a base lies on disk; only names that are no path (sketch, hub ids) are looked up."""
+    if Path(base).exists() and base != "sketch":
+        return Path(base)
+    from scumble.configs.options import Model
+
+    from ..models import recognise
+
+    return Path(recognise(Model(base=base)).place)
+
+
+def tell(errors: dict[str, float]) -> None:
+    """Print what each block loses, the most first."""
+    for block, error in sorted(errors.items(), key=lambda item: -item[1]):
+        if error > 0.0005:
+            print(f"{block:<16} {error:6.1%} of its change is lost")
+
+
+def _told(blocks: dict[str, float]) -> str:
+    return f" {blocks}".replace("'", "") if blocks else ""

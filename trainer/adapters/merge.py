@@ -1,0 +1,188 @@
+"""Several adapters -> one LoRA: exact, truncated, or by a method against interference.
+
+linear: the ranks of all inputs one behind the other, so the delta is exactly the weighted sum. svd: that, truncated.
+ties: trim, elect a sign, mean of those that agree (Yadav et al. 2023). dare: drop at random and rescale, then sum or
+ties (Yu et al. 2024). The last two work on whole deltas, and their result is truncated by SVD.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from scumble.configs.errors import Refused, nearest
+
+from .adapter import Adapter, Module
+from .factors import (
+    Reduced,
+    Reduction,
+    collect,
+    delta_shape,
+    dtype_of,
+    factors_of,
+    has_factors,
+    kernel_of,
+    module_of,
+    reduced,
+    refuse_dora,
+)  # fmt: skip
+from .keys import Place
+from .lowrank import Factors, Rule, svd_of_dense, svd_of_factors
+
+METHODS = ("linear", "svd", "ties", "dare", "dare_ties")
+
+
+@dataclass(frozen=True)
+class Input:
+    """One adapter to merge. `blocks` multiplies `weight` in some blocks (`up_blocks.1`, `mid_block`, `text`, …)."""
+
+    name: str
+    adapter: Adapter
+    weight: float = 1.0
+    blocks: Mapping[str, float] = field(default_factory=dict)
+
+    def weight_at(self, place: Place) -> float:
+        return self.weight * self.blocks.get(place.block, 1.0)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to merge: one of METHODS; the rank of the result (0: the largest input's); share of values kept; seed."""
+
+    method: str = "linear"
+    rank: int = 0
+    density: float = 0.5
+    seed: int = 0
+
+
+def merge(inputs: Sequence[Input], recipe: Recipe) -> Reduction:
+    """Merge adapters of one family. Raises `Refused` for DoRA, for other families and shapes, for unknown blocks."""
+    check(inputs, recipe)
+    places = sorted({place for one in inputs for place in one.adapter.modules})
+    modules = {}
+    for place in places:
+        weighted = [
+            (one.weight_at(place), one.adapter.modules[place])
+            for one in inputs
+            if place in one.adapter.modules and one.weight_at(place) != 0
+        ]
+        if weighted:
+            kernel = kernel_of(place, weighted[0][1], inputs[0].adapter.family)
+            modules[place] = _merged(place, weighted, recipe, kernel)
+    if not modules:
+        raise Refused("nothing is left to write: every weight is 0")
+    return collect(modules, inputs[0].adapter)
+
+
+def check(inputs: Sequence[Input], recipe: Recipe) -> None:
+    """Raises `Refused` for what cannot be merged, before any number is computed."""
+    if recipe.method not in METHODS:
+        known = list(METHODS)
+        raise Refused(f"--method {recipe.method}: use {', '.join(known)}{nearest(recipe.method, known)}")
+    if not 0 < recipe.density <= 1:
+        raise Refused(f"--density {recipe.density:g}: the share of values that is kept is above 0 and at most 1")
+    if recipe.rank < 0:
+        raise Refused(f"--rank {recipe.rank}: use 1 or more")
+    if recipe.method == "linear" and recipe.rank:
+        raise Refused(f"--rank {recipe.rank}: linear keeps all ranks; use --method svd")
+    first = inputs[0]
+    known = sorted({place.block for one in inputs for place in one.adapter.modules})
+    for one in inputs:
+        refuse_dora(one.name, one.adapter)
+        if one.adapter.family != first.adapter.family:
+            raise Refused(f"{one.name} is for {one.adapter.family}, {first.name} for {first.adapter.family}")
+        if not math.isfinite(one.weight) or not all(math.isfinite(factor) for factor in one.blocks.values()):
+            raise Refused(f"{one.name}: a weight is no finite number")
+        for block in one.blocks:
+            if block not in known:
+                raise Refused(
+                    f"--blocks {block}: no input has such a block{nearest(block, known)}; they have {', '.join(known)}"
+                )
+        for place, module in one.adapter.modules.items():
+            if not has_factors(module) and not recipe.rank:
+                raise Refused(
+                    f"{one.name}: {place.component} {place.path} is {module.kind}, which has no LoRA rank; "
+                    "give --method svd and --rank"
+                )
+
+
+def rank_stabilised(adapter: Adapter) -> Adapter:
+    """The adapter with scales alpha / √rank, not alpha / rank, for files that mean it so (Kalajdzievski 2023)."""
+    modules = {
+        place: replace(module, alpha=module.scale * module.rank * math.sqrt(module.rank))
+        if has_factors(module)
+        else module
+        for place, module in adapter.modules.items()
+    }
+    return replace(adapter, modules=modules)
+
+
+def concatenated(weighted: Sequence[tuple[float, Module]]) -> Factors:
+    """Factors of Σ w · dW, ranks one behind the other: [w₁ up₁, w₂ up₂] · [down₁; down₂]. LoRA modules only."""
+    pairs = [(weight, factors_of(module)) for weight, module in weighted]
+    return Factors(torch.cat([weight * pair.up for weight, pair in pairs], 1), torch.cat([p.down for _, p in pairs]))
+
+
+def trimmed(delta: torch.Tensor, density: float) -> torch.Tensor:
+    """The delta with only its largest ⌊density · n⌋ values; TIES's first step."""
+    kept = int(density * delta.numel())
+    if kept >= delta.numel():
+        return delta
+    flat = torch.zeros(delta.numel(), dtype=delta.dtype)
+    index = delta.abs().flatten().topk(kept).indices
+    flat[index] = delta.flatten()[index]
+    return flat.view_as(delta)
+
+
+def dropped(delta: torch.Tensor, density: float, generator: torch.Generator) -> torch.Tensor:
+    """The delta with each value kept by the chance `density` and divided by it: DARE, the same in expectation."""
+    if density >= 1:
+        return delta
+    return delta * torch.bernoulli(torch.full_like(delta, density), generator=generator) / density
+
+
+def elected(deltas: torch.Tensor) -> torch.Tensor:
+    """TIES's last steps on weighted deltas (N, out, in): the sign of the larger mass, the mean of those of it."""
+    sign = torch.where(deltas.sum(0) >= 0, 1.0, -1.0)
+    agreeing = deltas.sign() == sign
+    return (deltas * agreeing).sum(0) / agreeing.sum(0).clamp(min=1)
+
+
+def fused(deltas: Sequence[torch.Tensor], weights: Sequence[float], recipe: Recipe, place: Place) -> torch.Tensor:
+    """The delta that a method makes of whole deltas (out, in); signs are elected with the weights on."""
+    if recipe.method.startswith("dare"):
+        generator = torch.Generator().manual_seed(seed_at(place, recipe.seed))
+        deltas = [dropped(delta, recipe.density, generator) for delta in deltas]
+    elif recipe.method == "ties":
+        deltas = [trimmed(delta, recipe.density) for delta in deltas]
+    weighted = torch.stack([weight * delta for weight, delta in zip(weights, deltas, strict=True)])
+    return elected(weighted) if recipe.method.endswith("ties") else weighted.sum(0)
+
+
+def seed_at(place: Place, seed: int) -> int:
+    """A seed of its own for each layer, so that the draws do not depend on which other layers there are."""
+    text = f"{seed} {place.component} {place.path}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+
+
+def _merged(place: Place, weighted: Sequence[tuple[float, Module]], recipe: Recipe, kernel: tuple[int, ...]) -> Reduced:
+    dtype = dtype_of(weighted[0][1])
+    rule = Rule(recipe.rank or max(module.rank for _, module in weighted))
+    _check_shapes(place, [delta_shape(module) for _, module in weighted])
+    if recipe.method in ("linear", "svd") and all(has_factors(module) for _, module in weighted):
+        factors = concatenated(weighted)
+        if recipe.method == "linear":
+            return Reduced(module_of(factors, kernel, dtype), 0.0, 1.0)
+        return reduced(svd_of_factors(*factors), rule, kernel, dtype)
+    deltas = [module.delta() for _, module in weighted]
+    delta = fused(deltas, [weight for weight, _ in weighted], recipe, place)
+    total = float(delta.double().square().sum())
+    return reduced(svd_of_dense(delta, rule.rank), rule, kernel, dtype, total)
+
+
+def _check_shapes(place: Place, shapes: Sequence[tuple[int, ...]]) -> None:
+    if len(set(shapes)) > 1:
+        told = " and ".join(f"{shape[0]} x {shape[1]}" for shape in dict.fromkeys(shapes))
+        raise Refused(f"{place.component} {place.path} has {told} in the inputs: they are of different bases")
