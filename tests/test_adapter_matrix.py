@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from tiny import tiny_base
 
 from scumble.configs.options import Data, Model, Network, Objective
@@ -20,7 +19,7 @@ from scumble.trainer.adapters.adapter import Module, read_adapter
 from scumble.trainer.export import export
 from scumble.trainer.latents import Latents, encode_set
 from scumble.trainer.lora import Part, Trained, attach, component_of
-from scumble.trainer.models import EMBEDDED, Base, load, recognise
+from scumble.trainer.models import EMBEDDED, Base, Pipeline, load, recognise
 from scumble.trainer.optimizers import make_optimizer
 from scumble.trainer.step import Look, Objectives
 
@@ -42,7 +41,7 @@ class Stage:
 
     kind: str
     base: Base
-    stock: DiffusionPipeline
+    stock: Pipeline
     examples: list[Example]
     crops: list[Crop]
     latents: Latents
@@ -54,7 +53,7 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = EMBEDDED if kind == "sketch" else tiny_base(kind, tmp_path_factory.mktemp(kind))
     model = Model(base="sketch" if kind == "sketch" else str(folder))
     base = load(model, recognise(model), torch.device("cpu"), torch.float32)
-    stock = DiffusionPipeline.from_pretrained(folder)
+    stock = base.family.pipeline.from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)
     examples = read_folder(SAMPLES)[:2]
     crops = [centre_crop(read_size(example.image), Size(64, 64)) for example in examples]
@@ -136,10 +135,11 @@ def decomposed_by_uis(changed: torch.Tensor, dora_scale: torch.Tensor) -> torch.
 
 
 @torch.no_grad()
-def painted(pipeline: DiffusionPipeline) -> np.ndarray:
+def painted(pipeline: Pipeline) -> np.ndarray:
     return pipeline(
-        "a cat", num_inference_steps=1, generator=torch.manual_seed(0), output_type="np", height=64, width=64
-    ).images[0]
+        "a cat", num_inference_steps=1, generator=torch.Generator().manual_seed(0), output_type="np",
+        height=64, width=64,
+    ).images[0]  # fmt: skip
 
 
 def removed(stage: Stage, trained: Sequence[Trained]) -> None:
