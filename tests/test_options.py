@@ -170,7 +170,7 @@ def test_flags_reach_the_plan(capsys: pytest.CaptureFixture[str]):
     plan = json.loads(text)
     assert code == 0 and plan["shots"] == 2
     assert "LoRA on UNet (attention) rank 7" in plan["why"]  # the preset leaves the text encoders out
-    assert plan["steps"] == 2 * 20 / 4 and "learning rate 3e-05 (unet)" in plan["why"]
+    assert plan["steps"] == 2 * 20 / 4 and "adamw, cosine rate of 3e-05 (unet)" in plan["why"]
 
 
 @pytest.mark.parametrize(

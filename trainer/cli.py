@@ -12,7 +12,7 @@ from pydantic import ValidationError as PydanticError
 
 from scumble.configs import files, reference
 from scumble.configs.errors import Refused, nearest
-from scumble.configs.options import Model, Options, Previews, declared, section
+from scumble.configs.options import Model, Options, Previews, section
 
 from .adapters.commands import adapter
 
@@ -117,21 +117,25 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def flags_of(group: App) -> list[str]:
+    """Every flag of every command, those of groups too."""
+    found: list[str] = []
+    for name in (name for name in group if not name.startswith("-")):
+        command = group[name]
+        if command.default_command is None:
+            found += flags_of(command)
+        else:
+            arguments = command.assemble_argument_collection()
+            found += [flag for argument in arguments for flag in argument.names if flag.startswith("--")]
+    return list(dict.fromkeys(found))
+
+
 def _one_line(error: CycloptsError) -> str:
     """What the parser refused, in our words."""
     if isinstance(error, UnknownOptionError):
         flag = str(error.token.keyword or error.token.value)
         key = flag.lstrip("-").replace("-", "_")
-        known = [entry.key for entry in declared()] + [
-            "preset",
-            "dry_run",
-            "out",
-            "force",
-            "strengths",
-            "json",
-            "to",
-            "dtype",
-        ]
+        known = [name.removeprefix("--").replace("-", "_") for name in flags_of(app)]
         close = "" if key in known else nearest(key, known).replace("_", "-").replace("mean ", "mean --")
         return f"{flag}: no such option of this command{close}; --help lists its own, `scumble options` all"
     if isinstance(error, UnusedCliTokensError):

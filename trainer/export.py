@@ -19,6 +19,7 @@ from .lora import Part, Trained
 from .models import Base
 
 MAX_TAGS = 500
+PRECISIONS = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def metadata_of(
         "ss_learning_rate": options.optimization.rate,
         "ss_optimizer": options.optimization.optimizer,
         "ss_lr_scheduler": options.optimization.schedule,
-        "ss_mixed_precision": options.machine.precision,
+        "ss_mixed_precision": PRECISIONS[base.unet.dtype],
         "ss_seed": options.output.seed,
         "ss_noise_offset": options.objective.noise_offset,
         "ss_min_snr_gamma": options.objective.min_snr_gamma if options.objective.weighting == "min_snr" else "None",

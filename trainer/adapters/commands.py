@@ -8,9 +8,12 @@ from cyclopts import App, Parameter
 
 from scumble.configs.errors import Refused
 
+from .commands_math import bake, extract, merge, resize
+
 adapter = App(name="adapter", help="Look into finished adapter files, and change them.", help_format="plaintext")
 
-# Commands of other modules are put on here, each with one line: `adapter.command(function)`.
+for command in (merge, resize, extract, bake):
+    adapter.command(command)
 
 
 @adapter.command

@@ -11,7 +11,8 @@ Method = Literal["linear", "svd", "ties", "dare", "dare_ties"]
 OutFile = Annotated[Path, Parameter(help="File to write, .safetensors")]
 Force = Annotated[bool, Parameter(help="Write over what is there", negative="")]
 Strengths = Annotated[
-    list[float] | None, Parameter(help="Strength of each adapter, in their order; none: 1", consume_multiple=True)
+    list[float] | None,
+    Parameter(help="Strength of each adapter, in their order; none: 1", consume_multiple=True, negative=""),
 ]
 
 
@@ -24,6 +25,7 @@ def merge(
         Parameter(
             help="Factors in some blocks, as up_blocks.1=0.5 for all files or 2:text=0 for the second",
             consume_multiple=True,
+            negative="",
         ),
     ] = None,
     method: Annotated[
