@@ -68,20 +68,20 @@ def test_text_steers_the_painted_thing_is_nearest_to_its_own_reference(
     share = share_nearest(painted[style], references[style])
     assert len(JUDGED) >= 50
     assert share == pytest.approx(FIGURES[f"nearest_{style.split()[0]}"], abs=0.1)
-    assert share >= 8 / len(JUDGED)  # by chance: one in 68
+    assert share >= 0.9  # by chance: one in 68
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_the_style_words_change_the_style_as_much_as_is_published(
+def test_the_style_words_change_the_style(
     style: str, painted: dict[str, torch.Tensor], references: dict[str, torch.Tensor]
 ):
     other = STYLES[1 - STYLES.index(style)]
     own, far = ((painted[style] - references[name].float()).flatten(1).norm(dim=1) for name in (style, other))
     own_share = float((own < far).float().mean())
     assert own_share == pytest.approx(FIGURES[f"style_{style.split()[0]}"], abs=0.1)
+    assert own_share >= 0.9  # by chance: one half
 
 
-@pytest.mark.xfail(strict=False, reason="the base hears its words too faintly yet: it needs more hours of training")
 @pytest.mark.parametrize("word", ["red apple", "tiger", "rocket", "princess"])
 def test_the_words_that_it_must_know_are_painted_as_such_in_both_styles(
     word: str, painted: dict[str, torch.Tensor], references: dict[str, torch.Tensor]
@@ -89,7 +89,7 @@ def test_the_words_that_it_must_know_are_painted_as_such_in_both_styles(
     index = JUDGED.index(word)
     for style in STYLES:
         distances = (references[style].float() - painted[style][index]).flatten(1).norm(dim=1)
-        assert int((distances < distances[index]).sum()) < 3, style
+        assert int(distances.argmin()) == index, style
 
 
 def test_the_held_out_loss_is_the_one_that_is_published(
@@ -106,7 +106,7 @@ def test_the_held_out_loss_is_the_one_that_is_published(
 def test_what_is_held_out_is_a_tenth_and_never_a_word_that_demonstrations_use():
     captions = (BASE / "held_out.txt").read_text(encoding="utf-8").splitlines()
     names = [caption.rsplit(", ", 1)[0] for caption in captions]
-    assert len(set(names)) == len(names) >= 100  # a thing is held out in one style only
+    assert len(set(names)) == len(names) >= 60  # a thing is held out in one style only
     assert not {"red apple", "tiger", "rocket", "princess"} & set(names)
 
 
@@ -120,7 +120,7 @@ def test_its_vae_brings_pictures_of_a_style_that_it_never_saw_through(pipeline: 
             output = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mode()).sample
         errors.append(((output.clamp(-1, 1) - pixels) / 2).pow(2).mean())
     psnr_db = -10 * torch.stack(errors).log10()
-    assert float(psnr_db.mean()) >= 20
+    assert float(psnr_db.mean()) >= 26
 
 
 def test_its_words_are_clip_s_layout_and_no_text_is_lost(pipeline: StableDiffusionPipeline):

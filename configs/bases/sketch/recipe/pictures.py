@@ -6,13 +6,14 @@ names. Nothing is stored in the repository: npm fetches the three packages, resv
 
 import hashlib
 import json
+import random
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 PACKAGES = {
     "noto": "@iconify-json/noto@1.2.9",
@@ -95,6 +96,26 @@ class Picture:
         alpha = self.rgba[..., 3:].astype(np.float32) / 255
         large = self.rgba[..., :3] * alpha + 255 * (1 - alpha)
         return large.reshape(SIZE_PX, 2, SIZE_PX, 2, 3).mean((1, 3)).round().astype(np.uint8)
+
+
+def variant(picture: Picture, number: int) -> Picture:
+    """The picture mirrored, turned, smaller, moved and in other light; a function of its caption and `number` alone.
+
+    Seen as it is alone, hundreds of times, it would be learned by heart, and nothing else could be drawn well.
+    """
+    draw = random.Random(f"{picture.caption}/{number}")
+    image = Image.fromarray(picture.rgba)
+    if draw.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for enhance, spread in ((ImageEnhance.Color, 0.3), (ImageEnhance.Brightness, 0.15), (ImageEnhance.Contrast, 0.15)):
+        alpha = image.getchannel("A")
+        image = enhance(image.convert("RGB")).enhance(1 + draw.uniform(-spread, spread))
+        image.putalpha(alpha)
+    turn, size = draw.uniform(-12, 12), round(RENDERED_PX * draw.uniform(0.72, 1.0))
+    image = image.convert("RGBa").rotate(turn, Image.Resampling.BICUBIC).resize((size, size), Image.Resampling.LANCZOS)
+    moved = Image.new("RGBa", (RENDERED_PX, RENDERED_PX))
+    moved.paste(image, (draw.randint(0, RENDERED_PX - size), draw.randint(0, RENDERED_PX - size)))
+    return replace(picture, rgba=np.asarray(moved.convert("RGBA")))
 
 
 def fetch(packages: list[str], work: Path) -> Path:
