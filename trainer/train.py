@@ -1,14 +1,9 @@
 """The recipe: options in, adapter out, events on the way. Read it from top to bottom."""
 
-import math
 import time
-from collections.abc import Generator, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
-from accelerate.optimizer import AcceleratedOptimizer
 
 from scumble.configs import files
 from scumble.configs.errors import Refused
@@ -26,13 +21,14 @@ from .lora import attach, component_of, num_parameters, recompute_activations
 from .machine import DTYPES, InterruptFlag, check_attention, make_accelerator, memory_mb
 from .memory import duration, measure
 from .models import load, recognise
-from .optimizers import check_optimizer, make_optimizer, set_rate
+from .optimizers import check_optimizer, make_optimizer
 from .plan import batch_of, make_plan, resolution_of, settled
 from .preview import Gallery, default_cfg, write_picture
 from .prompts import shots_of
 from .report import loss_curve
 from .schedules import rate_share
-from .step import Look, Objectives, seed_for
+from .step import Objectives
+from .update import Update
 
 
 @dataclass(frozen=True)
@@ -98,27 +94,25 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
         (plan.rates[part.name], [p for module in trained if module.part == part.name for p in module.tensors.values()])
         for part in plan.parts
     ]
-    parameters = [parameter for _, group in groups for parameter in group]
     magnitudes = [module.tensors["dora_scale"] for module in trained if "dora_scale" in module.tensors]
-    # accelerate unscales gradients in fp16
-    optimizer = accelerator.prepare(make_optimizer(wanted.optimizer, groups, wanted.weight_decay, magnitudes))
     objectives = Objectives(
         base, examples, crops, latents, options.data, options.objective, options.output.seed,
         text_is_trained=len(plan.parts) > 1,
     )  # fmt: skip
-    average = [parameter.detach().clone() for parameter in parameters] if wanted.ema else []
+    optimizer = make_optimizer(wanted.optimizer, groups, wanted.weight_decay, magnitudes)
+    update = Update(accelerator, objectives, optimizer, wanted.clip, wanted.ema)
     started, losses = time.time(), []
     gallery = Gallery(base, shots, options.previews.sampler, folder / "previews", events)
 
     def preview(epoch: int, step: int) -> None:
         label = f"epoch {epoch}" if step == epoch * plan.steps_per_epoch else f"step {step}"
-        with finished_weights(optimizer, parameters, average):
+        with update.finished_weights():
             gallery.add(label if step else "before", epoch, step)
 
     def save(path: Path, epoch: int, step: int) -> None:
         progress = Progress(epoch, step, plan.num_epochs, plan.num_steps, started)
         metadata = metadata_of(base, options, plan.parts, examples, buckets, progress)
-        with finished_weights(optimizer, parameters, average):
+        with update.finished_weights():
             export(path, trained, metadata, DTYPES[options.output.save_dtype])
         events.emit("saved", step=step, epoch=epoch, file=path.name, bytes=path.stat().st_size)
 
@@ -126,15 +120,9 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
     for part in plan.parts:
         component_of(base, part.name).train()
     largest = largest_batch(buckets, repeats, plan.batch)
-
-    def trial() -> None:
-        with accelerator.autocast():
-            loss = objectives.losses([Look(index, 0, slot) for slot, index in enumerate(largest)]).mean()
-        accelerator.backward(loss)
-        optimizer.zero_grad(set_to_none=True)
-
     measured = measure(
-        trial, device, options.machine.checkpointing, lambda: recompute_activations(base, plan.parts),
+        lambda: update.trial(largest), device, options.machine.checkpointing,
+        lambda: recompute_activations(base, plan.parts),
         cure=f"{len(largest)} pictures of {buckets[largest[0]]} at once; lower --batch or --resolution",
     )  # fmt: skip
     expected_s = plan.num_steps * wanted.accumulate * measured.seconds
@@ -156,32 +144,16 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
         plan.num_steps, buckets, repeats, plan.batch, wanted.accumulate, options.output.seed
     ):
         clock = time.monotonic()
-        torch.manual_seed(seed_for(options.output.seed, step, "dropout"))
-        set_rate(optimizer, rate_share(wanted.schedule, step, plan.num_steps, wanted.warm_up, wanted.restarts))
-        num_looks = sum(map(len, batches))
-        total, slot = torch.zeros((), device=device), 0
-        for batch in batches:
-            looks = [Look(index, step, slot + position) for position, index in enumerate(batch)]
-            slot += len(batch)
-            with accelerator.autocast():
-                loss = objectives.losses(looks).sum() / num_looks
-            accelerator.backward(loss)
-            total += loss.detach()
-        norm = accelerator.clip_grad_norm_(parameters, wanted.clip or math.inf)
-        scaled = accelerator.scaler is not None  # fp16: the scaler leaves out a step whose gradient overflows
-        broken = "" if torch.isfinite(total) else "loss"
-        if broken or not (scaled or torch.isfinite(norm)):
-            trouble = f"step {step + 1}: the {broken or 'gradient'} is not finite"
+        share = rate_share(wanted.schedule, step, plan.num_steps, wanted.warm_up, wanted.restarts)
+        outcome = update.take(step, batches, share)
+        if outcome.broken:
+            trouble = f"step {step + 1}: the {outcome.broken} is not finite"
             trouble += "; try a lower --rate, or --precision fp32"
             break
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        for mean, parameter in zip(average, parameters, strict=False):
-            mean.lerp_(parameter.detach(), 1 - wanted.ema)
-        losses.append(float(total))
+        losses.append(outcome.loss)
         done, trained_s = step + 1, trained_s + time.monotonic() - clock
         events.emit(
-            "step", step=done, epoch=epoch + 1, loss=losses[-1], rate=optimizer.param_groups[0]["lr"],
+            "step", step=done, epoch=epoch + 1, loss=losses[-1], rate=update.optimizer.param_groups[0]["lr"],
             num_steps=plan.num_steps, steps_per_s=round(done / trained_s, 3),
             memory_mb=memory_mb(device),
         )  # fmt: skip
@@ -268,26 +240,3 @@ def largest_batch(buckets: Sequence[Size], repeats: Sequence[int], batch: int) -
     """Example indices of the batch that needs the most memory: most pixels in all."""
     batches = epoch_batches(buckets, repeats, batch, seed=0, epoch=0)
     return max(batches, key=lambda one: len(one) * buckets[one[0]].width * buckets[one[0]].height)
-
-
-@contextmanager
-def finished_weights(
-    optimizer: AcceleratedOptimizer, parameters: Sequence[torch.nn.Parameter], average: Sequence[torch.Tensor]
-) -> Generator[None]:
-    """Within the block the parameters are those to look at and to keep: their moving average where one is kept.
-
-    A schedule-free optimiser trains at another point than the one that it finds; its `eval` goes there, `train` back.
-    """
-    switches = hasattr(optimizer.optimizer, "eval")
-    if switches:
-        optimizer.eval()
-    live = [parameter.detach().clone() for parameter in parameters] if average else []
-    for parameter, mean in zip(parameters, average, strict=False):
-        parameter.data.copy_(mean)
-    try:
-        yield
-    finally:
-        for parameter, value in zip(parameters, live, strict=False):
-            parameter.data.copy_(value)
-        if switches:
-            optimizer.train()
