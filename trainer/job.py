@@ -11,7 +11,7 @@ from scumble.configs.errors import Refused
 from scumble.configs.options import Options
 from scumble.datasets.buckets import bucket_sizes, nearest_bucket
 from scumble.datasets.captions import with_trigger
-from scumble.datasets.folder import Example, read_folder
+from scumble.datasets.folder import Example, PictureSet, read_set
 from scumble.datasets.images import Crop, Size, centre_crop, read_size
 from scumble.datasets.order import batches_per_epoch
 
@@ -30,12 +30,16 @@ class Job:
 
     options: Options
     source: Source
-    examples: list[Example]
+    pictures: PictureSet
     crops: list[Crop]
     shots: list[Shot]
     plan: Plan
     accelerator: Accelerator
     dtype: torch.dtype
+
+    @property
+    def examples(self) -> list[Example]:
+        return self.pictures.examples
 
     @property
     def buckets(self) -> list[Size]:
@@ -51,7 +55,8 @@ def look(options: Options) -> Job:
     source = recognise(options.model)
     check_optimizer(options.optimization.optimizer)
     check_attention(options.machine.attention)
-    examples = read_examples(options)
+    found = read_examples(options)
+    examples = found.examples
     resolution_px = resolution_of(options, source)
     sizes = bucket_sizes(resolution_px, source.step_px)
     originals = [read_size(example.image) for example in examples]
@@ -63,7 +68,7 @@ def look(options: Options) -> Job:
     plan = make_plan(options, source, per_epoch, len(captions), sum(repeats))
     name = options.output.name or free_folder(options).name
     accelerator, dtype = make_accelerator(options.machine)
-    return Job(settled(options, plan, name), source, examples, crops, shots, plan, accelerator, dtype)
+    return Job(settled(options, plan, name), source, found, crops, shots, plan, accelerator, dtype)
 
 
 def announce(job: Job, events: Events, notes: Sequence[str] = ()) -> None:
@@ -79,24 +84,34 @@ def announce(job: Job, events: Events, notes: Sequence[str] = ()) -> None:
         "plan", name=job.options.output.name, steps=job.plan.num_steps, epochs=job.plan.num_epochs, why=why,
         shots=len(job.shots),
     )  # fmt: skip
+    events.emit(
+        "pictures", left_out=list(map(str, job.pictures.left_out)), remarks=list(map(str, job.pictures.remarks)),
+        text=job.pictures.told(),
+    )  # fmt: skip
 
 
-def read_examples(options: Options) -> list[Example]:
-    """The pictures, the trigger in their captions; and the regularisation pictures, repeated to be about as many."""
+def read_examples(options: Options) -> PictureSet:
+    """The pictures, the trigger in their captions; regularisation pictures are repeated to be about as many."""
     if not options.data.images:
         raise Refused("train: name a folder of pictures, as in `scumble train photos/`")
-    folder = Path(options.data.images)
-    examples = [
-        replace(example, caption=with_trigger(example.caption, options.data.trigger))
-        for example in read_folder(folder, options.data.repeats)
-        if example.image.parent.name != "reg"
+    found = read_set(Path(options.data.images), options.data.repeats)
+    if options.data.prior:
+        found += read_set(Path(options.data.prior), prior=True)
+    prior = sum(example.repeats for example in found.examples if example.prior)
+    times = max(1, round(sum(example.repeats for example in found.examples if not example.prior) / max(1, prior)))
+    found.examples = [
+        replace(example, repeats=example.repeats * times)
+        if example.prior
+        else replace(
+            example,
+            caption=with_trigger(example.caption, options.data.trigger),
+            lines=tuple(with_trigger(line, options.data.trigger) for line in example.lines),
+        )
+        for example in found.examples
     ]
-    prior = Path(options.data.prior) if options.data.prior else folder / "reg"
-    if options.data.prior or prior.is_dir():
-        found = read_folder(prior, prior=True)
-        times = max(1, round(sum(example.repeats for example in examples) / len(found)))
-        examples += [replace(example, repeats=example.repeats * times) for example in found]
-    return examples
+    if all(example.prior for example in found.examples):
+        raise Refused(f"{options.data.images}: every picture there is for regularisation, none is left to learn from")
+    return found
 
 
 def free_folder(options: Options) -> Path:
