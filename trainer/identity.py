@@ -26,7 +26,7 @@ def identity_of(source: Source, options: Options, examples: Sequence[Example], c
     return {
         "options": options.model_dump(mode="json", warnings=False),  # 16 where 16.0 is declared is no fault
         "base": fingerprint_of_base(Path(source.place)),
-        "pictures": fingerprints_of(examples, crops),
+        "pictures": fingerprints_of(examples, crops, Path(options.data.images)),
     }
 
 
@@ -46,13 +46,14 @@ def fingerprint_of_base(place: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprints_of(examples: Sequence[Example], crops: Sequence[Crop]) -> dict[str, str]:
-    """Digest of each picture's bytes, caption, repeats and crop, by its name below the set's folder."""
+def fingerprints_of(examples: Sequence[Example], crops: Sequence[Crop], folder: Path) -> dict[str, str]:
+    """Digest of each picture's bytes, caption, repeats and crop, by its path in `folder` or else its name."""
     found: dict[str, str] = {}
     for example, crop in zip(examples, crops, strict=True):
         content = hashlib.blake2b(example.image.read_bytes(), digest_size=16).hexdigest()
         told = f"{content}/{example.caption}/{example.repeats}/{example.prior}/{crop}"
-        name = "/".join(example.image.parts[-2:])
+        inside = example.image.is_relative_to(folder)
+        name = example.image.relative_to(folder).as_posix() if inside else example.image.name
         found[name] = hashlib.blake2b(f"{found.get(name, '')}{told}".encode(), digest_size=16).hexdigest()
     return found
 
