@@ -39,6 +39,15 @@ def read_size(path: Path) -> Size:
     return Size(*read_rgb(path).size)
 
 
+def check_pixels(path: Path) -> str:
+    """Why a file cannot be used as a picture, or nothing: its pixels are decoded once."""
+    try:
+        read_rgb(path)
+    except Refused as error:
+        return str(error).removeprefix(f"{path}: ")
+    return ""
+
+
 def read_rgb(path: Path) -> Image.Image:
     """The picture turned upright by its EXIF tag, transparency laid over white, as 8-bit RGB."""
     try:
@@ -49,7 +58,7 @@ def read_rgb(path: Path) -> Image.Image:
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             return picture.convert("RGB")
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise Refused(f"{path} cannot be read as a picture ({error}): mend it or take it out") from None
+        raise Refused(f"{path}: cannot be read as a picture ({error}); mend it or take it out") from None
 
 
 def centre_crop(original: Size, target: Size) -> Crop:

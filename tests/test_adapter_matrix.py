@@ -13,7 +13,7 @@ import torch
 from tiny import tiny_base
 
 from scumble.configs.options import Data, Model, Network, Objective
-from scumble.datasets.folder import Example, read_folder
+from scumble.datasets.folder import Example, read_set
 from scumble.datasets.images import Crop, Size, centre_crop, read_size
 from scumble.trainer.adapters.adapter import Module, read_adapter
 from scumble.trainer.export import export
@@ -55,7 +55,7 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     base = load(model, recognise(model), torch.device("cpu"), torch.float32)
     stock = base.family.pipeline.from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)
-    examples = read_folder(SAMPLES)[:2]
+    examples = read_set(SAMPLES).examples[:2]
     crops = [centre_crop(read_size(example.image), Size(64, 64)) for example in examples]
     latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)], mirror=False)
     return Stage(kind, base, stock, examples, crops, latents)

@@ -18,7 +18,7 @@ from tiny import tiny_base
 from scumble.configs import files
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Objective, Options
-from scumble.datasets.folder import read_folder
+from scumble.datasets.folder import read_set
 from scumble.datasets.images import Size, centre_crop, cropped, read_size
 from scumble.datasets.order import epoch_batches
 from scumble.trainer import cli
@@ -166,7 +166,7 @@ def test_training_lowers_the_loss_on_the_very_looks_that_an_idle_run_has(optimiz
 def test_our_loss_is_that_of_a_plain_loop_over_diffusers_and_peft():
     model = Model()
     base = load(model, recognise(model), CPU, torch.float32)
-    examples = read_folder(SAMPLES)[:4]
+    examples = read_set(SAMPLES).examples[:4]
     crops = [centre_crop(read_size(example.image), Size(64, 64)) for example in examples]
     latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)], mirror=False)
     trained = attach(base, Options().network, [Part("unet", 4, 4.0), Part("text", 2, 2.0)], seed=0)
@@ -340,7 +340,7 @@ def test_steps_are_those_of_peft_and_torchs_adamw(tmp_path: Path):
     groups = [{"params": [p for name, p in stems.items() if name.startswith(prefix)], "lr": rate}
               for prefix, rate in (("lora_unet", 2e-3), ("lora_te", 1e-3))]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-    examples = read_folder(SAMPLES)
+    examples = read_set(SAMPLES).examples
     posteriors = []
     for example in examples:
         picture = cropped(example.image, centre_crop(read_size(example.image), Size(64, 64)))[None]
@@ -464,7 +464,7 @@ def test_the_moving_average_is_what_is_saved_and_training_goes_on_from_the_live_
 
 def test_weights_of_regularisation_pictures_and_mirroring_reach_the_loss():
     base = load(Model(), recognise(Model()), CPU, torch.float32)
-    examples = [replace(example, prior=index == 1) for index, example in enumerate(read_folder(SAMPLES)[:2])]
+    examples = [replace(example, prior=index == 1) for index, example in enumerate(read_set(SAMPLES).examples[:2])]
     crops = [centre_crop(read_size(example.image), Size(64, 64)) for example in examples]
     latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)], mirror=True)
     looks = [Look(0, 0, 0), Look(1, 0, 1)]

@@ -55,7 +55,7 @@ class Terminal:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, markup=False)  # a [name] in brackets is a name
         self.smoothed: float | None = None
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -85,6 +85,10 @@ class Terminal:
         self.progress.console.print(event["text"], soft_wrap=True)
 
     _measured = _note
+
+    def _pictures(self, event: Event) -> None:
+        if event["text"]:
+            self._note(event)
 
     def _encoded(self, event: Event) -> None:
         if self.encoding is None:

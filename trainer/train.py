@@ -15,7 +15,7 @@ from scumble.configs.errors import Refused
 from scumble.configs.options import Options
 from scumble.datasets.buckets import bucket_sizes, nearest_bucket
 from scumble.datasets.captions import with_trigger
-from scumble.datasets.folder import Example, read_folder
+from scumble.datasets.folder import PictureSet, read_set
 from scumble.datasets.images import Size, centre_crop, read_size
 from scumble.datasets.order import batches_per_epoch, epoch_batches
 
@@ -49,7 +49,8 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
     source = recognise(options.model)
     check_optimizer(options.optimization.optimizer)
     check_attention(options.machine.attention)
-    examples = read_examples(options)
+    found = read_examples(options)
+    examples = found.examples
     resolution_px = resolution_of(options, source)
     sizes = bucket_sizes(resolution_px, source.step_px)
     originals = [read_size(example.image) for example in examples]
@@ -70,11 +71,13 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
         make_folder(folder)
     events = Events(readers if dry_run else [*readers, file_reader(folder / "events.jsonl")])
     shapes = ", ".join(map(str, dict.fromkeys(buckets)))
-    found = f"{len(captions)} pictures in {len(set(buckets))} bucket{'s' * (len(set(buckets)) > 1)} ({shapes})"
-    why = [f"{found} for {source.label}, {str(dtype).removeprefix('torch.')} on {device}", *plan.reasons]
+    counted = f"{len(captions)} pictures in {len(set(buckets))} bucket{'s' * (len(set(buckets)) > 1)} ({shapes})"
+    why = [f"{counted} for {source.label}, {str(dtype).removeprefix('torch.')} on {device}", *plan.reasons]
     if source.name == "sketch":
         why.append("sketch is the embedded base, for demonstration and tests; name a real one with --base")
     events.emit("plan", name=name, steps=plan.num_steps, epochs=plan.num_epochs, why=why, shots=len(shots))
+    events.emit("pictures", left_out=list(map(str, found.left_out)), remarks=list(map(str, found.remarks)),
+                text=found.told())  # fmt: skip
     if dry_run:
         return None
     (folder / "options.toml").write_text(files.dumps(options), encoding="utf-8")
@@ -212,22 +215,28 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
     return Result(path, stopped)
 
 
-def read_examples(options: Options) -> list[Example]:
-    """The pictures, the trigger in their captions; and the regularisation pictures, repeated to be about as many."""
+def read_examples(options: Options) -> PictureSet:
+    """The pictures, the trigger in their captions; regularisation pictures are repeated to be about as many."""
     if not options.data.images:
         raise Refused("train: name a folder of pictures, as in `scumble train photos/`")
-    folder = Path(options.data.images)
-    examples = [
-        replace(example, caption=with_trigger(example.caption, options.data.trigger))
-        for example in read_folder(folder, options.data.repeats)
-        if example.image.parent.name != "reg"
+    found = read_set(Path(options.data.images), options.data.repeats)
+    if options.data.prior:
+        found += read_set(Path(options.data.prior), prior=True)
+    prior = sum(example.repeats for example in found.examples if example.prior)
+    times = max(1, round(sum(example.repeats for example in found.examples if not example.prior) / max(1, prior)))
+    found.examples = [
+        replace(example, repeats=example.repeats * times)
+        if example.prior
+        else replace(
+            example,
+            caption=with_trigger(example.caption, options.data.trigger),
+            lines=tuple(with_trigger(line, options.data.trigger) for line in example.lines),
+        )
+        for example in found.examples
     ]
-    prior = Path(options.data.prior) if options.data.prior else folder / "reg"
-    if options.data.prior or prior.is_dir():
-        found = read_folder(prior, prior=True)
-        times = max(1, round(sum(example.repeats for example in examples) / len(found)))
-        examples += [replace(example, repeats=example.repeats * times) for example in found]
-    return examples
+    if all(example.prior for example in found.examples):
+        raise Refused(f"{options.data.images}: every picture there is for regularisation, none is left to learn from")
+    return found
 
 
 def run_folder(options: Options) -> tuple[Path, str]:
