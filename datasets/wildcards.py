@@ -13,14 +13,6 @@ def chosen(text: str, draw: random.Random) -> str:
     return _said(text, 0, len(text), pairs(text), draw)
 
 
-def has_wildcards(text: str) -> bool:
-    """Whether two draws may say different things of this text."""
-    closing = pairs(text)
-    return any(
-        _bars(text, start, end, closing) and not _doubled(start - 1, end + 1, closing) for start, end in closing.items()
-    )
-
-
 def pairs(text: str) -> dict[int, int]:
     """Where each brace is that has its pair -> where that closes."""
     closing, opened = {}, []

@@ -100,7 +100,7 @@ class Objectives:
     def _caption(self, look: Look) -> str:
         example = self.examples[look.index]
         rules = self.rules_of_prior if example.prior else self.data
-        return said([example.caption], rules, seed=self.seed, step=look.step, index=look.slot)
+        return said(example.lines or [example.caption], rules, seed=self.seed, step=look.step, index=look.slot)
 
     def _conditioning(self, captions: Sequence[str]) -> Conditioning:
         if self.text_is_trained:
