@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -114,14 +114,14 @@ def written_in(folder: Path) -> dict[tuple[str, str], Origin]:
     }
 
 
-def undo(root: Path, overwrite: bool) -> tuple[str, list[Path]]:
-    """Take back the latest change at or below `root`: what it did, and the files that are as before.
+def undo(roots: Sequence[Path], overwrite: bool) -> tuple[str, list[Path]]:
+    """Take back the latest change at or below these folders: what it did, and the files that are as before.
 
     Raises `Refused` where there is none, or a file was changed since by other means, unless `overwrite`.
     """
-    logs = sorted(logs_below(root), key=lambda path: int(path.stem))
+    logs = sorted({log for root in roots for log in logs_below(root)}, key=lambda path: int(path.stem))
     if not logs:
-        raise Refused(f"{root}: no change of captions to take back")
+        raise Refused(f"{roots[0]}: no change of captions to take back")
     latest = [log for log in logs if log.stem == logs[-1].stem]
     told, befores = "", []
     for log in latest:

@@ -20,7 +20,7 @@ from .request import Category, Detail, Device, Existing, Precision, Subject
 captions = App(name="captions", help="Look at the captions of a folder, and edit all of them.", help_format="plaintext")
 
 DEFAULTS = Captions()
-Folder = Annotated[Path, Parameter(help="Folder of pictures")]
+Folder = Annotated[Path, Parameter(help="Folder of pictures, or a TOML list of folders")]
 Only = Annotated[str, Parameter(help="Only captions in which this regex finds something")]
 DryRun = Annotated[bool, Parameter(help="Show what would be changed, and change nothing", negative="")]
 Show = Annotated[int, Parameter(help="Changed files that are shown")]
@@ -147,7 +147,7 @@ def list_captions(
     counts = edits.counted_words(spoken) if words else edits.counted(spoken)
     shown = rules.model_copy(update={"caption_dropout": 0.0})  # every one is to be seen
     rows = [
-        (text.picture, said(text.lines, shown, seed=0, step=step, index=index))
+        (text.picture, said(text.heard, shown, seed=0, step=step, index=index))
         for index, text in enumerate(texts)
         for step in range(max(heard, 1 if json else 0))
     ]
@@ -260,10 +260,10 @@ def undo(source: Folder, /, *, overwrite: Overwrite = False) -> None:
 def take_back(source: Path, overwrite: bool) -> None:
     """Undo the latest change and tell what it was."""
     from .changes import undo as taken_back
+    from .texts import read_texts
 
-    if not source.is_dir():
-        raise Refused(f"{source}: no such folder of pictures")
-    what, files = taken_back(source, overwrite)
+    roots = [source] if source.is_dir() else sorted({text.file.parent for text in read_texts(source)[0]})
+    what, files = taken_back(roots, overwrite)
     print(f"took back: {what} ({len(files)} file{'s' * (len(files) != 1)})")
 
 

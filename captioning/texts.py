@@ -1,13 +1,13 @@
 """The captions of a set as files: which file is a picture's, what it says, and who wrote it."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from scumble.datasets.folder import Example, PictureSet, read_set
 from scumble.datasets.places import TABLES
-from scumble.datasets.sidecars import folded
+from scumble.datasets.sidecars import folded, lines_of, read_text
 
 from .changes import Origin, hashed, written_in
 
@@ -18,6 +18,7 @@ Source = Literal["none", "words", "table", "hand", "scumble"]
 class Text:
     """The caption of one picture, read from `stands_in`; `file` is where a new one is written.
 
+    `lines` are those of the file, `heard` have what a list of folders (TOML) puts around them too.
     `source` tells who wrote `lines`: nobody, the folder's name (kohya's class words), a table (`metadata.jsonl`),
     a person, or a captioner, of which `origin` knows more.
     """
@@ -26,6 +27,7 @@ class Text:
     file: Path
     stands_in: Path | None
     lines: tuple[str, ...]
+    heard: tuple[str, ...]
     words: str
     source: Source
     origin: Origin | None = None
@@ -47,10 +49,11 @@ def read_texts(source: Path) -> tuple[list[Text], PictureSet]:
     Of pictures that share one text file each has one of its own to be written: `a.jpg.txt` beside `a.png.txt`.
     """
     found = read_set(source, decode=False)
-    owners = Counter(_name(_usual(example)) for example in found.examples)
+    examples = list({example.image: example for example in found.examples}.values())  # a list may name one twice
+    owners = Counter(_name(_usual(example)) for example in examples)
     written: dict[Path, dict[tuple[str, str], Origin]] = {}
     texts = []
-    for example in found.examples:
+    for example in examples:
         if example.prior:
             continue
         usual = _usual(example)
@@ -62,9 +65,9 @@ def read_texts(source: Path) -> tuple[list[Text], PictureSet]:
                 written[folder] = written_in(folder)
             if written[folder]:
                 origin = written[folder].get((stands_in.name, hashed(stands_in.read_bytes())))
-        texts.append(
-            Text(example.image, file, stands_in, example.lines, example.words, _source(example, origin), origin)
-        )
+        lines = lines_of(read_text(stands_in)) if stands_in else example.lines
+        told = Text(example.image, file, stands_in, lines, example.lines, example.words, _source(example), origin)
+        texts.append(told if origin is None else replace(told, source="scumble"))
     return texts, found
 
 
@@ -84,11 +87,9 @@ def _name(file: Path) -> tuple[Path, str]:
     return file.parent, folded(file.name)
 
 
-def _source(example: Example, origin: Origin | None) -> Source:
+def _source(example: Example) -> Source:
     if not example.lines:
         return "none"
-    if example.sidecar is None and example.lines == (example.words,):
+    if example.sidecar is None:
         return "words"
-    if example.sidecar is None or _in_table(example):
-        return "table"
-    return "scumble" if origin else "hand"
+    return "table" if _in_table(example) else "hand"

@@ -6,16 +6,22 @@ Folders may be nested; a folder named like kohya's `<repeats>_<class words>` set
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from scumble.configs.errors import Refused
 
+from .dataset_toml import read_list
 from .images import SUFFIXES, check_pixels
-from .places import KOHYA_FOLDER, LeftOut, Listing, Place, listings
+from .masks import MaskFiles, hides
+from .metadata import Table, read_table
+from .places import LeftOut, Listing, Place, listings, own_name
 from .sidecars import Sidecars, lines_of, read_text
+
+Masks = Literal["auto", "alpha", "off"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Example:
     """One picture of the set. `caption` is `lines`, those of its text, joined with spaces.
 
     `prior` marks a regularisation picture, `words` are the class words of its folder, `sidecar` is the file that the
-    caption came from. `mask` is a picture of what counts; where it is the image itself, its alpha channel is.
+    caption came from, a text or a table. `mask` is a picture of what counts, or the image itself: its alpha channel.
     """
 
     image: Path
@@ -67,71 +73,124 @@ class PictureSet:
         return "\n".join(told[:limit] + more)
 
 
-def read_set(source: Path, repeats: int = 1, prior: bool = False, decode: bool = True) -> PictureSet:
-    """The pictures of a folder. With `decode`, the pixels of each are read once, so that a run meets no bad file.
+def read_set(
+    source: Path, repeats: int = 1, prior: bool = False, masks: Masks = "auto", decode: bool = True
+) -> PictureSet:
+    """The pictures of a folder, or of the folders that a TOML file lists (see dataset_toml.py).
 
+    `masks` "auto" takes mask files, "alpha" also the alpha channel of pictures that have no file, "off" none.
+    With `decode`, the pixels of each picture and mask are read once, so that a run meets no bad file.
     Raises `Refused` where the source is not there or no picture of it can be used.
     """
-    if not source.is_dir():
-        raise Refused(f"{source}: no such folder of pictures")
-    named = KOHYA_FOLDER.fullmatch(source.resolve().name)
-    own, words = (int(named[1]), named[2].strip()) if named and int(named[1]) else (1, "")
     found = PictureSet()
-    for listing in listings(Place(source, repeats, own, words, prior), seen_of([source])):
-        add(found, listing)
+    if source.is_file():
+        listed, remarks = read_list(source)
+        places = [replace(one, repeats=one.repeats * repeats, prior=one.prior or prior) for one in listed]
+        found.remarks += [Remark(source, text) for text in remarks]
+    elif source.is_dir():
+        places = [Place(source, repeats, prior=prior)]
+    else:
+        raise Refused(f"{source}: no such folder of pictures")
+    named = [folder for place in places for folder in (place.folder, place.masks) if folder]
+    outer = {(status.st_dev, status.st_ino) for status in map(Path.stat, named)}
+    for place in places:
+        before = len(found.examples), len(found.left_out)
+        tables: list[Table] = []
+        for listing in listings(own_name(place), set(outer)):
+            _add(found, listing, tables, masks)
+        found.left_out += [
+            LeftOut(table.path, text) for table in tables for text in [*table.troubles, *map(_gone, table.missing())]
+        ]
+        if len(places) > 1 and before == (len(found.examples), len(found.left_out)):
+            found.left_out.append(LeftOut(place.folder, "no pictures in it", True))
     if decode:
-        check(found)
+        _check(found)
     if not found.examples:
         raise Refused(_nothing(source, found))
     return found
 
 
-def seen_of(folders: Iterable[Path]) -> set[tuple[int, int]]:
-    """(device, inode) of folders, by which a link to one of them is known."""
-    return {(status.st_dev, status.st_ino) for status in (folder.stat() for folder in folders)}
-
-
-def add(found: PictureSet, listing: Listing) -> None:
-    """The pictures of one folder with their captions."""
-    place, claimed = listing.place, set[Path]()
-    sidecars = Sidecars(listing.texts, place.suffixes)
+def _add(found: PictureSet, listing: Listing, tables: list[Table], masks: Masks) -> None:
+    """The pictures of one folder with their captions and masks. `tables` are those of the folders around it."""
+    place = listing.place
+    for path in listing.tables:
+        try:
+            tables.insert(0, read_table(path))  # the nearest counts first
+        except Refused as error:
+            found.left_out.append(LeftOut(path, str(error).removeprefix(str(path)).lstrip(": ")))
+    sidecars, mask_files = Sidecars(listing.texts, place.suffixes), MaskFiles(_masks_for(listing))
     owners: dict[Path, Path] = {}
     for image in sorted(listing.pictures):
+        mask = mask_files.of(image)
         texts = sidecars.beside(image)
-        claimed.update(texts)
+        owners |= {path: owners.get(path, image) for path in (*texts, *filter(None, [mask]))}
+        found.left_out += [LeftOut(text, f"{texts[0].name} is read instead") for text in texts[1:]]
+        if texts and owners[texts[0]] != image:
+            found.remarks.append(Remark(image, f"shares its caption {texts[0].name} with {owners[texts[0]].name}"))
         try:
-            lines = lines_of(read_text(texts[0])) if texts else (place.words,) if place.words else ()
+            lines, source = _caption(image, texts, tables, place.words)
         except Refused as error:
             found.left_out.append(LeftOut(image, f"its caption {error}", True))
             continue
-        for text in texts[:1]:
-            if text in owners:
-                found.remarks.append(Remark(image, f"shares its caption {text.name} with {owners[text].name}"))
-            owners.setdefault(text, image)
+        lines = tuple(" ".join(filter(None, (place.before, line, place.after))) for line in lines)
+        if mask is None and (place.alpha or masks == "alpha"):
+            mask = image
         found.examples.append(
             Example(
-                image, " ".join(lines), place.repeats * place.own, place.prior, lines, place.words,
-                texts[0] if texts else None,
+                image, " ".join(lines), place.repeats * place.own, place.prior, lines, place.words, source,
+                None if masks == "off" else mask,
             )
         )  # fmt: skip
-        found.left_out += [LeftOut(text, f"{texts[0].name} is read instead") for text in texts[1:]]
     found.left_out += listing.left_out
-    found.left_out += [LeftOut(text, "no picture of that name") for text in listing.texts if text not in claimed]
+    found.left_out += [LeftOut(text, "no picture of that name") for text in listing.texts if text not in owners]
+    found.left_out += [LeftOut(mask, "a mask of no picture here") for mask in listing.masks if mask not in owners]
 
 
-def check(found: PictureSet) -> None:
-    """Decode every picture once and leave out those that cannot be."""
+def _caption(
+    image: Path, texts: Sequence[Path], tables: Sequence[Table], words: str
+) -> tuple[tuple[str, ...], Path | None]:
+    """The lines of a caption and the file that they came from."""
+    if texts:
+        return lines_of(read_text(texts[0])), texts[0]
+    for table in tables:
+        if (lines := table.of(image)) is not None:
+            return lines, table.path
+    return ((words,) if words else ()), None
+
+
+def _masks_for(listing: Listing) -> list[Path]:
+    """Mask files of one folder's pictures; those in a folder of masks stand before those beside the pictures."""
+    apart = listing.place.masks
+    files = [path for path in sorted(apart.iterdir()) if path.is_file()] if apart else []
+    return [*listing.masks, *files]
+
+
+def _check(found: PictureSet) -> None:
+    """Decode every picture and mask once and leave out those that cannot be; a mask that hides nothing is dropped."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        reasons = list(pool.map(check_pixels, [example.image for example in found.examples]))
-    found.left_out += [
-        LeftOut(example.image, reason, True) for example, reason in zip(found.examples, reasons, strict=True) if reason
-    ]
-    found.examples = [example for example, reason in zip(found.examples, reasons, strict=True) if not reason]
+        checked = list(pool.map(_checked, found.examples))
+    found.examples = [one for one in checked if isinstance(one, Example)]
+    found.left_out += [one for one in checked if isinstance(one, LeftOut)]
+
+
+def _checked(example: Example) -> Example | LeftOut:
+    if trouble := check_pixels(example.image):
+        return LeftOut(example.image, trouble, True)
+    try:
+        if example.mask and not hides(example.image, example.mask):
+            return replace(example, mask=None)
+    except Refused as error:
+        return LeftOut(example.image, f"its mask {error}".replace(f"its mask {example.image}: ", ""), True)
+    return example
+
+
+def _gone(name: str) -> str:
+    return f"names {name}, which is not there"
 
 
 def _nothing(source: Path, found: PictureSet) -> str:
     lost = [one for one in found.left_out if one.picture]
     if lost:
-        return f"{source}: none of its {len(lost)} pictures can be used; the first is {lost[0]}"
+        return f"{source}: none of its pictures can be used ({len(lost)} left out); the first is {lost[0]}"
     known = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
     return f"{source}: no pictures there ({known}), nor in the folders in it"

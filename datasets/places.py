@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .images import SUFFIXES
+from .masks import MASK_ENDING
 from .sidecars import CAPTION_SUFFIXES
 
 KOHYA_FOLDER = re.compile(r"(\d{1,3})_(.+)")  # more digits are a year or a date
 PRIOR_FOLDERS = {"reg", "regularisation", "regularization"}
 MASK_FOLDERS = {"masks", "mask"}
-MASK_ENDING = "-masklabel"
 TRAIN_SPLITS = {"train", "training"}
 TEST_SPLITS = {"test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev"}
 TABLES = {"metadata.jsonl", "metadata.csv"}
@@ -34,7 +34,7 @@ class LeftOut:
 class Place:
     """A folder of pictures. Each is seen `repeats` times `own` times; a kohya folder `<own>_<words>` sets the latter.
 
-    `masks` is a folder of masks, or the picture's own alpha channel counts where `alpha` is set.
+    `masks` is a folder of masks; with `alpha`, a picture's own alpha channel is the mask where no file is.
     `before` and `after` stand around each line of a caption.
     """
 
@@ -77,7 +77,9 @@ def listings(place: Place, seen: set[tuple[int, int]]) -> Iterator[Listing]:
         named = KOHYA_FOLDER.fullmatch(path.name)
         name, status = path.name.lower(), path.stat()
         if name in MASK_FOLDERS and listing.pictures:
-            listing.masks += sorted(file for file in path.iterdir() if file.is_file())
+            inside = listed(replace(place, folder=path))
+            listing.masks += inside.pictures + inside.masks
+            listing.left_out += inside.left_out
         elif has_train and name in TEST_SPLITS:
             listing.left_out.append(LeftOut(path, "a split for tests beside train: not learned from"))
         elif (status.st_dev, status.st_ino) in seen:
@@ -94,9 +96,19 @@ def listings(place: Place, seen: set[tuple[int, int]]) -> Iterator[Listing]:
         yield from listings(one, seen)
 
 
+def own_name(place: Place) -> Place:
+    """A place whose own folder is named like kohya's takes what the name says."""
+    named = KOHYA_FOLDER.fullmatch(place.folder.resolve().name)
+    if not named or int(named[1]) < 1:
+        return place
+    return replace(place, own=int(named[1]), words=place.words or named[2].strip())
+
+
 def _inside(place: Place, folder: Path) -> Place:
-    """What holds in a folder of `place`."""
+    """What holds in a folder of `place`; a folder of masks may have the same folders in it."""
     prior = place.prior or folder.name.lower() in PRIOR_FOLDERS
+    masks = place.masks / folder.name if place.masks else None
+    place = replace(place, masks=masks if masks and masks.is_dir() else place.masks)
     if named := KOHYA_FOLDER.fullmatch(folder.name):
         return replace(place, folder=folder, prior=prior, own=int(named[1]), words=named[2].strip())
     return replace(place, folder=folder, prior=prior)

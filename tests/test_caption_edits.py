@@ -177,7 +177,7 @@ def test_undo_restores_bytes_that_are_no_text_and_a_change_that_was_cut(tmp_path
     log = next((tmp_path / ".scumble/captions").glob("*.jsonl"))
     with log.open("ab") as file:  # killed after this line, before its file, and within the next line
         file.write(json.dumps({"file": "c.txt", "before": None, "after": "0" * 64}).encode() + b'\n{"file": "d.t')
-    assert undo(tmp_path, overwrite=False)[0] == "first"
+    assert undo([tmp_path], overwrite=False)[0] == "first"
     assert files(tmp_path) == {"a.txt": bytes_of_all_kinds}
 
 
@@ -256,3 +256,21 @@ def test_list_shows_what_training_hears_with_clips_own_count_of_tokens(
     found = {Path(one["picture"]).name: one for one in json.loads(capsys.readouterr().out)["captions"]}
     assert found["a.png"]["heard"] == [{"caption": "a photo of a cat", "tokens": 5}]  # 320 1125 539 320 2368
     assert found["b.png"]["heard"][0]["tokens"] == 80 and found["g.png"]["by"] == "none"
+
+
+def test_captions_of_a_table_are_edited_in_files_of_their_own_and_a_list_of_folders_is_taken_too(tmp_path: Path):
+    for name in ("one/a.png", "one/b.png", "two/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "one/metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "a cat"}\n{"file_name": "b.png", "text": "a dog"}\n'
+    )
+    (tmp_path / "two/c.txt").write_text("a cat")
+    table = (tmp_path / "one/metadata.jsonl").read_bytes()
+    folders = tmp_path / "set.toml"
+    folders.write_text('[[folders]]\npath = "one"\n[[folders]]\npath = "two"\nrepeats = 2\n')
+    scumble("captions", "replace", folders, "cat", "fox")
+    assert files(tmp_path) == {"one/a.txt": b"a fox\n", "two/c.txt": b"a fox"}
+    assert (tmp_path / "one/metadata.jsonl").read_bytes() == table
+    scumble("captions", "undo", folders)
+    assert files(tmp_path) == {"two/c.txt": b"a cat"}

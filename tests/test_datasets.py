@@ -53,7 +53,7 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path):
         read_set(tmp_path)
     (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
     with pytest.raises(Refused, match=r"broken\.png: cannot be read as a picture"):
-        read_size(tmp_path / "broken.png")
+        read_rgb(tmp_path / "broken.png")
 
 
 def test_pictures_are_turned_upright_and_laid_on_white(tmp_path: Path):

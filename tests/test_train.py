@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,10 +25,11 @@ from scumble.datasets.order import epoch_batches
 from scumble.trainer import cli
 from scumble.trainer.adapters.adapter import read_adapter
 from scumble.trainer.adapters.files import read_tensors
-from scumble.trainer.events import Event
+from scumble.trainer.events import Event, Reader
 from scumble.trainer.latents import encode_set
 from scumble.trainer.lora import Part, attach
 from scumble.trainer.models import EMBEDDED, load, recognise
+from scumble.trainer.state import ADAPTER, NUMBERS, OPTIMIZER
 from scumble.trainer.step import Look, Objectives, generator_for
 from scumble.trainer.train import steps_of, train
 
@@ -48,7 +50,7 @@ class Run:
         return [event["loss"] for event in self.of("step")]
 
 
-def ran(folder: Path, dry_run: bool = False, **tables: dict) -> Run:
+def ran(folder: Path, dry_run: bool = False, readers: Sequence[Reader] = (), **tables: dict) -> Run:
     """Train on the clay style with few, cheap steps unless `tables` say otherwise."""
     flags: dict[str, dict] = {
         "data": {"images": str(SAMPLES)},
@@ -60,7 +62,7 @@ def ran(folder: Path, dry_run: bool = False, **tables: dict) -> Run:
     for table, keys in tables.items():
         flags[table] = flags.get(table, {}) | keys
     events: list[Event] = []
-    result = train(files.resolve(flags=flags), [events.append], dry_run)
+    result = train(files.resolve(flags=flags), [events.append, *readers], dry_run=dry_run)
     return Run(result.adapter.parent if result else folder, events)
 
 
@@ -73,7 +75,8 @@ def test_a_run_leaves_what_the_readme_says(run: Run):
     names = {str(path.relative_to(run.folder)) for path in run.folder.rglob("*") if path.is_file()}
     assert names == {
         "clay.safetensors", "clay.png", "loss.png", "options.toml", "events.jsonl", "previews/grid.png",
-        "checkpoints/clay-000005.safetensors",
+        "checkpoints/clay-000005.safetensors", "owner.json", "heartbeat.json", "exit.json",
+        *(f"state/{step:06}/{name}" for step in (5, 7) for name in (ADAPTER, OPTIMIZER, NUMBERS)),
         *(f"previews/step{step:06}-{index:02}.png" for step in (0, 5, 7) for index in range(2)),
     }  # fmt: skip
 
@@ -390,7 +393,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path):
     assert process.returncode == 130
     done = events[-1]
     assert done["kind"] == "done" and done["stopped"] and 3 <= done["step"] < 5000
-    assert f"stopped after step {done['step']} of 5000" in done["text"] and "options.toml" in done["text"]
+    assert f"stopped after step {done['step']} of 5000; `scumble train {tmp_path / 'cut'}` goes on" in done["text"]
     _, metadata = read_tensors(tmp_path / "cut" / "cut.safetensors")
     assert metadata["ss_steps"] == str(done["step"])
 
@@ -398,7 +401,8 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path):
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_finite(tmp_path: Path):
     wanted = {"steps": 50, "rate": 100.0, "text_rate": 100.0, "schedule": "constant", "warm_up": 0.0}
     with pytest.raises(
-        Refused, match=r"step \d+: the (loss|gradient) is not finite; try a lower --rate.*clay\.safetensors"
+        Refused,
+        match=r"step \d+: the (loss|gradient) is not finite, as in the 11 steps before; try a lower --rate.*clay\.saf",
     ):
         ran(tmp_path, optimization=wanted, output={"preview_every": 0})
     tensors, _ = read_tensors(tmp_path / "runs/clay/clay.safetensors")

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,8 @@ from scumble.configs.errors import Refused, nearest
 from scumble.configs.options import Model, Options, Previews, section
 
 from .adapters.commands import adapter
+from .run_commands import register
+from .run_folder import OPTIONS, is_run, status_of
 
 app = App(
     name="scumble",
@@ -25,6 +28,7 @@ app = App(
 )
 for command in (adapter, caption, captions):
     app.command(command)
+register(app)
 app["--help"].group = app["--version"].group = "Other"
 
 DEFAULTS = Options()
@@ -33,32 +37,57 @@ PresetFlag = Annotated[str, Parameter(help="Preset to start from; `scumble prese
 
 @app.command
 def train(
-    source: Annotated[str, Parameter(help="Folder of pictures, or a TOML file of options")] = "",
+    source: Annotated[str, Parameter(help="Folder of pictures, folder of a run, or a TOML file of options")] = "",
     /,
     *,
     options: Annotated[Options, Parameter(name="*")] = DEFAULTS,
     preset: PresetFlag = "",
+    resume: Annotated[
+        bool, Parameter(help="Go on with runs/NAME where it is there, else begin it: safe to repeat", negative="")
+    ] = False,
+    force: Annotated[
+        bool, Parameter(help="Go on though base or pictures changed, or another process owns the run", negative="")
+    ] = False,
     json: Annotated[bool, Parameter(help="Print events as JSON lines, for programs", negative="")] = False,
     dry_run: Annotated[
         bool, Parameter(help="Check everything, print the plan and its reasons, and stop", negative="")
     ] = False,
+    measure: Annotated[
+        bool, Parameter(help="With --dry-run: also try one step, for its time and memory", negative="")
+    ] = False,
 ) -> None:
-    """Train an adapter on a folder of pictures."""
+    """Train an adapter on a folder of pictures, or go on with a run that was cut: `scumble train runs/NAME`."""
     flags = options.model_dump(exclude_unset=True)
-    file = Path(source) if source.endswith(".toml") else None
-    if source and file is None:
+    if measure and not dry_run:
+        raise Refused("--measure: goes with --dry-run; a run itself always measures a step first")
+    go_on = None
+    if is_run(Path(source)):
+        go_on = Path(source)
+    elif source and not source.endswith(".toml"):
         flags.setdefault("data", {})["images"] = source
-    resolved = files.resolve(file, preset, flags)
+    if resume and go_on is None:
+        named = files.resolve(Path(source) if source.endswith(".toml") else None, preset, flags)
+        name = named.output.name or Path(named.data.images).resolve().name
+        flags.setdefault("output", {})["name"] = name
+        go_on = Path(named.output.runs) / name
+    wanted = flags.get("optimization", {})
+    extends = "epochs" in wanted or "steps" in wanted
+    if go_on and is_run(go_on):
+        if "epochs" in wanted:
+            wanted.setdefault("steps", "auto")
+        if not extends and status_of(go_on).state == "done":
+            print(f"{go_on} is finished; more --epochs or --steps than it has go on with it")
+            return
+        resolved = files.resolve(go_on / OPTIONS, preset, flags)
+    else:
+        resolved = files.resolve(Path(source) if source.endswith(".toml") else None, preset, flags)
     from .events import Terminal, json_reader
     from .train import train as run
 
-    if json:
-        result = run(resolved, [json_reader], dry_run)
-    else:
-        with Terminal() as terminal:
-            result = run(resolved, [terminal], dry_run)
-    if result and result.stopped:
-        raise SystemExit(130)
+    with nullcontext(json_reader) if json else Terminal() as reader:
+        result = run(resolved, [reader], go_on=go_on, force=force, dry_run=dry_run, measured=measure)
+    if result and result.code:
+        raise SystemExit(result.code)
 
 
 @app.command
@@ -113,6 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except Refused as error:
         _stop(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _stop("stopped by Ctrl-C", 130)
     except CycloptsError as error:
         _stop(_one_line(error), 2)
     except BrokenPipeError:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from scumble.configs.errors import Refused
+
 Event = dict[str, Any]
 Reader = Callable[[Event], None]
 
@@ -29,8 +31,11 @@ def file_reader(path: Path) -> Reader:
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(event: Event) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(as_line(event) + "\n")
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(as_line(event) + "\n")
+        except OSError as error:
+            raise Refused(f"{path}: cannot be written ({error.strerror or error})", 73) from None
 
     return append
 

@@ -5,7 +5,6 @@ before a weight is loaded.
 """
 
 import json
-import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model
+
+from .adapters.files import read_header
 
 BASES = Path(__file__).parent.parent.resolve() / "configs" / "bases"
 EMBEDDED = BASES / "sketch"
@@ -203,7 +204,7 @@ def _weights(folder: Path, variant: bool) -> Path | None:
 
 
 def _from_file(model: Model, path: Path) -> Source:
-    shapes = tensor_shapes(path)
+    shapes = {name: entry.shape for name, entry in read_header(path).entries.items()}
     context = next((shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), None)
     family = next((family for family in FAMILIES.values() if family.context_width == context), None)
     if family is None or not any(name.startswith("model.diffusion_model.") for name in shapes):
@@ -239,19 +240,6 @@ def _sizes_px(folder: Path) -> tuple[int, int]:
     resolution_px = unet["sample_size"] * latent_px
     whole_px = latent_px * 2 ** (len(unet["block_out_channels"]) - 1)
     return resolution_px, whole_px * max(1, resolution_px // 16 // whole_px)
-
-
-def tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """Names and shapes of the tensors of a safetensors file, from its header alone."""
-    with path.open("rb") as file:
-        try:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
-            return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Refused(f"{path}: not a safetensors file ({error})") from None
 
 
 def _fetched(hub_id: str) -> Path:
