@@ -115,10 +115,13 @@ def caption(
     )
     from .recipe import caption_set
 
-    with Progress(everything=dry_run) as progress:
-        outcome = caption_set(
-            source, request, "replace" if overwrite else existing, overwrite, batch, dry_run, progress.tell
-        )
+    way: Existing = "replace" if overwrite else existing
+    try:
+        with Progress(everything=dry_run) as progress:
+            outcome = caption_set(source, request, way, overwrite, batch, dry_run, progress.tell)
+    except KeyboardInterrupt:
+        print("stopped: the captions so far stay, and the same command goes on with the others", file=sys.stderr)
+        raise SystemExit(130) from None
     print(told(outcome, source, captioner, dry_run))
 
 

@@ -42,7 +42,7 @@ def count_table(counts: Counter[str], num_captions: int, top: int, what: str) ->
         share = count / max(1, num_captions)
         table.add_row(str(count), f"{share:.0%}", Line("▇" * max(1, round(share * 12)), "cyan"), Line(tag))
     once = sum(count == 1 for count in counts.values())
-    rest = f"{len(counts)} {what}, {once} of them in one caption only"
+    rest = f"{len(counts)} different {what}, {once} in one caption only"
     if len(counts) > top:
         rest += f"; --top {len(counts)} shows all"
     return Group(table, Line(rest, "dim"))

@@ -1,5 +1,8 @@
 """Captioning a folder by the names of its files: what is written, what is never overwritten, going on, undo."""
 
+import re
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -176,8 +179,6 @@ def test_a_run_that_is_cut_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyt
             asked_for.extend(one.path.name for one in pictures)
             return [one.path.stem for one in pictures]
 
-    from dataclasses import replace
-
     monkeypatch.setitem(KINDS, "filename", replace(KINDS["filename"], make=lambda request: Counting()))
     for letter in "abcdefghij":
         picture(tmp_path / f"{letter}.png")
@@ -197,6 +198,43 @@ def test_a_run_that_is_cut_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyt
         scumble("caption", tmp_path, "--undo")
         scumble("caption", tmp_path, "--undo")
         assert {path.read_text() for path in tmp_path.glob("*.txt")} == {"mine"}
+
+
+def test_ctrl_c_leaves_the_captions_so_far_and_exit_code_130(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    class Interrupted:
+        def captions(self, pictures):
+            if pictures[0].path.parent != photos:
+                return [one.path.stem for one in pictures]
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(KINDS, "filename", replace(KINDS["filename"], make=lambda request: Interrupted()))
+    with pytest.raises(SystemExit) as stop:
+        scumble("caption", photos, "--batch", "1")
+    assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
+    assert texts(photos) == BY_HAND
+    monkeypatch.undo()
+    scumble("caption", photos)
+    assert texts(photos) == NAMES | BY_HAND
+
+
+def test_commands_of_the_explanation_run(photos: Path, monkeypatch: pytest.MonkeyPatch):
+    page = (Path(__file__).parent.parent / "captioning/README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    scumble ([^#\n]+)", page, flags=re.MULTILINE)
+    assert len(commands) > 10
+    (photos / "blue-cup.txt").write_text("grey cat, simple background, moon, moon\n")
+    monkeypatch.setenv("HF_HOME", str(photos / "hub"))
+    monkeypatch.chdir(photos.parent)
+    for command in commands:
+        words = [photos.name if word == "photos/" else word for word in shlex.split(command)]
+        try:
+            scumble(*words)
+        except SystemExit as stop:
+            needs_model = "--captioner" in words
+            nothing_done = "undo" in command
+            assert stop.code == (69 if needs_model else 2) and (needs_model or nothing_done), command
+    assert (photos / "blue-cup.txt").read_text() == "cat, simple background, moon, at night\n"
 
 
 @pytest.mark.parametrize(
