@@ -112,11 +112,7 @@ def read_examples(options: Options) -> PictureSet:
     found.examples = [
         replace(example, repeats=example.repeats * times)
         if example.prior
-        else replace(
-            example,
-            caption=with_trigger(example.caption, options.data.trigger),
-            lines=tuple(with_trigger(line, options.data.trigger) for line in example.lines),
-        )
+        else replace(example, caption=with_trigger(example.caption, options.data.trigger))
         for example in found.examples
     ]
     if all(example.prior for example in found.examples):
