@@ -18,6 +18,8 @@ Rank = Annotated[int, Ge(1), Le(1024)]
 RankOrNone = Annotated[int, Ge(0), Le(1024)]
 Alpha = Annotated[float, Gt(0), Le(4096)]
 Pixels = Annotated[int, Ge(64), Le(4096)]
+PixelsOrNone = Annotated[int, Ge(0), Le(8192)]
+Step = Annotated[int, Ge(8), Le(512)]
 Count = Annotated[int, Ge(1), Le(10_000_000)]
 CountOrNone = Annotated[int, Ge(0), Le(10_000_000)]
 Timestep = Annotated[int, Ge(0), Le(999)]
@@ -51,12 +53,29 @@ class Model(Section):
 class Data(Section):
     """Pictures and captions."""
 
-    images: str = option("", "Folder of pictures; the command line takes it without a flag")
+    images: str = option("", "Folder of pictures, or a TOML list of folders; needs no flag")
     kind: Literal["style", "character"] = option("style", "What the pictures have in common; sets the defaults")
     trigger: str = option("", "Words that call the adapter, put before every caption that lacks them")
     resolution: Pixels | Auto = option(
         "auto", "Side of a square with the area that pictures are brought to; auto: the base's own", "px"
     )
+    more_resolutions: tuple[Pixels, ...] = option(
+        (), "Further resolutions at which each picture is seen as well, as often", "px"
+    )
+    bucket_step: Step | Auto = option("auto", "Step of the sides of buckets; auto: the base's own", "px")
+    min_side: PixelsOrNone = option(0, "Shortest side of a bucket; 0: no limit", "px")
+    max_side: PixelsOrNone = option(0, "Longest side of a bucket; 0: no limit", "px")
+    upscale: bool = option(True, "Enlarge pictures smaller than the resolution; else they get a bucket of their size")
+    crop: Literal["centre", "random", "focus", "faces"] = option(
+        "centre", "Which part stays: the middle, several at random, what stands out, or faces (extra [faces])"
+    )
+    crops: Annotated[int, Ge(1), Le(64)] = option(
+        4, "Crops of each picture with crop = random, drawn once from the seed"
+    )
+    masks: Literal["auto", "alpha", "off"] = option(
+        "auto", "Parts that count: auto: mask files where there are some; alpha: also transparency; off: all"
+    )
+    mask_floor: Share = option(0.0, "Weight of what a mask hides, beside 1 for what it shows")
     repeats: Count = option(1, "Times that each picture is seen in one epoch")
     flip: bool = option(False, "Mirror pictures at random (not for faces, letters, or one-sided things)")
     caption_dropout: Share = option(0.05, "Share of steps whose caption is empty")
@@ -227,7 +246,8 @@ def allowed(kind: Any, limits: Iterable[Any] = ()) -> str:
     if get_origin(kind) in (Union, UnionType):
         return ", or ".join(allowed(part) for part in get_args(kind))
     if get_origin(kind) is tuple:
-        return "a list of texts"
+        inner = get_args(kind)[0]
+        return "a list of texts" if inner is str else f"a list of {allowed(inner).removeprefix('a ')}s"
     words = {bool: "true | false", int: "a whole number", float: "a number", str: "text"}[kind]
     if kind in (int, float):
         for limit in limits:

@@ -2,7 +2,7 @@
 
 import threading
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -80,6 +80,15 @@ class Crop:
         """Share of the picture's pixels that the crop leaves out."""
         return 1 - self.target.pixels / self.resized.pixels
 
+    @property
+    def is_enlarged(self) -> bool:
+        return self.resized.pixels > self.original.pixels
+
+    @property
+    def corner(self) -> tuple[int, int]:
+        """Left and top of what is seen, in the resized picture as it is seen: mirrored or not."""
+        return (self.resized.width - self.target.width - self.left if self.mirrored else self.left), self.top
+
 
 def read_size(path: Path) -> Size:
     """Size of the upright picture, from the file's header. Raises `Refused` naming a file that is no picture."""
@@ -139,14 +148,20 @@ def crop_at(original: Size, target: Size, share: float, mirrored: bool = False) 
 
 
 def cropped(path: Path, crop: Crop) -> torch.Tensor:
-    """RGB in [-1, 1], (3, H, W) of the crop's target size.
+    """RGB in [-1, 1], (3, H, W) of the crop's target size."""
+    return next(all_cropped(path, [crop]))
+
+
+def all_cropped(path: Path, crops: Sequence[Crop]) -> Iterator[torch.Tensor]:
+    """Each crop of a picture, as `cropped` gives it; the file is decoded once.
 
     Only the part that is kept is resized (Lanczos), so that a strip of 1x5000 pixels does not become a million high.
     """
-    enough = Size(ENOUGH * crop.resized.width, ENOUGH * crop.resized.height)
-    picture = resized(read_rgb(path, enough), crop, crop.target, Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.asarray(picture).copy())
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+    widest, highest = max(crop.resized.width for crop in crops), max(crop.resized.height for crop in crops)
+    picture = read_rgb(path, Size(ENOUGH * widest, ENOUGH * highest))
+    for crop in crops:
+        pixels = torch.from_numpy(np.asarray(resized(picture, crop, crop.target, Image.Resampling.LANCZOS)).copy())
+        yield pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 def resized(picture: Image.Image, crop: Crop, target: Size, resampling: Image.Resampling) -> Image.Image:

@@ -4,7 +4,7 @@ Masks lie in a folder `masks/` beside the pictures under their names, or are cal
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,13 +58,13 @@ def hides(image: Path, mask: Path) -> bool:
     return picture is not None
 
 
-def cropped_mask(image: Path, mask: Path, crop: Crop, size: Size) -> torch.Tensor:
-    """How much each part of a crop counts, (H, W) of `size` (of the latents, say), in [0, 1]: means over areas."""
+def cropped_masks(image: Path, mask: Path, crops: Sequence[Crop], size: Size) -> list[torch.Tensor]:
+    """How much each part of each crop counts, (H, W) of `size` (of the latents, say), in [0, 1]: means over areas."""
     picture = read_mask(image, mask)
     if picture is None:
-        return torch.ones(size.height, size.width)
-    part = resized(picture, crop, size, Image.Resampling.BOX)
-    return torch.from_numpy(np.asarray(part).copy()).float() / 255
+        return [torch.ones(size.height, size.width) for _ in crops]
+    parts = [resized(picture, crop, size, Image.Resampling.BOX) for crop in crops]
+    return [torch.from_numpy(np.asarray(part).copy()).float() / 255 for part in parts]
 
 
 def weights(mask: torch.Tensor, floor: float = 0.0) -> torch.Tensor:

@@ -43,7 +43,7 @@ class Stage:
     base: Base
     stock: Pipeline
     examples: list[Example]
-    crops: list[Crop]
+    crops: list[list[Crop]]
     latents: Latents
 
 
@@ -56,8 +56,8 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     stock = base.family.pipeline.from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)
     examples = read_set(SAMPLES).examples[:2]
-    crops = [centre_crop(read_size(example.image), Size(64, 64)) for example in examples]
-    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)], mirror=False)
+    crops = [[centre_crop(read_size(example.image), Size(64, 64))] for example in examples]
+    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)])
     return Stage(kind, base, stock, examples, crops, latents)
 
 

@@ -170,8 +170,8 @@ def test_our_loss_is_that_of_a_plain_loop_over_diffusers_and_peft():
     model = Model()
     base = load(model, recognise(model), CPU, torch.float32)
     examples = read_set(SAMPLES).examples[:4]
-    crops = [centre_crop(read_size(example.image), Size(64, 64)) for example in examples]
-    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)], mirror=False)
+    crops = [[centre_crop(read_size(example.image), Size(64, 64))] for example in examples]
+    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)])
     trained = attach(base, Options().network, [Part("unet", 4, 4.0), Part("text", 2, 2.0)], seed=0)
     data = Options().data.model_copy(update={"caption_dropout": 0.0})
     objectives = Objectives(base, examples, crops, latents, data, Objective(), seed=3, text_is_trained=True)
@@ -469,8 +469,9 @@ def test_the_moving_average_is_what_is_saved_and_training_goes_on_from_the_live_
 def test_weights_of_regularisation_pictures_and_mirroring_reach_the_loss():
     base = load(Model(), recognise(Model()), CPU, torch.float32)
     examples = [replace(example, prior=index == 1) for index, example in enumerate(read_set(SAMPLES).examples[:2])]
-    crops = [centre_crop(read_size(example.image), Size(64, 64)) for example in examples]
-    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)], mirror=True)
+    upright = [centre_crop(read_size(example.image), Size(64, 64)) for example in examples]
+    crops = [[crop, replace(crop, mirrored=True)] for crop in upright]
+    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)])
     looks = [Look(0, 0, 0), Look(1, 0, 1)]
 
     def losses(**changes: object) -> list[float]:
@@ -481,6 +482,6 @@ def test_weights_of_regularisation_pictures_and_mirroring_reach_the_loss():
 
     plain, weighted = losses(), losses(prior_weight=0.25)
     assert weighted == pytest.approx([plain[0], 0.25 * plain[1]])
-    for mean, example, crop in zip(latents.mean, examples, crops, strict=True):
+    for mean, example, crop in zip(latents.mean, examples, upright, strict=True):
         mirrored = base.vae.encode(cropped(example.image, crop).flip(-1)[None]).latent_dist.mean[0]
         torch.testing.assert_close(mean[1], mirrored, rtol=1e-4, atol=1e-4)

@@ -17,7 +17,7 @@ from scumble.configs.options import Model, Options, Previews, section
 
 from .adapters.commands import adapter
 from .run_commands import register
-from .run_folder import OPTIONS, is_run, status_of
+from .run_folder import OPTIONS, is_run, name_of_set, status_of
 
 app = App(
     name="scumble",
@@ -35,7 +35,9 @@ PresetFlag = Annotated[str, Parameter(help="Preset to start from; `scumble prese
 
 @app.command
 def train(
-    source: Annotated[str, Parameter(help="Folder of pictures, folder of a run, or a TOML file of options")] = "",
+    source: Annotated[
+        str, Parameter(help="Folder of pictures, folder of a run, or a TOML file: of options or a list of folders")
+    ] = "",
     /,
     *,
     options: Annotated[Options, Parameter(name="*")] = DEFAULTS,
@@ -61,11 +63,12 @@ def train(
     go_on = None
     if is_run(Path(source)):
         go_on = Path(source)
-    elif source and not source.endswith(".toml"):
+    elif source and (not source.endswith(".toml") or _lists_folders(Path(source))):
         flags.setdefault("data", {})["images"] = source
+        source = ""
     if resume and go_on is None:
         named = files.resolve(Path(source) if source.endswith(".toml") else None, preset, flags)
-        name = named.output.name or Path(named.data.images).resolve().name
+        name = named.output.name or name_of_set(named.data.images)
         flags.setdefault("output", {})["name"] = name
         go_on = Path(named.output.runs) / name
     wanted = flags.get("optimization", {})
@@ -159,6 +162,13 @@ def flags_of(group: App) -> list[str]:
             arguments = command.assemble_argument_collection()
             found += [flag for argument in arguments for flag in argument.names if flag.startswith("--")]
     return list(dict.fromkeys(found))
+
+
+def _lists_folders(path: Path) -> bool:
+    """Whether a TOML file lists folders of pictures rather than options; imported here, since it needs torch."""
+    from scumble.datasets.dataset_toml import is_list_of_folders
+
+    return is_list_of_folders(path)
 
 
 def _one_line(error: CycloptsError) -> str:

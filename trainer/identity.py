@@ -21,7 +21,9 @@ FIXED = {
 FIXED_TABLES = {"network"}
 
 
-def identity_of(source: Source, options: Options, examples: Sequence[Example], crops: Sequence[Crop]) -> dict[str, Any]:
+def identity_of(
+    source: Source, options: Options, examples: Sequence[Example], crops: Sequence[Sequence[Crop]]
+) -> dict[str, Any]:
     """What a run is: its options, its base, and each of its pictures with caption and crop."""
     return {
         "options": options.model_dump(mode="json", warnings=False),  # 16 where 16.0 is declared is no fault
@@ -46,12 +48,13 @@ def fingerprint_of_base(place: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprints_of(examples: Sequence[Example], crops: Sequence[Crop]) -> dict[str, str]:
-    """Digest of each picture's bytes, caption, repeats and crop, by its name below the set's folder."""
+def fingerprints_of(examples: Sequence[Example], crops: Sequence[Sequence[Crop]]) -> dict[str, str]:
+    """Digest of each picture's and mask's bytes, caption, repeats and crops, by its name below the set's folder."""
     found: dict[str, str] = {}
-    for example, crop in zip(examples, crops, strict=True):
-        content = hashlib.blake2b(example.image.read_bytes(), digest_size=16).hexdigest()
-        told = f"{content}/{example.caption}/{example.repeats}/{example.prior}/{crop}"
+    for example, seen in zip(examples, crops, strict=True):
+        files = (example.image, example.mask) if example.mask else (example.image,)
+        content = [hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() for file in files]
+        told = f"{content}/{example.caption}/{example.repeats}/{example.prior}/{seen}"
         name = "/".join(example.image.parts[-2:])
         found[name] = hashlib.blake2b(f"{found.get(name, '')}{told}".encode(), digest_size=16).hexdigest()
     return found

@@ -69,7 +69,8 @@ FAMILIES = {
 class Source:
     """A base as recognised from its files: `place` is a folder or a file.
 
-    `resolution_px` is the side of the square that it was made for; sides of pictures are multiples of `step_px`.
+    `resolution_px` is the side of the square that it was made for, `step_px` the step of sides that suits it; sides
+    must be multiples of `whole_px`, which VAE and UNet halve. A latent stands for `latent_px` each way.
     """
 
     name: str
@@ -80,6 +81,8 @@ class Source:
     zero_terminal_snr: bool
     resolution_px: int
     step_px: int
+    whole_px: int
+    latent_px: int
 
     @property
     def label(self) -> str:
@@ -229,17 +232,17 @@ def _source(
     rescaled = zero_snr if model.zero_terminal_snr == "auto" else model.zero_terminal_snr
     if rescaled and chosen == "epsilon":
         raise Refused("--zero-terminal-snr needs a base with v-prediction: at pure noise, epsilon says nothing")
-    resolution_px, step_px = _sizes_px(configs or BASES / family.configs[prediction])
-    return Source(model.base, place, is_file, family, chosen, rescaled, resolution_px, step_px)
+    sizes_px = _sizes_px(configs or BASES / family.configs[prediction])
+    return Source(model.base, place, is_file, family, chosen, rescaled, *sizes_px)
 
 
-def _sizes_px(folder: Path) -> tuple[int, int]:
-    """The base's own resolution, and the step of sides: what VAE and UNet halve, but not under a sixteenth of it."""
+def _sizes_px(folder: Path) -> tuple[int, int, int, int]:
+    """The base's own resolution, the step of sides (not under a sixteenth of it), the least step, and a latent's."""
     unet, vae = (json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in ("unet", "vae"))
     latent_px = 2 ** (len(vae["block_out_channels"]) - 1)
     resolution_px = unet["sample_size"] * latent_px
     whole_px = latent_px * 2 ** (len(unet["block_out_channels"]) - 1)
-    return resolution_px, whole_px * max(1, resolution_px // 16 // whole_px)
+    return resolution_px, whole_px * max(1, resolution_px // 16 // whole_px), whole_px, latent_px
 
 
 def _fetched(hub_id: str) -> Path:

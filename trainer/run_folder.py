@@ -123,6 +123,12 @@ class RunFolder:
             write_json(self.path / EXIT, told | {"host": socket.gethostname(), "t": time.time()})
 
 
+def name_of_set(images: str) -> str:
+    """What a run is called after: the folder of pictures, or the file that lists folders."""
+    path = Path(images).resolve()
+    return path.stem if path.is_file() else path.name
+
+
 def is_run(folder: Path) -> bool:
     """Whether `folder` is one that a run left or is in."""
     return (folder / OPTIONS).is_file() and (folder / OWNER).is_file()

@@ -100,8 +100,8 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
     wanted = options.optimization
     base = load(options.model, job.source, device, job.dtype)
     latents = encode_set(
-        base, [(e.image, c) for e, c in zip(job.examples, job.crops, strict=True)], options.data.flip,
-        tell=lambda done: events.emit("encoded", done=done, total=len(job.examples)),
+        base, [(view.example.image, view.crops) for view in job.views],
+        tell=lambda done: events.emit("encoded", done=done, total=len(job.views)),
     )  # fmt: skip
     trained = attach(base, options.network, plan.parts, options.output.seed)
     if options.machine.attention == "xformers":
@@ -120,11 +120,12 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
     magnitudes = [module.tensors["dora_scale"] for module in trained if "dora_scale" in module.tensors]
     objectives = Objectives(
         base, job.examples, job.crops, latents, options.data, options.objective, options.output.seed,
-        text_is_trained=len(plan.parts) > 1,
+        text_is_trained=len(plan.parts) > 1, masks=job.masks,
     )  # fmt: skip
     update = Update(
         job.accelerator, objectives, named, make_optimizer(wanted.optimizer, groups, wanted.weight_decay, magnitudes),
-        wanted.clip, wanted.ema, say=lambda line: events.emit("note", text=f"  {line}"),
+        wanted.clip, wanted.ema, sum(job.repeats) / plan.steps_per_epoch,
+        say=lambda line: events.emit("note", text=f"  {line}"),
     )  # fmt: skip
     for part in plan.parts:
         component_of(base, part.name).train()
@@ -188,7 +189,7 @@ def learn(
         """The adapter first, then the state."""
         run.check_owner()
         progress = Progress(epoch, done, plan.num_epochs, plan.num_steps, state.started)
-        metadata = metadata_of(ready.base, options, plan.parts, job.examples, job.buckets, progress)
+        metadata = metadata_of(ready.base, options, plan.parts, job.pictures.examples, job.buckets, progress)
         with update.finished_weights():
             export(file, ready.trained, metadata, DTYPES[options.output.save_dtype])
         events.emit("saved", step=done, epoch=epoch, file=file.name, bytes=file.stat().st_size)

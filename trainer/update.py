@@ -35,8 +35,8 @@ class Outcome:
 class Update:
     """Trained parameters by name, with their optimiser and, where `ema` is not 0, their moving average.
 
-    `recompute` turns gradient checkpointing on, or is None where that is done or forbidden; `say` is told what was
-    changed to go on.
+    `looks_per_step` is the mean number of looks in a step. `recompute` turns gradient checkpointing on, or is None
+    where that is done or forbidden; `say` is told what was changed to go on.
     """
 
     def __init__(
@@ -47,11 +47,13 @@ class Update:
         optimizer: torch.optim.Optimizer,
         clip: float,
         ema: float,
+        looks_per_step: float,
         say: Callable[[str], None] = lambda line: None,
     ):
         self.accelerator, self.objectives, self.clip, self.ema, self.say = accelerator, objectives, clip, ema, say
         self.named = dict(parameters)
         self.parameters = list(self.named.values())
+        self.looks_per_step = looks_per_step
         self.peaks = [(group["peak"], group["weight_decay"]) for group in optimizer.param_groups]
         # accelerate unscales gradients in fp16
         self.optimizer: AcceleratedOptimizer = accelerator.prepare(optimizer)
@@ -89,7 +91,8 @@ class Update:
     def gradients(self, step: int, batches: Sequence[Sequence[int]]) -> torch.Tensor:
         """Add the gradients of a step to the parameters'; its mean weighted loss (a scalar).
 
-        However many looks pass at once, each has the same draws and the same share of the loss.
+        However many looks pass at once, each has the same draws, and in a step of few looks the same weight as in
+        one of many: the gradients are those of the sum over its looks, divided by their usual number.
         """
         torch.manual_seed(seed_for(self.objectives.seed, step, "dropout"))
         num_looks = sum(map(len, batches))
@@ -100,9 +103,9 @@ class Update:
             at_once = self.micro_batch or len(looks)
             for start in range(0, len(looks), at_once):
                 with self.accelerator.autocast():
-                    loss = self.objectives.losses(looks[start : start + at_once]).sum() / num_looks
-                self.accelerator.backward(loss)
-                total += loss.detach()
+                    loss = self.objectives.losses(looks[start : start + at_once]).sum()
+                self.accelerator.backward(loss / self.looks_per_step)
+                total += loss.detach() / num_looks
         return total
 
     def trial(self, batch: Sequence[int]) -> None:
