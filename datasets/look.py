@@ -6,6 +6,7 @@ is left will be learned; a picture that must be enlarged is measured as it is.
 
 import hashlib
 import io
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -88,7 +89,11 @@ class Look:
 def look_at(subject: Subject, with_thumb: bool = True) -> Look:
     """Read a picture once and measure it. Raises `Refused` naming a file that cannot be read."""
     path, crop = subject.example.image, subject.crops[0]
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise Refused(f"{path}: cannot be opened ({error.strerror})") from None
+    with file:
         digest = hashlib.file_digest(file, "blake2b").digest()
     picture = read_rgb(path, Size(ENOUGH * crop.resized.width, ENOUGH * crop.resized.height))
     seen = picture
@@ -105,24 +110,15 @@ def look_at(subject: Subject, with_thumb: bool = True) -> Look:
     )  # fmt: skip
 
 
-def looks_at(subjects: Sequence[Subject], with_thumbs: bool = True) -> Iterator[tuple[Subject, Look | Refused]]:
-    """A look at each picture in the order of the set, or the refusal of its file; two are read at a time."""
-
-    def look(subject: Subject) -> Look | Refused:
-        try:
-            return look_at(subject, with_thumbs)
-        except Refused as error:
-            return error
-        except OSError as error:
-            return Refused(f"{subject.example.image}: cannot be opened ({error.strerror})")
-
+def looks_at(subjects: Sequence[Subject], with_thumbs: bool = True) -> Iterator[Look]:
+    """A look at each picture in the order of the set; two are read at a time, and few wait to be taken."""
     waiting = iter(subjects)
     with ThreadPoolExecutor(WORKERS) as pool:
-        queue = [(subject, pool.submit(look, subject)) for subject in islice(waiting, 4 * WORKERS)]
+        queue = deque(pool.submit(look_at, subject, with_thumbs) for subject in islice(waiting, 2 * WORKERS))
         while queue:
-            subject, job = queue.pop(0)
-            queue += [(following, pool.submit(look, following)) for following in islice(waiting, 1)]
-            yield subject, job.result()
+            look = queue.popleft().result()
+            queue.extend(pool.submit(look_at, following, with_thumbs) for following in islice(waiting, 1))
+            yield look
 
 
 def thumb_of(example: Example, picture: Image.Image | None = None) -> Thumb:

@@ -18,7 +18,24 @@ def resolution_of(options: Options, source: Source) -> int:
 
 
 def read_examples(options: Options) -> PictureSet:
-    """The pictures, the trigger in their captions; regularisation pictures are repeated to be about as many."""
+    """The pictures of a run, the trigger in their captions."""
+    found = read_pictures(options)
+    trigger = options.data.trigger
+    found.examples = [
+        example
+        if example.prior
+        else replace(
+            example,
+            caption=with_trigger(example.caption, trigger),
+            lines=tuple(with_trigger(line, trigger) for line in example.lines),
+        )
+        for example in found.examples
+    ]
+    return found
+
+
+def read_pictures(options: Options) -> PictureSet:
+    """The pictures with their captions as written; regularisation pictures are repeated to be about as many."""
     if not options.data.images:
         raise Refused("train: name a folder of pictures, as in `scumble train photos/`")
     found = read_set(Path(options.data.images), options.data.repeats, masks=options.data.masks)
@@ -27,14 +44,7 @@ def read_examples(options: Options) -> PictureSet:
     prior = sum(example.repeats for example in found.examples if example.prior)
     times = max(1, round(sum(example.repeats for example in found.examples if not example.prior) / max(1, prior)))
     found.examples = [
-        replace(example, repeats=example.repeats * times)
-        if example.prior
-        else replace(
-            example,
-            caption=with_trigger(example.caption, options.data.trigger),
-            lines=tuple(with_trigger(line, options.data.trigger) for line in example.lines),
-        )
-        for example in found.examples
+        replace(example, repeats=example.repeats * times) if example.prior else example for example in found.examples
     ]
     if all(example.prior for example in found.examples):
         raise Refused(f"{options.data.images}: every picture there is for regularisation, none is left to learn from")
