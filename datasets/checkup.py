@@ -221,5 +221,5 @@ def _facts(looks: Sequence[Look], views: Sequence[View], examples: Sequence[Exam
         smallest=str(by_area[0]), largest=str(by_area[-1]),
         buckets=tuple(bucket_uses([view for view in views if not view.example.prior])),
         likeness=float(alike[len(alike) // 2]),
-        captions=sum(bool(look.subject.example.caption) for look in looks),
+        captions=sum(bool(look.subject.example.lines) for look in looks),
     )  # fmt: skip

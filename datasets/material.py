@@ -16,7 +16,7 @@ LEARNED = 1 / 3  # what more than this share of the pictures show is learned
 class Material:
     """Everything that is known of a set: pictures, files left out, and what the run is to learn.
 
-    `heard` has what training says of each picture, trigger and all; `Example.caption` is what was written.
+    `heard` has what training says of each picture, trigger and all; `written` is what stands in the files.
     """
 
     looks: tuple[Look, ...]
@@ -29,7 +29,7 @@ class Material:
     @property
     def written(self) -> list[tuple[Look, str]]:
         """Each picture with its caption as it stands in its file."""
-        return [(look, look.subject.example.caption) for look in self.looks]
+        return [(look, " ".join(look.subject.example.lines)) for look in self.looks]
 
     def spread(self, count: int) -> Severity:
         """Serious where more than a third of the pictures, and more than one, have a fault; else a warning."""

@@ -106,13 +106,9 @@ def test_a_step_that_fits_in_no_way_stops_the_run_which_can_go_on():
 
 
 def test_a_run_of_broken_numbers_goes_back_to_its_last_good_state(tmp_path: Path):
-    wanted = {"steps": 60, "rate": 3.0, "text_rate": 3.0, "schedule": "constant", "warm_up": 0.0, "clip": 0.0}
-    with pytest.raises(Refused, match=r"until step (\d+) is in .*clay\.safetensors") as error:
-        ran(
-            tmp_path,
-            optimization=wanted | {"rate": 1e12, "text_rate": 1e12},
-            output={"preview_every": 0, "save_every": 1},
-        )
+    wanted = {"steps": 60, "rate": 100.0, "text_rate": 100.0, "schedule": "constant", "warm_up": 0.0, "clip": 0.0}
+    with pytest.raises(Refused, match=r"until step \d+ is in .*clay\.safetensors") as error:
+        ran(tmp_path, optimization=wanted, output={"preview_every": 0, "save_every": 1})
     run = tmp_path / "runs/clay"
     assert error.value.exit_code == 2 and status_of(run).state == "failed"
     tensors, metadata = read_tensors(run / "clay.safetensors")
@@ -123,10 +119,10 @@ def test_a_run_of_broken_numbers_goes_back_to_its_last_good_state(tmp_path: Path
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 6 MB; where no disk can be mounted, a folder that no file larger than 1 MB fits into."""
+    """A disk of 8 MB; where no disk can be mounted, a folder that no file larger than 1 MB fits into."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True)
     if mounted.returncode == 0:
         yield place
         subprocess.run(["umount", "-l", str(place)], check=True)

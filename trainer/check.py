@@ -1,15 +1,12 @@
 """`scumble check`: the pictures and captions of a set looked over before an hour is spent on them. No weight is read."""
 
 import json as json_library
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
 from scumble.configs import files
-from scumble.configs.errors import Refused
 from scumble.configs.options import Data, Model, section
 
 SERIOUS = 65  # EX_DATAERR of sysexits.h: the data are wrong in some way

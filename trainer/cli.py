@@ -11,6 +11,7 @@ from typing import Annotated
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError, ValidationError
 from pydantic import ValidationError as PydanticError
 
+from scumble.captioning.commands import caption, captions
 from scumble.configs import files, reference
 from scumble.configs.errors import Refused, nearest
 from scumble.configs.options import Model, Options, Previews, section
@@ -25,7 +26,8 @@ app = App(
     help_format="plaintext",
     version=version("scumble"),
 )
-app.command(adapter)
+for command in (adapter, caption, captions):
+    app.command(command)
 register(app)
 app["--help"].group = app["--version"].group = "Other"
 

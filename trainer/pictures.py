@@ -1,12 +1,15 @@
 """The pictures of a run as its options want them: which, with what captions, in which crops."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Options
-from scumble.datasets.captions import with_trigger
+from scumble.datasets.captions import said, with_trigger
+from scumble.datasets.checkup import Checkup, check
 from scumble.datasets.folder import PictureSet, read_set
+from scumble.datasets.tokens import read_window
 from scumble.datasets.views import View, tables, views_of
 
 from .bases import Source
@@ -18,24 +21,7 @@ def resolution_of(options: Options, source: Source) -> int:
 
 
 def read_examples(options: Options) -> PictureSet:
-    """The pictures of a run, the trigger in their captions."""
-    found = read_pictures(options)
-    trigger = options.data.trigger
-    found.examples = [
-        example
-        if example.prior
-        else replace(
-            example,
-            caption=with_trigger(example.caption, trigger),
-            lines=tuple(with_trigger(line, trigger) for line in example.lines),
-        )
-        for example in found.examples
-    ]
-    return found
-
-
-def read_pictures(options: Options) -> PictureSet:
-    """The pictures with their captions as written; regularisation pictures are repeated to be about as many."""
+    """The pictures, the trigger in their captions; regularisation pictures are repeated to be about as many."""
     if not options.data.images:
         raise Refused("train: name a folder of pictures, as in `scumble train photos/`")
     found = read_set(Path(options.data.images), options.data.repeats, masks=options.data.masks)
@@ -44,7 +30,10 @@ def read_pictures(options: Options) -> PictureSet:
     prior = sum(example.repeats for example in found.examples if example.prior)
     times = max(1, round(sum(example.repeats for example in found.examples if not example.prior) / max(1, prior)))
     found.examples = [
-        replace(example, repeats=example.repeats * times) if example.prior else example for example in found.examples
+        replace(example, repeats=example.repeats * times)
+        if example.prior
+        else replace(example, caption=with_trigger(example.caption, options.data.trigger))
+        for example in found.examples
     ]
     if all(example.prior for example in found.examples):
         raise Refused(f"{options.data.images}: every picture there is for regularisation, none is left to learn from")
@@ -58,3 +47,22 @@ def read_views(found: PictureSet, options: Options, source: Source) -> list[View
         raise Refused(f"--bucket-step {step_px}: must be a multiple of {source.whole_px} for {source.label}")
     buckets = tables(options.data, resolution_of(options, source), step_px)
     return views_of(found.examples, buckets, options.data, options.output.seed)
+
+
+def checked(
+    options: Options,
+    source: Source,
+    found: PictureSet,
+    views: list[View],
+    with_thumbs: bool,
+    tell: Callable[[int], None] = lambda done: None,
+) -> Checkup:
+    """The check-up of a run's pictures and captions, by what the base hears of them."""
+    certain = options.data.model_copy(update={"caption_dropout": 0.0, "tag_dropout": 0.0, "shuffle_tags": False})
+    tokenizers = {(folder / "merges.txt").read_bytes(): folder for folder in source.tokenizers}  # SDXL's two are one
+    return check(
+        found, views, kind=options.data.kind, trigger=options.data.trigger,
+        windows=[read_window(folder) for folder in tokenizers.values()],
+        heard=lambda example: said(example.lines, certain, seed=options.output.seed, step=0, index=0),
+        with_thumbs=with_thumbs, tell=tell,
+    )  # fmt: skip
