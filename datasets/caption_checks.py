@@ -47,11 +47,10 @@ def alike(material: Material) -> Iterator[Found]:
 def long(material: Material) -> Iterator[Found]:
     told, lacking = [], []
     for look, text in zip(material.looks, material.heard, strict=True):
-        shortest = min((window.hears(text) for window in material.windows), key=lambda heard: len(heard.kept),
-                       default=None)  # fmt: skip
-        if shortest and shortest.lost:
-            told.append((look, f"{shortest.tokens} tokens; not heard: “{shortest.lost}”"))
-            if material.trigger and material.trigger.lower() not in shortest.kept.lower():
+        heard = material.hears(text)
+        if heard.lost:
+            told.append((look, f"{heard.tokens} tokens; not heard: “{heard.lost}”"))
+            if material.trigger and material.trigger.lower() not in heard.kept.lower():
                 lacking.append(look)
     if told:
         size = min(window.size for window in material.windows)

@@ -157,9 +157,13 @@ class Facts:
 
 @dataclass(frozen=True)
 class Checkup:
-    """All of it. `looks` has a picture each, `findings` stand with the serious ones first."""
+    """All of it. `looks` has a picture each, `findings` stand with the serious ones first.
+
+    `heard` has of each caption what the base hears and what it does not.
+    """
 
     looks: tuple[Look, ...]
+    heard: tuple[tuple[str, str], ...]
     findings: tuple[Finding, ...]
     facts: Facts
 
@@ -201,7 +205,9 @@ def check(
         for one in check.find(material)
     ]
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
-    return Checkup(tuple(looks), tuple(findings), _facts(looks, views, found.examples))
+    heard_of = [material.hears(text) for text in spoken]
+    kept = tuple((one.kept, one.lost) for one in heard_of)
+    return Checkup(tuple(looks), kept, tuple(findings), _facts(looks, views, found.examples))
 
 
 def subjects_of(views: Iterable[View]) -> list[Subject]:

@@ -26,7 +26,7 @@ def quality_of(path: Path) -> int | None:
     libjpeg scales table K.1 by s = 5000 / q percent below quality 50 and 200 - 2q above; other programs' tables get
     the quality of that scale which is nearest to theirs.
     """
-    with suppress(OSError, ValueError, SyntaxError), Image.open(path, formats=("JPEG", "MPO")) as picture:
+    with suppress(OSError, ValueError, SyntaxError), Image.open(path, formats=("JPEG",)) as picture:
         table = getattr(picture, "quantization", {}).get(0)
         if table and len(table) == len(LUMINANCE):
             percent = 100 * sum(table) / sum(LUMINANCE)

@@ -106,7 +106,7 @@ def look_at(subject: Subject, with_thumb: bool = True) -> Look:
     return Look(
         subject, digest, likeness_of(inner), exposure_of(inner), _scaled(borders, crop.original.width / seen.width),
         edge_blur(np.asarray(inner.convert("L"))), quality_of(path), steps, corners_of(seen),
-        thumb_of(subject.example, seen) if with_thumb else None,
+        thumb_of(subject.example, picture) if with_thumb else None,
     )  # fmt: skip
 
 
@@ -123,17 +123,19 @@ def looks_at(subjects: Sequence[Subject], with_thumbs: bool = True) -> Iterator[
 
 def thumb_of(example: Example, picture: Image.Image | None = None) -> Thumb:
     """Small copies of a picture and its mask; the picture is read where it is not given."""
-    picture = (picture or read_rgb(example.image, Size(2 * THUMB_PX, 2 * THUMB_PX))).copy()
-    picture.thumbnail((THUMB_PX, THUMB_PX), Image.Resampling.LANCZOS)
+    picture = picture or read_rgb(example.image, Size(2 * THUMB_PX, 2 * THUMB_PX))
+    shrink = min(1.0, THUMB_PX / max(picture.size))
+    size = max(1, round(picture.width * shrink)), max(1, round(picture.height * shrink))
+    small = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3)
     written = io.BytesIO()
-    picture.save(written, "JPEG", quality=THUMB_QUALITY, optimize=True)
+    small.save(written, "JPEG", quality=THUMB_QUALITY, optimize=True)
     mask = None
     with suppress(Refused):  # a mask that cannot be used is named where the set is read
         found = read_mask(example.image, example.mask) if example.mask else None
         if found:
-            small = io.BytesIO()
-            found.resize(picture.size, Image.Resampling.BOX).save(small, "PNG")
-            mask = small.getvalue()
+            masked = io.BytesIO()
+            found.resize(size, Image.Resampling.BOX).save(masked, "PNG")
+            mask = masked.getvalue()
     return Thumb(written.getvalue(), mask)
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from .look import Look
 from .places import LeftOut
-from .tokens import Window
+from .tokens import Heard, Window
 
 Severity = Literal["serious", "warning", "note"]
 LEARNED = 1 / 3  # what more than this share of the pictures show is learned
@@ -30,6 +30,10 @@ class Material:
     def written(self) -> list[tuple[Look, str]]:
         """Each picture with its caption as it stands in its file."""
         return [(look, " ".join(look.subject.example.lines)) for look in self.looks]
+
+    def hears(self, text: str) -> Heard:
+        """By the tokenizer that hears the least of it."""
+        return min((window.hears(text) for window in self.windows), key=lambda heard: len(heard.kept))
 
     def spread(self, count: int) -> Severity:
         """Serious where more than a third of the pictures, and more than one, have a fault; else a warning."""

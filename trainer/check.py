@@ -1,58 +1,153 @@
-"""`scumble check`: the pictures and captions of a set looked over before an hour is spent on them. No weight is read."""
+"""`scumble check`: pictures and captions of a set looked over before an hour is spent on them. No weight is read."""
 
+import io
 import json as json_library
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 
 from scumble.configs import files
+from scumble.configs.errors import Refused
 from scumble.configs.options import Data, Model, section
 
 SERIOUS = 65  # EX_DATAERR of sysexits.h: the data are wrong in some way
-NAMED = 6  # pictures named in the terminal
+NAMED = 3  # pictures named at a finding
 COLOURS = {"serious": "bold red", "warning": "yellow", "note": "dim"}
+MODEL, DATA, OUT = Model(), Data(), Path("check")
+
+
+def register(app: App) -> None:
+    """Put the command on the command line."""
+    app.command(check)
 
 
 def check(
     source: Annotated[str, Parameter(help="Folder of pictures, or a TOML file of options")],
     /,
     *,
-    model: Annotated[Model, section("Model")] = Model(),
-    data: Annotated[Data, section("Data")] = Data(),
+    model: Annotated[Model, section("Model")] = MODEL,
+    data: Annotated[Data, section("Data")] = DATA,
     preset: Annotated[str, Parameter(help="Preset to start from; `scumble presets` lists them")] = "",
-    out: Annotated[Path, Parameter(help="Folder for NAME-check.html and NAME-check.jpg, made anew each time")] = Path(
-        "check"
-    ),
-    no_page: Annotated[bool, Parameter(help="Write neither page nor picture", negative="")] = False,
+    out: Annotated[Path, Parameter(help="Folder for NAME-check.html and NAME-check.jpg, new each time")] = OUT,
+    no_page: Annotated[bool, Parameter(help="Write neither the page nor the picture", negative="")] = False,
     json: Annotated[bool, Parameter(help="Print one JSON object, for programs", negative="")] = False,
 ) -> None:
-    """Check pictures and captions, and show what training will see of them.
+    """Check pictures and captions, and show what training will see: a page and a contact sheet.
 
-    Writes a page (NAME-check.html) and a contact sheet (NAME-check.jpg). Exit code 65 where a finding is serious.
+    Exit code 65 where a finding is serious.
     """
     flags = {"model": model.model_dump(exclude_unset=True), "data": data.model_dump(exclude_unset=True)}
     file = Path(source) if source.endswith(".toml") else None
     if file is None:
         flags["data"]["images"] = source
     options = files.resolve(file, preset, flags)
-    from scumble.datasets.contact import write_sheet
-    from scumble.datasets.page import write_page
+    from scumble.datasets.contact import sheet
+    from scumble.datasets.page import page
 
-    from .pictures import checked
+    from .bases import recognise
+    from .pictures import checked, read_examples, read_views
     from .run_folder import name_of_set
 
+    base = recognise(options.model)
     name = name_of_set(options.data.images)
-    done, base = checked(options, with_thumbs=not no_page)
+    found = read_examples(options)
+    with Counting(len(found.examples), hidden=json) as counting:
+        done = checked(options, base, found, read_views(found, options, base), not no_page, counting)
     written = []
     if not no_page:
-        page, sheet = out / f"{name}-check.html", out / f"{name}-check.jpg"
-        write_page(done, name, base, options.data.trigger, page)
-        write_sheet(done, name, base, sheet)
-        written = [str(page), str(sheet)]
+        written = [out / f"{name}-check.html", out / f"{name}-check.jpg"]
+        _write(written[0], page(done, name, base.label, options.data.trigger).encode())
+        picture = io.BytesIO()
+        sheet(done, name, base.label).save(picture, "JPEG", quality=88)
+        _write(written[1], picture.getvalue())
     if json:
-        print(json_library.dumps(as_json(done) | {"name": name, "base": base, "written": written}, ensure_ascii=False))
+        told = {"name": name, "base": base.label, **as_json(done), "written": list(map(str, written))}
+        print(json_library.dumps(told, ensure_ascii=False))
     else:
-        _print(done, name, base, written)
+        _print(done, name, base.label, written)
     if done.is_serious:
         raise SystemExit(SERIOUS)
+
+
+def as_json(done: Any) -> dict[str, Any]:
+    """Facts and findings for programs; `pictures` of a finding has what is to be said of each."""
+    facts = asdict(done.facts) | {"variety": done.facts.variety}
+    findings = [
+        {
+            "check": one.check, "severity": one.severity, "what": one.what, "why": one.why, "cure": one.cure,
+            "pictures": one.details,
+        }
+        for one in done.findings
+    ]  # fmt: skip
+    return {"serious": done.is_serious, "facts": facts, "findings": findings}
+
+
+class Counting:
+    """Counts pictures on the terminal while they are read, where there is one and they are many."""
+
+    def __init__(self, total: int, hidden: bool):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = TextColumn("looking at pictures"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self.progress = Progress(*columns, transient=True, disable=hidden or total < 50)
+        self.task = self.progress.add_task("", total=total)
+
+    def __enter__(self) -> "Counting":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *trouble: object) -> None:
+        self.progress.stop()
+
+    def __call__(self, done: int) -> None:
+        self.progress.update(self.task, completed=done)
+
+
+def _print(done: Any, name: str, base: str, written: list[Path]) -> None:
+    """The findings for people, serious ones first, each with why it matters and what to do."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from scumble.datasets.page import verdict
+
+    console = Console(highlight=False, markup=False)
+    facts = done.facts
+    sizes = facts.smallest if facts.smallest == facts.largest else f"{facts.smallest} to {facts.largest}"
+    buckets = ", ".join(f"{use.width}x{use.height} ({use.pictures})" for use in facts.buckets[:6])
+    console.print(
+        f"{name}: {facts.pictures} pictures of {sizes}, {facts.captions} with captions, {facts.variety} variety",
+        soft_wrap=True,
+    )
+    console.print(f"trained for {base} as {buckets}", soft_wrap=True)
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for one in done.findings:
+        said = Text(one.what, "" if one.severity == "note" else "bold")
+        said.append(f"\n{one.why}; {one.cure}", "not bold dim")
+        for path, text in list(one.details.items())[:NAMED]:
+            said.append(f"\n  {Path(path).name}: {text}", "not bold")
+        if len(one.details) > NAMED:
+            said.append(f"\n  and {len(one.details) - NAMED} more", "not bold")
+        table.add_row(Text(one.severity, COLOURS[one.severity]), said)
+    console.print(table)
+    console.print(Text(verdict(done), COLOURS[done.findings[0].severity] if done.findings else "green"))
+    for path in written:
+        console.print(f"wrote {path}", soft_wrap=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all. Raises `Refused` (73) where the place cannot be written."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise Refused(f"{path}: cannot be written ({error.strerror or error})", 73) from None
