@@ -6,7 +6,7 @@ from itertools import combinations
 from statistics import median
 
 from .look import Look
-from .material import Found, Material, counted, details
+from .material import Found, Material, counted, details, others
 
 TAG_WORDS = 4  # a longer part between commas is a sentence
 TAGGED = 4  # median tags of a caption from which a set is taken to be tagged
@@ -40,7 +40,7 @@ def alike(material: Material) -> Iterator[Found]:
     groups = [group for group in by_caption.values() if len({look.digest for look in group}) > 1]
     if groups:
         count = sum(map(len, groups))
-        told = [(look, f"has the caption of {len(group) - 1} others") for group in groups for look in group]
+        told = [(look, f"same caption as {others(look, group)}") for group in groups for look in group]
         yield Found("warning", f"{count} different pictures share {counted(len(groups), 'caption')}", details(told))
 
 

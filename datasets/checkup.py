@@ -10,7 +10,7 @@ from typing import Literal
 
 from . import caption_checks, picture_checks
 from .folder import Example, PictureSet
-from .likeness import nearest
+from .likeness import nearest, same_picture
 from .look import Look, Subject, looks_at
 from .material import Found, Material, Severity
 from .tokens import Window
@@ -136,7 +136,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the set is. `likeness` is of the median picture to the one that is most like it, from -1 to 1."""
+    """What the set is. `likeness` is of the median picture to the one that is most like it, from -1 to 1,
+    copies of one picture counted once."""
 
     pictures: int
     prior: int
@@ -220,7 +221,8 @@ def subjects_of(views: Iterable[View]) -> list[Subject]:
 
 def _facts(looks: Sequence[Look], views: Sequence[View], examples: Sequence[Example]) -> Facts:
     by_area = sorted((look.size for look in looks), key=lambda size: size.pixels)
-    alike = sorted(nearest([look.likeness for look in looks]))
+    copies = {index for group in same_picture([look.likeness for look in looks]) for index in group[1:]}
+    alike = sorted(nearest([look.likeness for index, look in enumerate(looks) if index not in copies]))
     return Facts(
         pictures=len(looks), prior=sum(example.prior for example in examples),
         looks=sum(view.example.repeats for view in views),

@@ -11,10 +11,11 @@ from .look import Look, thumb_of
 from .page import Frame, frames_of, shown_of, tint_of, verdict
 
 SHOWN = 120
+MOST_FINDINGS = 8
 CELL_PX, GAP_PX, EDGE_PX, LINES = 280, 22, 44, 5
-PAPER, MAT, INK, SOFT, FRAME = (246, 243, 238), (236, 230, 221), (43, 38, 34), (117, 105, 95), (255, 255, 255)
+PAPER, MAT, INK, SOFT = (246, 243, 238), (236, 230, 221), (43, 38, 34), (117, 105, 95)
 TONES = {"serious": (179, 38, 30), "warning": (154, 98, 0), "note": (85, 103, 122), "good": (51, 112, 74)}
-OUTSIDE = 0.35  # light that is left of what is cut off
+VEIL = 0.78  # how far what is cut off fades into the mat
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -26,7 +27,10 @@ def sheet(done: Checkup, name: str, base: str) -> Image.Image:
     title, text, small = (ImageFont.load_default(size) for size in (40, 19, 16))
     line_px = 24
     told = [finding for finding in done.findings if finding.severity != "note"]
-    top = EDGE_PX + 54 + 34 + 30 * len(told[:8]) + 30
+    lines = [(finding.what, TONES[finding.severity]) for finding in told[:MOST_FINDINGS]]
+    if len(told) > MOST_FINDINGS:
+        lines.append((f"and {len(told) - MOST_FINDINGS} more, on the page", TONES["note"]))
+    top = EDGE_PX + 54 + 34 + 30 * len(lines) + 30
     cell_height = CELL_PX + LINES * line_px + GAP_PX
     width = 2 * EDGE_PX + columns * (CELL_PX + GAP_PX) - GAP_PX
     paper = Image.new("RGB", (width, top + ceil(len(shown) / columns) * cell_height + EDGE_PX - GAP_PX), PAPER)
@@ -34,10 +38,10 @@ def sheet(done: Checkup, name: str, base: str) -> Image.Image:
     pen.text((EDGE_PX, EDGE_PX - 8), fitted(name, title, width - 2 * EDGE_PX), INK, title)
     tone = told[0].severity if told else "good"
     pen.text((EDGE_PX, EDGE_PX + 46), _headline(done, base, len(shown)), TONES[tone], text)
-    for row, finding in enumerate(told[:8]):
+    for row, (line, colour) in enumerate(lines):
         y = EDGE_PX + 92 + 30 * row
-        pen.ellipse([EDGE_PX, y + 4, EDGE_PX + 12, y + 16], TONES[finding.severity])
-        pen.text((EDGE_PX + 24, y), fitted(finding.what, text, width - 2 * EDGE_PX - 24), INK, text)
+        pen.ellipse([EDGE_PX, y + 4, EDGE_PX + 12, y + 16], colour)
+        pen.text((EDGE_PX + 24, y), fitted(line, text, width - 2 * EDGE_PX - 24), INK, text)
     for place, (number, look) in enumerate(shown):
         x = EDGE_PX + place % columns * (CELL_PX + GAP_PX)
         y = top + place // columns * cell_height
@@ -77,7 +81,7 @@ def _headline(done: Checkup, base: str, shown: int) -> str:
 
 
 def _cell(look: Look, findings: Sequence[Finding]) -> Image.Image:
-    """A square with the picture in it, darker where it is cut off; its border tells the gravest finding."""
+    """A square with the picture in it, faded where it is cut off; its border tells the gravest finding."""
     thumb = look.thumb or thumb_of(look.subject.example)
     picture = Image.open(io.BytesIO(thumb.jpeg)).convert("RGB")
     film = tint_of(thumb)
@@ -88,13 +92,13 @@ def _cell(look: Look, findings: Sequence[Finding]) -> Image.Image:
     if not first.whole and not others:
         box = _box(first, picture)
         inner = picture.crop(box)
-        picture = picture.point([int(level * OUTSIDE) for level in range(256)] * 3)
+        picture = Image.blend(picture, Image.new("RGB", picture.size, MAT), VEIL)
         picture.paste(inner, box[:2])
     pen = ImageDraw.Draw(picture)
     for frame in (first, *others):
         if not frame.whole:
             left, top, right, bottom = _box(frame, picture)
-            pen.rectangle([left, top, right - 1, bottom - 1], outline=FRAME, width=1 if others else 2)
+            pen.rectangle([left, top, right - 1, bottom - 1], outline=INK, width=1)
     cell = Image.new("RGB", (CELL_PX, CELL_PX), MAT)
     cell.paste(picture, ((CELL_PX - picture.width) // 2, (CELL_PX - picture.height) // 2))
     if findings:

@@ -59,3 +59,9 @@ def details(told: Mapping[Look, str] | Sequence[tuple[Look, str]]) -> dict[str, 
 def counted(count: int, one: str, many: str = "") -> str:
     """`1 picture`, `3 pictures`."""
     return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+def others(look: Look, group: list[Look], most: int = 2) -> str:
+    """The names of the other pictures of a group, a few of them."""
+    names = [other.path.name for other in group if other is not look]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -140,7 +140,7 @@ def _finding(finding: Finding, numbers: dict[str, int]) -> dict:
     more = len(finding.details) - min(len(links), NAMED)
     return {
         "severity": finding.severity, "what": _sentence(finding.what), "why": _sentence(finding.why),
-        "cure": finding.cure, "reasons": beside if is_beside else [], "links": links[:NAMED],
+        "cure": finding.cure.replace("`", ""), "reasons": beside if is_beside else [], "links": links[:NAMED],
         "more": f" and {more} more" if more and not is_beside else "",
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ from statistics import median
 from . import likeness
 from .likeness import look_alike
 from .look import Look
-from .material import Found, Material, counted, details
+from .material import Found, Material, counted, details, others
 from .stamp import stamps_in
 
 ENOUGH = {"style": (5, 10), "character": (3, 8)}  # fewer are serious, worth a warning
@@ -54,7 +54,7 @@ def same_file(material: Material) -> Iterator[Found]:
     groups = [group for group in _by_digest(material) if len(group) > 1]
     if groups:
         count = sum(len(group) - 1 for group in groups)
-        told = [(look, f"the same file as {_others(look, group)}") for group in groups for look in group]
+        told = [(look, f"the same file as {others(look, group)}") for group in groups for look in group]
         yield Found(material.spread(count), f"{counted(count, 'exact copy', 'exact copies')}", details(told))
 
 
@@ -63,7 +63,7 @@ def same_picture(material: Material) -> Iterator[Found]:
     groups = [[firsts[index] for index in group] for group in likeness.same_picture([look.likeness for look in firsts])]
     if groups:
         count = sum(len(group) - 1 for group in groups)
-        told = [(look, f"shows the same as {_others(look, group)}") for group in groups for look in group]
+        told = [(look, f"shows the same as {others(look, group)}") for group in groups for look in group]
         what = f"{counted(count, 'picture')} more than once in other files (other size, light, mirrored)"
         yield Found(material.spread(count), what, details(told))
 
@@ -160,11 +160,6 @@ def _by_digest(material: Material) -> list[list[Look]]:
     for look in material.looks:
         groups.setdefault(look.digest, []).append(look)
     return list(groups.values())
-
-
-def _others(look: Look, group: list[Look], most: int = 2) -> str:
-    names = [other.path.name for other in group if other is not look]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _blocks(look: Look) -> str:
