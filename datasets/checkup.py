@@ -12,7 +12,7 @@ from . import caption_checks, picture_checks
 from .folder import Example, PictureSet
 from .likeness import nearest, same_picture
 from .look import Look, Subject, looks_at
-from .material import Found, Material, Severity
+from .material import Found, Material, Severity, counted
 from .tokens import Window
 from .views import View
 from .waste import BucketUse, bucket_uses
@@ -209,6 +209,17 @@ def check(
     heard_of = [material.hears(text) for text in spoken]
     kept = tuple((one.kept, one.lost) for one in heard_of)
     return Checkup(tuple(looks), kept, tuple(findings), _facts(looks, views, found.examples))
+
+
+def verdict(done: Checkup) -> str:
+    """What a person wants to read first."""
+    counts = {severity: sum(one.severity == severity for one in done.findings) for severity in SEVERITIES}
+    if counts["serious"]:
+        rest = f", and {counted(counts['warning'], 'warning')}" if counts["warning"] else ""
+        return f"{counted(counts['serious'], 'serious finding')} to mend before training{rest}"
+    if counts["warning"]:
+        return f"Ready to train; {counted(counts['warning'], 'thing')} would be better mended"
+    return "Ready to train"
 
 
 def subjects_of(views: Iterable[View]) -> list[Subject]:

@@ -6,9 +6,9 @@ from math import ceil, sqrt
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .checkup import Checkup, Finding
+from .checkup import Checkup, Finding, verdict
 from .look import Look, thumb_of
-from .page import Frame, frames_of, shown_of, tint_of, verdict
+from .page import Frame, frames_of, shown_of, tint_of
 
 SHOWN = 120
 MOST_FINDINGS = 8

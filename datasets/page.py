@@ -13,7 +13,7 @@ from pathlib import Path
 from jinja2 import Environment
 from PIL import Image
 
-from .checkup import SEVERITIES, Checkup, Finding
+from .checkup import SEVERITIES, Checkup, Finding, verdict
 from .images import Crop
 from .look import Look, Thumb, thumb_of
 from .material import counted
@@ -60,17 +60,6 @@ def page(done: Checkup, name: str, base: str, trigger: str) -> str:
         masks=any(picture["mask"] for picture in pictures),
         lost=any(part.kind == "lost" for picture in pictures for part in picture["caption"]),
     )  # fmt: skip
-
-
-def verdict(done: Checkup) -> str:
-    """What a person wants to read first."""
-    counts = {severity: sum(one.severity == severity for one in done.findings) for severity in SEVERITIES}
-    if counts["serious"]:
-        rest = f", and {counted(counts['warning'], 'warning')}" if counts["warning"] else ""
-        return f"{counted(counts['serious'], 'serious finding')} to mend before training{rest}"
-    if counts["warning"]:
-        return f"Ready to train; {counted(counts['warning'], 'thing')} would be better mended"
-    return "Ready to train"
 
 
 def shown_of(done: Checkup, most: int = SHOWN) -> list[tuple[int, Look]]:

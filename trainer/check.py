@@ -3,9 +3,8 @@
 import io
 import json as json_library
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import App, Parameter
 
@@ -14,8 +13,6 @@ from scumble.configs.errors import Refused
 from scumble.configs.options import Data, Model, section
 
 SERIOUS = 65  # EX_DATAERR of sysexits.h: the data are wrong in some way
-NAMED = 3  # pictures named at a finding
-COLOURS = {"serious": "bold red", "warning": "yellow", "note": "dim"}
 MODEL, DATA, OUT = Model(), Data(), Path("check")
 
 
@@ -48,6 +45,7 @@ def check(
     from scumble.datasets.page import page
 
     from .bases import recognise
+    from .findings import as_json, print_findings
     from .pictures import checked, read_examples, read_views
     from .run_folder import name_of_set
 
@@ -67,22 +65,9 @@ def check(
         told = {"name": name, "base": base.label, **as_json(done), "written": list(map(str, written))}
         print(json_library.dumps(told, ensure_ascii=False))
     else:
-        _print(done, name, base.label, written)
+        print_findings(done, name, base.label, written)
     if done.is_serious:
         raise SystemExit(SERIOUS)
-
-
-def as_json(done: Any) -> dict[str, Any]:
-    """Facts and findings for programs; `pictures` of a finding has what is to be said of each."""
-    facts = asdict(done.facts) | {"variety": done.facts.variety}
-    findings = [
-        {
-            "check": one.check, "severity": one.severity, "what": one.what, "why": one.why, "cure": one.cure,
-            "pictures": one.details,
-        }
-        for one in done.findings
-    ]  # fmt: skip
-    return {"serious": done.is_serious, "facts": facts, "findings": findings}
 
 
 class Counting:
@@ -104,40 +89,6 @@ class Counting:
 
     def __call__(self, done: int) -> None:
         self.progress.update(self.task, completed=done)
-
-
-def _print(done: Any, name: str, base: str, written: list[Path]) -> None:
-    """The findings for people, serious ones first, each with why it matters and what to do."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from scumble.datasets.page import verdict
-
-    console = Console(highlight=False, markup=False)
-    facts = done.facts
-    sizes = facts.smallest if facts.smallest == facts.largest else f"{facts.smallest} to {facts.largest}"
-    buckets = ", ".join(f"{use.width}x{use.height} ({use.pictures})" for use in facts.buckets[:6])
-    console.print(
-        f"{name}: {facts.pictures} pictures of {sizes}, {facts.captions} with captions, {facts.variety} variety",
-        soft_wrap=True,
-    )
-    console.print(f"trained for {base} as {buckets}", soft_wrap=True)
-    table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for one in done.findings:
-        said = Text(one.what, "" if one.severity == "note" else "bold")
-        said.append(f"\n{one.why}; {one.cure}", "not bold dim")
-        for path, text in list(one.details.items())[:NAMED]:
-            said.append(f"\n  {Path(path).name}: {text}", "not bold")
-        if len(one.details) > NAMED:
-            said.append(f"\n  and {len(one.details) - NAMED} more", "not bold")
-        table.add_row(Text(one.severity, COLOURS[one.severity]), said)
-    console.print(table)
-    console.print(Text(verdict(done), COLOURS[done.findings[0].severity] if done.findings else "green"))
-    for path in written:
-        console.print(f"wrote {path}", soft_wrap=True)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -16,9 +16,10 @@ from scumble.datasets.waste import bucket_uses, told_waste
 
 from .bases import Source, recognise
 from .events import Events
+from .findings import as_json, told_findings
 from .machine import check_attention, make_accelerator
 from .optimizers import check_optimizer
-from .pictures import read_examples, read_views, resolution_of
+from .pictures import checked, read_examples, read_views, resolution_of
 from .plan import Plan, batch_of, make_plan, settled
 from .preview import default_cfg
 from .prompts import Shot, shots_of
@@ -93,6 +94,8 @@ def announce(job: Job, events: Events, notes: Sequence[str] = ()) -> None:
         buckets=[asdict(use) for use in bucket_uses(job.views)],
         text="\n".join(filter(None, told)),
     )  # fmt: skip
+    done = checked(job.options, job.source, job.pictures, job.views, with_thumbs=False)
+    events.emit("checked", **as_json(done), text=told_findings(done))
 
 
 def free_folder(options: Options) -> Path:
