@@ -16,6 +16,7 @@ from scumble.configs import files, reference
 from scumble.configs.errors import Refused, nearest
 from scumble.configs.options import Model, Options, Previews, section
 
+from . import check
 from .adapters.commands import adapter
 from .run_commands import register
 from .run_folder import OPTIONS, is_run, name_of_set, status_of
@@ -28,6 +29,7 @@ app = App(
 )
 for command in (adapter, caption, captions):
     app.command(command)
+check.register(app)
 register(app)
 app["--help"].group = app["--version"].group = "Other"
 

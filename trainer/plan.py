@@ -8,9 +8,10 @@ from pathlib import Path
 from scumble.configs.errors import Refused
 from scumble.configs.options import Options
 
+from .bases import Source
 from .lora import Part
-from .models import Source
 from .optimizers import KINDS
+from .pictures import resolution_of
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,6 @@ class Plan:
 def defaults_for(source: Source) -> Defaults:
     """By the base's family, or those of the embedded base."""
     return DEFAULTS["sketch" if source.name == "sketch" else source.family.name]
-
-
-def resolution_of(options: Options, source: Source) -> int:
-    """Side of the square whose area pictures are brought to."""
-    return source.resolution_px if options.data.resolution == "auto" else options.data.resolution
 
 
 def batch_of(options: Options, source: Source) -> int:
