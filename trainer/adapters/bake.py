@@ -120,14 +120,13 @@ def bake_file(old: Path, new: Path, component: str | None, doses: Sequence[Dose]
 
 
 def with_doses(tensor: torch.Tensor, hits: Sequence[tuple[int | None, Place]], doses: Sequence[Dose]) -> torch.Tensor:
-    """A base's tensor (fp32) with all that is added to the layers which lie in it."""
-    result = tensor.clone()
+    """A base's tensor (fp32), in place, with all that is added to the layers which lie in it."""
     for third, place in hits:
-        part = rows(result, third)
+        part = rows(tensor, third)
         for dose in doses:
             if place in dose.adapter.modules:
                 part.copy_(dose.adapter.modules[place].on(part, dose.strength))
-    return result
+    return tensor
 
 
 def check(weights: Weights, doses: Sequence[Dose], undo: bool) -> None:

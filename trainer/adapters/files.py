@@ -38,6 +38,10 @@ class Entry:
     start: int
     end: int
 
+    def told(self) -> dict[str, object]:
+        """As the header writes it."""
+        return {"dtype": self.dtype, "shape": list(self.shape), "data_offsets": [self.start, self.end]}
+
 
 @dataclass(frozen=True)
 class Header:
@@ -111,16 +115,16 @@ def write_adapter(
         raise Refused(f"{path} was not written: its metadata is larger than {MAX_METADATA_BYTES:,} bytes")
     if path.exists() and not force:
         raise Refused(f"{path} exists: choose another name, or --force to write over it")
-    contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    plain = save(contiguous)
+    plain = memoryview(save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}))
     header_length = int.from_bytes(plain[:8], "little") + 8
-    digest = hashlib.sha256(plain[header_length:]).hexdigest()
-    data = save(contiguous, clean | {"sshs_model_hash": digest})
+    told, behind = json.loads(bytes(plain[8:header_length])), plain[header_length:]
+    header = header_bytes(told, clean | {"sshs_model_hash": hashlib.sha256(behind).hexdigest()})
     temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(data)
+            file.write(header)
+            file.write(behind)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -129,6 +133,14 @@ def write_adapter(
             temporary.unlink()
         raise Refused(f"{path}: cannot be written ({error.strerror or error})", 73) from None
     return cut
+
+
+def header_bytes(told: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
+    """The length and the JSON of a header that tells of tensors as `told` does, filled up to 8 bytes."""
+    table = ({"__metadata__": dict(metadata)} if metadata else {}) | dict(told)
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _entry(path: Path, name: str, told: object) -> Entry:

@@ -82,8 +82,8 @@ class Module:
         """
         delta = self.delta().reshape(weight.shape)
         if not self.is_dora:
-            return weight + strength * delta
-        return weight + strength * (decomposed(weight + delta, self.tensors["dora_scale"].float()) - weight)
+            return torch.add(weight, delta, alpha=strength)
+        return torch.lerp(weight, decomposed(weight + delta, self.tensors["dora_scale"].float()), strength)
 
 
 def decomposed(direction: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
