@@ -18,6 +18,8 @@ Rank = Annotated[int, Ge(1), Le(1024)]
 RankOrNone = Annotated[int, Ge(0), Le(1024)]
 Alpha = Annotated[float, Gt(0), Le(4096)]
 Pixels = Annotated[int, Ge(64), Le(4096)]
+PixelsOrNone = Annotated[int, Ge(0), Le(8192)]
+Step = Annotated[int, Ge(8), Le(512)]
 Count = Annotated[int, Ge(1), Le(10_000_000)]
 CountOrNone = Annotated[int, Ge(0), Le(10_000_000)]
 Timestep = Annotated[int, Ge(0), Le(999)]
@@ -48,20 +50,49 @@ class Model(Section):
     zero_terminal_snr: bool | Auto = option("auto", "Train on the schedule that ends in pure noise")
 
 
-class Data(Section):
+class Captions(Section):
+    """What training hears of the captions."""
+
+    trigger: str = option("", "Words that call the adapter, put before every caption that lacks them")
+    prefix: str = option("", 'Words before every caption, trigger and all, as "a photo of"')
+    suffix: str = option("", 'Words after every caption, as ", on white"')
+    caption_lines: Literal["join", "pick"] = option(
+        "join", "A caption of several lines: join them, or pick one of them each time"
+    )
+    wildcards: bool = option(True, "Say one of {a|b} each time; {{a|b}} says the braces themselves")
+    shuffle_tags: bool = option(False, "Put comma-separated tags in random order each time")
+    keep_tags: CountOrNone = option(1, "Tags at the front that are neither shuffled nor dropped")
+    tag_dropout: ShareBelowOne = option(0.0, "Share of the other tags that is left out each time")
+    caption_dropout: Share = option(0.05, "Share of steps whose caption is empty")
+
+
+class Data(Captions):
     """Pictures and captions."""
 
-    images: str = option("", "Folder of pictures; the command line takes it without a flag")
+    images: str = option("", "Folder of pictures, or a TOML list of folders; needs no flag")
     kind: Literal["style", "character"] = option("style", "What the pictures have in common; sets the defaults")
-    trigger: str = option("", "Words that call the adapter, put before every caption that lacks them")
     resolution: Pixels | Auto = option(
         "auto", "Side of a square with the area that pictures are brought to; auto: the base's own", "px"
     )
+    more_resolutions: tuple[Pixels, ...] = option(
+        (), "Further resolutions at which each picture is seen as well, as often", "px"
+    )
+    bucket_step: Step | Auto = option("auto", "Step of the sides of buckets; auto: the base's own", "px")
+    min_side: PixelsOrNone = option(0, "Shortest side of a bucket; 0: no limit", "px")
+    max_side: PixelsOrNone = option(0, "Longest side of a bucket; 0: no limit", "px")
+    upscale: bool = option(True, "Enlarge pictures smaller than the resolution; else they get a bucket of their size")
+    crop: Literal["centre", "random", "focus", "faces"] = option(
+        "centre", "Which part stays: the middle, several at random, what stands out, or faces (extra [faces])"
+    )
+    crops: Annotated[int, Ge(1), Le(64)] = option(
+        4, "Crops of each picture with crop = random, drawn once from the seed"
+    )
+    masks: Literal["auto", "alpha", "off"] = option(
+        "auto", "Parts that count: auto: mask files where there are some; alpha: also transparency; off: all"
+    )
+    mask_floor: Share = option(0.0, "Weight of what a mask hides, beside 1 for what it shows")
     repeats: Count = option(1, "Times that each picture is seen in one epoch")
     flip: bool = option(False, "Mirror pictures at random (not for faces, letters, or one-sided things)")
-    caption_dropout: Share = option(0.05, "Share of steps whose caption is empty")
-    shuffle_tags: bool = option(False, "Put comma-separated tags in random order each time")
-    keep_tags: CountOrNone = option(1, "Tags at the front that are never shuffled")
     prior: str = option("", "Folder of regularisation pictures (prior preservation)")
     prior_weight: Weight = option(1.0, "Weight of the loss on regularisation pictures")
 
@@ -158,6 +189,10 @@ class Output(Section):
     save_every: CountOrNone | Auto = option(
         "auto", "Steps between saved adapters; auto: each epoch; 0: only the last", "steps"
     )
+    keep: Literal["all", "last", "best"] = option(
+        "all", "Saved adapters that stay: all, the last, or those after the lowest loss"
+    )
+    keep_count: Count = option(3, "How many stay with keep = last or best")
     save_dtype: Literal["fp16", "bf16", "fp32"] = option("fp16", "Number format of the adapter file")
     seed: Seed = option(0, "Of every random choice")
 
@@ -223,7 +258,8 @@ def allowed(kind: Any, limits: Iterable[Any] = ()) -> str:
     if get_origin(kind) in (Union, UnionType):
         return ", or ".join(allowed(part) for part in get_args(kind))
     if get_origin(kind) is tuple:
-        return "a list of texts"
+        inner = get_args(kind)[0]
+        return "a list of texts" if inner is str else f"a list of {allowed(inner).removeprefix('a ')}s"
     words = {bool: "true | false", int: "a whole number", float: "a number", str: "text"}[kind]
     if kind in (int, float):
         for limit in limits:

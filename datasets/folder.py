@@ -1,60 +1,196 @@
-"""An image folder -> examples: each picture with its caption and how often it is seen in an epoch.
+"""An artist's folder -> examples: each picture with its caption and how often it is seen in an epoch.
 
-Two layouts: pictures in one folder, or kohya's folders `<repeats>_<class words>` in it. A `.txt` or `.caption`
-file of the same name is the caption; without one, the class words of a kohya folder are.
+Folders may be nested; a folder named like kohya's `<repeats>_<class words>` sets both for what is in it, and one named
+`reg` holds regularisation pictures. A caption is the text beside a picture, else its line in `metadata.jsonl` or
+`.csv`, else the class words. What cannot be used is left out by name and reason, before anything slow starts.
 """
 
-import re
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from scumble.configs.errors import Refused
 
-from .images import SUFFIXES
+from .dataset_toml import read_list
+from .images import SUFFIXES, check_pixels
+from .masks import MaskFiles, hides
+from .metadata import Table, read_table
+from .places import LeftOut, Listing, Place, listings, own_name
+from .sidecars import Sidecars, lines_of, read_text
 
-KOHYA_FOLDER = re.compile(r"(\d+)_(.+)")
-CAPTION_SUFFIXES = (".txt", ".caption")
+Masks = Literal["auto", "alpha", "off"]
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture of the set. `prior` marks a regularisation picture."""
+    """One picture of the set. `caption` is `lines`, those of its text, joined with spaces.
+
+    `prior` marks a regularisation picture, `words` are the class words of its folder, `sidecar` is the file that the
+    caption came from, a text or a table. `mask` is a picture of what counts, or the image itself: its alpha channel.
+    """
 
     image: Path
     caption: str
     repeats: int
     prior: bool = False
+    lines: tuple[str, ...] = ()
+    words: str = ""
+    sidecar: Path | None = None
+    mask: Path | None = None
 
 
-def read_folder(folder: Path, repeats: int = 1, prior: bool = False) -> list[Example]:
-    """Every picture of `folder`, sorted by path. Raises `Refused` where there is none, or a caption is not UTF-8."""
-    if not folder.is_dir():
-        raise Refused(f"{folder}: no such folder of pictures")
-    parts = [(folder, repeats, "")]
-    for inner in sorted(path for path in folder.iterdir() if path.is_dir()):
-        if named := KOHYA_FOLDER.fullmatch(inner.name):
-            if int(named[1]) < 1:
-                raise Refused(f"{inner}: repeats must be at least 1; rename the folder or take it out")
-            parts.append((inner, int(named[1]) * repeats, named[2].strip()))
-    examples = [
-        Example(image, read_caption(image, words), times, prior)
-        for place, times, words in parts
-        for image in sorted(place.iterdir())
-        if image.suffix.lower() in SUFFIXES and image.is_file() and not image.name.startswith(".")
-    ]
-    if not examples:
-        known = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
-        raise Refused(f"{folder}: no pictures there ({known}), nor in folders named like 10_words")
-    return examples
+@dataclass(frozen=True)
+class Remark:
+    """What a person should know of a file that is used."""
+
+    path: Path
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.text}"
 
 
-def read_caption(image: Path, default: str) -> str:
-    """The text beside a picture on one line, or `default` where there is no text file."""
-    for suffix in CAPTION_SUFFIXES:
-        path = image.with_suffix(suffix)
-        if path.is_file():
-            try:
-                return " ".join(path.read_text(encoding="utf-8-sig").split())
-            except UnicodeDecodeError:
-                raise Refused(f"{path} is not UTF-8: save it as UTF-8 or delete it") from None
-    return default
+@dataclass
+class PictureSet:
+    """The pictures that are used, sorted by path, and every file that is not, with the reason."""
+
+    examples: list[Example] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
+
+    def __add__(self, other: "PictureSet") -> "PictureSet":
+        return PictureSet(self.examples + other.examples, self.left_out + other.left_out, self.remarks + other.remarks)
+
+    def told(self, limit: int = 20) -> str:
+        """What a person should read of the set, lost pictures first; empty where there is nothing to say."""
+        lost = [one for one in self.left_out if one.picture]
+        other = [one for one in self.left_out if not one.picture]
+        told = [f"  left out: {one}" for one in [*lost, *other]] + [f"  note: {one}" for one in self.remarks]
+        more = [f"  and {len(told) - limit} more; `scumble check` lists them all"] if len(told) > limit else []
+        return "\n".join(told[:limit] + more)
+
+
+def read_set(
+    source: Path, repeats: int = 1, prior: bool = False, masks: Masks = "auto", decode: bool = True
+) -> PictureSet:
+    """The pictures of a folder, or of the folders that a TOML file lists (see dataset_toml.py).
+
+    `masks` "auto" takes mask files, "alpha" also the alpha channel of pictures that have no file, "off" none.
+    With `decode`, the pixels of each picture and mask are read once, so that a run meets no bad file.
+    Raises `Refused` where the source is not there or no picture of it can be used.
+    """
+    found = PictureSet()
+    if source.is_file():
+        listed, remarks = read_list(source)
+        places = [replace(one, repeats=one.repeats * repeats, prior=one.prior or prior) for one in listed]
+        found.remarks += [Remark(source, text) for text in remarks]
+    elif source.is_dir():
+        places = [Place(source, repeats, prior=prior)]
+    else:
+        raise Refused(f"{source}: no such folder of pictures")
+    named = [folder for place in places for folder in (place.folder, place.masks) if folder]
+    outer = {(status.st_dev, status.st_ino) for status in map(Path.stat, named)}
+    for place in places:
+        before = len(found.examples), len(found.left_out)
+        tables: list[Table] = []
+        for listing in listings(own_name(place), set(outer)):
+            _add(found, listing, tables, masks)
+        found.left_out += [
+            LeftOut(table.path, text) for table in tables for text in [*table.troubles, *map(_gone, table.missing())]
+        ]
+        if len(places) > 1 and before == (len(found.examples), len(found.left_out)):
+            found.left_out.append(LeftOut(place.folder, "no pictures in it", True))
+    if decode:
+        _check(found)
+    if not found.examples:
+        raise Refused(_nothing(source, found))
+    return found
+
+
+def _add(found: PictureSet, listing: Listing, tables: list[Table], masks: Masks) -> None:
+    """The pictures of one folder with their captions and masks. `tables` are those of the folders around it."""
+    place = listing.place
+    for path in listing.tables:
+        try:
+            tables.insert(0, read_table(path))  # the nearest counts first
+        except Refused as error:
+            found.left_out.append(LeftOut(path, str(error).removeprefix(str(path)).lstrip(": ")))
+    sidecars, mask_files = Sidecars(listing.texts, place.suffixes), MaskFiles(_masks_for(listing))
+    owners: dict[Path, Path] = {}
+    for image in sorted(listing.pictures):
+        mask = mask_files.of(image)
+        texts = sidecars.beside(image)
+        owners |= {path: owners.get(path, image) for path in (*texts, *filter(None, [mask]))}
+        found.left_out += [LeftOut(text, f"{texts[0].name} is read instead") for text in texts[1:]]
+        if texts and owners[texts[0]] != image:
+            found.remarks.append(Remark(image, f"shares its caption {texts[0].name} with {owners[texts[0]].name}"))
+        try:
+            lines, source = _caption(image, texts, tables, place.words)
+        except Refused as error:
+            found.left_out.append(LeftOut(image, f"its caption {error}", True))
+            continue
+        lines = tuple(" ".join(filter(None, (place.before, line, place.after))) for line in lines)
+        if mask is None and (place.alpha or masks == "alpha"):
+            mask = image
+        found.examples.append(
+            Example(
+                image, " ".join(lines), place.repeats * place.own, place.prior, lines, place.words, source,
+                None if masks == "off" else mask,
+            )
+        )  # fmt: skip
+    found.left_out += listing.left_out
+    found.left_out += [LeftOut(text, "no picture of that name") for text in listing.texts if text not in owners]
+    found.left_out += [LeftOut(mask, "a mask of no picture here") for mask in listing.masks if mask not in owners]
+
+
+def _caption(
+    image: Path, texts: Sequence[Path], tables: Sequence[Table], words: str
+) -> tuple[tuple[str, ...], Path | None]:
+    """The lines of a caption and the file that they came from."""
+    if texts:
+        return lines_of(read_text(texts[0])), texts[0]
+    for table in tables:
+        if (lines := table.of(image)) is not None:
+            return lines, table.path
+    return ((words,) if words else ()), None
+
+
+def _masks_for(listing: Listing) -> list[Path]:
+    """Mask files of one folder's pictures; those in a folder of masks stand before those beside the pictures."""
+    apart = listing.place.masks
+    files = [path for path in sorted(apart.iterdir()) if path.is_file()] if apart else []
+    return [*listing.masks, *files]
+
+
+def _check(found: PictureSet) -> None:
+    """Decode every picture and mask once and leave out those that cannot be; a mask that hides nothing is dropped."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        checked = list(pool.map(_checked, found.examples))
+    found.examples = [one for one in checked if isinstance(one, Example)]
+    found.left_out += [one for one in checked if isinstance(one, LeftOut)]
+
+
+def _checked(example: Example) -> Example | LeftOut:
+    if trouble := check_pixels(example.image):
+        return LeftOut(example.image, trouble, True)
+    try:
+        if example.mask and not hides(example.image, example.mask):
+            return replace(example, mask=None)
+    except Refused as error:
+        return LeftOut(example.image, f"its mask {error}".replace(f"its mask {example.image}: ", ""), True)
+    return example
+
+
+def _gone(name: str) -> str:
+    return f"names {name}, which is not there"
+
+
+def _nothing(source: Path, found: PictureSet) -> str:
+    lost = [one for one in found.left_out if one.picture]
+    if lost:
+        return f"{source}: none of its pictures can be used ({len(lost)} left out); the first is {lost[0]}"
+    known = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
+    return f"{source}: no pictures there ({known}), nor in the folders in it"

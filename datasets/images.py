@@ -1,15 +1,49 @@
 """Picture files -> upright RGB pictures, and the crop of each that training sees."""
 
+import threading
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from scumble.configs.errors import Refused
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+from .colour import alpha_of, to_rgb
+
+HEIC_SUFFIXES = {".heic", ".heif", ".hif"}
+SUFFIXES = HEIC_SUFFIXES | {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif",
+}  # fmt: skip
+HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF")  # no other decoder is let near a file
+OTHER_KINDS = {
+    b"8BPS": "a Photoshop file", b"%PDF": "a PDF", b"PK\3\4": "a zip archive", b"<svg": "an SVG drawing",
+    b"<?xml": "an XML file", b"<!DO": "a web page", b"<htm": "a web page", b"\xff\x0a": "a JPEG XL picture",
+    b"\0\0\0\x0cJXL": "a JPEG XL picture", b"vers": "a pointer of Git LFS instead of the picture",
+}  # fmt: skip
+
+MAX_PIXELS = 300_000_000  # three times a 100 MP camera; as RGBA 1.2 GB, so a bomb of a few bytes cannot fill memory
+ONE_AT_A_TIME = 40_000_000  # pixels: larger pictures are not decoded beside each other
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+T = TypeVar("T")
+ORIENTATION = 0x0112
+ENOUGH = 3  # a JPEG halved to no less than this many times what is wanted gives the same picture after Lanczos
+
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken remarks in whole pictures; what matters is an error
+_large = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -22,46 +56,178 @@ class Size:
     def __str__(self) -> str:
         return f"{self.width}x{self.height}"
 
+    @property
+    def pixels(self) -> int:
+        return self.width * self.height
+
 
 @dataclass(frozen=True)
 class Crop:
-    """How a picture is brought to a bucket: resized to `resized`, then cut at (`left`, `top`) to `target`."""
+    """How a picture is brought to a bucket: resized to `resized`, cut at (`left`, `top`) to `target`, then mirrored.
+
+    `left` counts in the picture as it is, before it is mirrored.
+    """
 
     original: Size
     resized: Size
     left: int
     top: int
     target: Size
+    mirrored: bool = False
+
+    @property
+    def cut(self) -> float:
+        """Share of the picture's pixels that the crop leaves out."""
+        return 1 - self.target.pixels / self.resized.pixels
+
+    @property
+    def is_enlarged(self) -> bool:
+        return self.resized.pixels > self.original.pixels
+
+    @property
+    def corner(self) -> tuple[int, int]:
+        """Left and top of what is seen, in the resized picture as it is seen: mirrored or not."""
+        return (self.resized.width - self.target.width - self.left if self.mirrored else self.left), self.top
 
 
 def read_size(path: Path) -> Size:
-    """Size of the upright picture, its pixels decoded once. Raises `Refused` naming a file that cannot be read."""
-    return Size(*read_rgb(path).size)
+    """Size of the upright picture, from the file's header. Raises `Refused` naming a file that is no picture."""
+    with _opened(path) as picture:
+        width, height = picture.size
+        turned = picture.format != "TIFF" and _orientation(picture) >= 5  # Pillow gives a TIFF's size upright
+        return Size(height, width) if turned else Size(width, height)
 
 
-def read_rgb(path: Path) -> Image.Image:
-    """The picture turned upright by its EXIF tag, transparency laid over white, as 8-bit RGB."""
+def read_rgb(path: Path, at_least: Size | None = None) -> Image.Image:
+    """The picture upright in 8-bit sRGB, transparency laid over white; of an animation, the first frame.
+
+    A JPEG may come halved one to three times where it stays larger than `at_least`, which saves memory and time.
+    Raises `Refused` naming a file whose pixels cannot be decoded, and why.
+    """
+    return read_picture(path, to_rgb, at_least)
+
+
+def read_alpha(path: Path) -> Image.Image | None:
+    """The upright alpha channel ("L", 255: opaque), or nothing where every pixel is opaque."""
+    alpha = read_picture(path, lambda picture: alpha_of(picture) or Image.new("L", picture.size, 255))
+    return None if alpha.getextrema()[0] == 255 else alpha
+
+
+def check_pixels(path: Path) -> str:
+    """Why a file cannot be used as a picture, or nothing: its pixels are decoded once, a JPEG's at an eighth."""
     try:
-        with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            return picture.convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise Refused(f"{path} cannot be read as a picture ({error}): mend it or take it out") from None
+        read_picture(path, _convertible, Size(1, 1))
+    except Refused as error:
+        return str(error).removeprefix(f"{path}: ")
+    return ""
+
+
+def read_picture(path: Path, read: Callable[[Image.Image], T], at_least: Size | None = None) -> T:
+    """What `read` makes of the decoded, upright picture. Raises `Refused` as `read_rgb` does."""
+    with _opened(path) as picture:
+        if at_least and picture.format == "JPEG":
+            turned = _orientation(picture) >= 5
+            picture.draft(None, (at_least.height, at_least.width) if turned else (at_least.width, at_least.height))
+        with _large if picture.width * picture.height > ONE_AT_A_TIME else nullcontext():
+            picture.load()
+            turn = TURNS.get(_orientation(picture))
+            return read(picture if turn is None else picture.transpose(turn))
 
 
 def centre_crop(original: Size, target: Size) -> Crop:
     """Resize so that the picture just covers `target`, then cut its middle."""
+    return crop_at(original, target, 0.5)
+
+
+def crop_at(original: Size, target: Size, share: float, mirrored: bool = False) -> Crop:
+    """The crop that leaves `share` of what is cut on its left (or top), and the rest on its other side."""
     scale = max(target.width / original.width, target.height / original.height)
     resized = Size(max(target.width, round(original.width * scale)), max(target.height, round(original.height * scale)))
-    return Crop(original, resized, (resized.width - target.width) // 2, (resized.height - target.height) // 2, target)
+    left, top = (resized.width - target.width) * share, (resized.height - target.height) * share
+    return Crop(original, resized, int(left), int(top), target, mirrored)
 
 
 def cropped(path: Path, crop: Crop) -> torch.Tensor:
     """RGB in [-1, 1], (3, H, W) of the crop's target size."""
-    picture = read_rgb(path).resize((crop.resized.width, crop.resized.height), Image.Resampling.LANCZOS)
-    box = (crop.left, crop.top, crop.left + crop.target.width, crop.top + crop.target.height)
-    pixels = torch.from_numpy(np.asarray(picture.crop(box)).copy())
-    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+    return next(all_cropped(path, [crop]))
+
+
+def all_cropped(path: Path, crops: Sequence[Crop]) -> Iterator[torch.Tensor]:
+    """Each crop of a picture, as `cropped` gives it; the file is decoded once.
+
+    Only the part that is kept is resized (Lanczos), so that a strip of 1x5000 pixels does not become a million high.
+    """
+    widest, highest = max(crop.resized.width for crop in crops), max(crop.resized.height for crop in crops)
+    picture = read_rgb(path, Size(ENOUGH * widest, ENOUGH * highest))
+    for crop in crops:
+        pixels = torch.from_numpy(np.asarray(resized(picture, crop, crop.target, Image.Resampling.LANCZOS)).copy())
+        yield pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def resized(picture: Image.Image, crop: Crop, target: Size, resampling: Image.Resampling) -> Image.Image:
+    """The cropped part of an upright picture of any size, brought to `target`."""
+    across, down = picture.width / crop.resized.width, picture.height / crop.resized.height
+    box = (
+        crop.left * across,
+        crop.top * down,
+        min((crop.left + crop.target.width) * across, picture.width),
+        min((crop.top + crop.target.height) * down, picture.height),
+    )
+    part = picture.resize((target.width, target.height), resampling, box)
+    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crop.mirrored else part
+
+
+@lru_cache(maxsize=1)
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read; HEIF only where the extra [heic] is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return FORMATS
+    register_heif_opener()
+    return (*FORMATS, "HEIF")
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[Image.Image]:
+    """An open picture file, its pixels not yet decoded; whatever goes wrong with it in the block is a refusal."""
+    try:
+        with Image.open(path, formats=formats()) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{picture.width}x{picture.height} is over {MAX_PIXELS // 1_000_000} million pixels")
+            yield picture
+    except Refused:
+        raise
+    except Exception as error:  # noqa: BLE001  (decoders raise anything at all from a damaged file)
+        raise Refused(f"{path}: {_reason(path, error)}") from None
+
+
+def _reason(path: Path, error: Exception) -> str:
+    detail = " ".join(str(error).replace(str(path), path.name).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.errno:
+        return f"cannot be opened ({error.strerror})"
+    if isinstance(error, MemoryError):
+        detail = "it needs more memory than there is"
+    if isinstance(error, UnidentifiedImageError):
+        with path.open("rb") as file:
+            start = file.read(16)
+        if start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS and "HEIF" not in formats():
+            return "HEIC needs pillow-heif: pip install 'scumble[heic]'"
+        detail = next((f"it is {kind}" for mark, kind in OTHER_KINDS.items() if start.startswith(mark)), "")
+        detail = detail or ("it is of no kind that is known, or its start is damaged" if start else "it is empty")
+    return f"cannot be read as a picture ({detail}); mend it or take it out"
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1 where there is none or the EXIF data are damaged."""
+    try:
+        orientation = picture.getexif().get(ORIENTATION, 1)
+    except Exception:  # noqa: BLE001  (the picture is whole where its remarks are not)
+        return 1
+    return orientation if orientation in TURNS else 1
+
+
+def _convertible(picture: Image.Image) -> None:
+    """Fails where `to_rgb` would, without converting all of a large picture."""
+    plain = picture.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK")
+    to_rgb(picture.resize((16, 16), Image.Resampling.NEAREST) if plain else picture)

@@ -13,7 +13,7 @@ import torch
 from tiny import tiny_base
 
 from scumble.configs.options import Data, Model, Network, Objective
-from scumble.datasets.folder import Example, read_folder
+from scumble.datasets.folder import Example, read_set
 from scumble.datasets.images import Crop, Size, centre_crop, read_size
 from scumble.trainer.adapters.adapter import read_adapter
 from scumble.trainer.adapters.module import Module
@@ -44,7 +44,7 @@ class Stage:
     base: Base
     stock: Pipeline
     examples: list[Example]
-    crops: list[Crop]
+    crops: list[list[Crop]]
     latents: Latents
 
 
@@ -56,9 +56,9 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     base = load(model, recognise(model), torch.device("cpu"), torch.float32)
     stock = base.family.pipeline.from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)
-    examples = read_folder(SAMPLES)[:2]
-    crops = [centre_crop(read_size(example.image), Size(64, 64)) for example in examples]
-    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)], mirror=False)
+    examples = read_set(SAMPLES).examples[:2]
+    crops = [[centre_crop(read_size(example.image), Size(64, 64))] for example in examples]
+    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)])
     return Stage(kind, base, stock, examples, crops, latents)
 
 

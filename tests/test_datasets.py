@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from scumble.configs.errors import Refused
+from scumble.configs.options import Captions
 from scumble.datasets.buckets import bucket_sizes, nearest_bucket
 from scumble.datasets.captions import said, with_trigger
-from scumble.datasets.folder import read_folder
+from scumble.datasets.folder import read_set
 from scumble.datasets.images import Size, centre_crop, cropped, read_rgb, read_size
 from scumble.datasets.order import batches_per_epoch, epoch_batches
 
@@ -26,7 +27,7 @@ def test_pictures_come_sorted_with_the_text_beside_them(tmp_path: Path):
     picture(tmp_path / "a.JPG")
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf a cat,\n sitting \n")
     (tmp_path / "notes.md").write_text("mine")
-    examples = read_folder(tmp_path, repeats=3)
+    examples = read_set(tmp_path, repeats=3).examples
     assert [(e.image.name, e.caption, e.repeats) for e in examples] == [
         ("a.JPG", "a cat, sitting", 3),
         ("b.png", "", 3),
@@ -37,22 +38,22 @@ def test_kohyas_folders_give_repeats_and_words(tmp_path: Path):
     picture(tmp_path / "10_sks cat" / "x.png")
     picture(tmp_path / "2_dog" / "y.png")
     (tmp_path / "2_dog" / "y.caption").write_text("a dog that runs")
-    examples = read_folder(tmp_path)
+    examples = read_set(tmp_path).examples
     assert [(e.caption, e.repeats) for e in examples] == [("sks cat", 10), ("a dog that runs", 2)]
 
 
 def test_what_cannot_be_read_is_refused_by_name(tmp_path: Path):
     with pytest.raises(Refused, match="no such folder"):
-        read_folder(tmp_path / "none")
+        read_set(tmp_path / "none")
     with pytest.raises(Refused, match="no pictures there"):
-        read_folder(tmp_path)
+        read_set(tmp_path)
     picture(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes("Bär".encode("latin-1"))
     with pytest.raises(Refused, match=r"a\.txt is not UTF-8: save it as UTF-8 or delete it"):
-        read_folder(tmp_path)
+        read_set(tmp_path)
     (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
-    with pytest.raises(Refused, match=r"broken\.png cannot be read as a picture"):
-        read_size(tmp_path / "broken.png")
+    with pytest.raises(Refused, match=r"broken\.png: cannot be read as a picture"):
+        read_rgb(tmp_path / "broken.png")
 
 
 def test_pictures_are_turned_upright_and_laid_on_white(tmp_path: Path):
@@ -121,7 +122,8 @@ def test_the_trigger_stands_in_every_caption_once():
 
 def test_tags_are_shuffled_behind_the_kept_ones_and_dropped_as_often_as_asked():
     def one(step: int, dropout: float = 0.0) -> str:
-        return said("cat, a, b, c, d", shuffle_tags=True, keep_tags=1, dropout=dropout, seed=0, step=step, index=0)
+        rules = Captions(shuffle_tags=True, keep_tags=1, caption_dropout=dropout)
+        return said(["cat, a, b, c, d"], rules, seed=0, step=step, index=0)
 
     seen = {one(step) for step in range(50)}
     assert len(seen) > 10 and all(caption.startswith("cat, ") for caption in seen)

@@ -18,37 +18,46 @@ PARTS = [Part("unet", 4, 4.0), Part("text", 2, 2.0)]
 
 
 class Device:
-    """A pass that fits only after `recompute`, or never."""
+    """A pass that fits only when less was asked for `fits_after` times; `ways` are there to need less."""
 
-    def __init__(self, fits_after: int):
-        self.passes, self.recomputed, self.fits_after = 0, 0, fits_after
+    def __init__(self, fits_after: int, ways: int, error: Exception):
+        self.passes, self.asked, self.fits_after, self.ways, self.error = 0, 0, fits_after, ways, error
 
     def trial(self) -> None:
         self.passes += 1
-        if self.recomputed < self.fits_after:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+        if self.asked < self.fits_after:
+            raise self.error
 
-    def recompute(self) -> None:
-        self.recomputed += 1
+    def need_less(self) -> bool:
+        self.asked += 1
+        return self.asked <= self.ways
 
 
-@pytest.mark.parametrize(
-    ("fits_after", "asked", "used"), [(0, "auto", False), (1, "auto", True), (0, True, True), (0, False, False)]
-)
-def test_activations_are_recomputed_when_asked_or_when_a_pass_does_not_fit(
-    fits_after: int, asked: bool | str, used: bool
-):
-    device = Device(fits_after)
-    measured = measure(device.trial, CPU, asked, device.recompute, "lower --batch")
-    assert measured.checkpointing is used and device.recomputed == int(used)
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "python", "cpu"])
+@pytest.mark.parametrize("fits_after", [0, 1, 2])
+def test_a_pass_is_tried_with_less_until_it_fits(fits_after: int, error: Exception):
+    device = Device(fits_after, ways=2, error=error)
+    measured = measure(device.trial, CPU, device.need_less, "lower --batch")
+    assert device.asked == fits_after and device.passes == fits_after + 2  # the first that fits warms up
     assert measured.seconds < 1 and measured.memory_mb > 0
 
 
-@pytest.mark.parametrize(("fits_after", "asked"), [(2, "auto"), (1, False), (2, True)])
-def test_a_pass_that_does_not_fit_is_refused_with_the_cure(fits_after: int, asked: bool | str):
-    device = Device(fits_after)
+def test_a_pass_that_never_fits_is_refused_with_the_cure():
+    device = Device(3, ways=2, error=OUT_OF_MEMORY[0])
     with pytest.raises(Refused, match="does not fit into the memory of the cpu device: lower --batch"):
-        measure(device.trial, CPU, asked, device.recompute, "lower --batch")
+        measure(device.trial, CPU, device.need_less, "lower --batch")
+
+
+def test_another_error_of_a_pass_is_no_lack_of_memory():
+    with pytest.raises(RuntimeError, match="shapes"):
+        measure(Device(1, 1, RuntimeError("shapes differ")).trial, CPU, lambda: True, "lower --batch")
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])

@@ -167,7 +167,7 @@ def test_flags_reach_the_plan(capsys: pytest.CaptureFixture[str]):
         capsys, "train", samples, "--preset", "low-memory", "--rank", "7", "--rate", "3e-5", "--epochs", "2",
         "--prompts", "a", "--prompts", "b --n c", "--json", "--dry-run",
     )  # fmt: skip
-    plan = json.loads(text)
+    plan = json.loads(text.partition("\n")[0])
     assert code == 0 and plan["shots"] == 2
     assert "LoRA on UNet (attention) rank 7" in plan["why"]  # the preset leaves the text encoders out
     assert plan["steps"] == 2 * 20 / 4 and "adamw, cosine rate of 3e-05 (unet)" in plan["why"]

@@ -4,8 +4,10 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,16 +20,17 @@ from tiny import tiny_base
 from scumble.configs import files
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Objective, Options
-from scumble.datasets.folder import read_folder
+from scumble.datasets.folder import read_set
 from scumble.datasets.images import Size, centre_crop, cropped, read_size
 from scumble.datasets.order import epoch_batches
 from scumble.trainer import cli
 from scumble.trainer.adapters.adapter import read_adapter
 from scumble.trainer.adapters.files import read_tensors
-from scumble.trainer.events import Event
+from scumble.trainer.events import Event, Reader
 from scumble.trainer.latents import encode_set
 from scumble.trainer.lora import Part, attach
 from scumble.trainer.models import EMBEDDED, load, recognise
+from scumble.trainer.state import ADAPTER, NUMBERS, OPTIMIZER
 from scumble.trainer.step import Look, Objectives, generator_for
 from scumble.trainer.train import steps_of, train
 
@@ -48,7 +51,7 @@ class Run:
         return [event["loss"] for event in self.of("step")]
 
 
-def ran(folder: Path, dry_run: bool = False, **tables: dict) -> Run:
+def ran(folder: Path, dry_run: bool = False, readers: Sequence[Reader] = (), **tables: Any) -> Run:
     """Train on the clay style with few, cheap steps unless `tables` say otherwise."""
     flags: dict[str, dict] = {
         "data": {"images": str(SAMPLES)},
@@ -60,7 +63,7 @@ def ran(folder: Path, dry_run: bool = False, **tables: dict) -> Run:
     for table, keys in tables.items():
         flags[table] = flags.get(table, {}) | keys
     events: list[Event] = []
-    result = train(files.resolve(flags=flags), [events.append], dry_run)
+    result = train(files.resolve(flags=flags), [events.append, *readers], dry_run=dry_run)
     return Run(result.adapter.parent if result else folder, events)
 
 
@@ -73,7 +76,8 @@ def test_a_run_leaves_what_the_readme_says(run: Run):
     names = {str(path.relative_to(run.folder)) for path in run.folder.rglob("*") if path.is_file()}
     assert names == {
         "clay.safetensors", "clay.png", "loss.png", "options.toml", "events.jsonl", "previews/grid.png",
-        "checkpoints/clay-000005.safetensors",
+        "checkpoints/clay-000005.safetensors", "owner.json", "heartbeat.json", "exit.json",
+        *(f"state/{step:06}/{name}" for step in (5, 7) for name in (ADAPTER, OPTIMIZER, NUMBERS)),
         *(f"previews/step{step:06}-{index:02}.png" for step in (0, 5, 7) for index in range(2)),
     }  # fmt: skip
 
@@ -166,9 +170,9 @@ def test_training_lowers_the_loss_on_the_very_looks_that_an_idle_run_has(optimiz
 def test_our_loss_is_that_of_a_plain_loop_over_diffusers_and_peft():
     model = Model()
     base = load(model, recognise(model), CPU, torch.float32)
-    examples = read_folder(SAMPLES)[:4]
-    crops = [centre_crop(read_size(example.image), Size(64, 64)) for example in examples]
-    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)], mirror=False)
+    examples = read_set(SAMPLES).examples[:4]
+    crops = [[centre_crop(read_size(example.image), Size(64, 64))] for example in examples]
+    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)])
     trained = attach(base, Options().network, [Part("unet", 4, 4.0), Part("text", 2, 2.0)], seed=0)
     data = Options().data.model_copy(update={"caption_dropout": 0.0})
     objectives = Objectives(base, examples, crops, latents, data, Objective(), seed=3, text_is_trained=True)
@@ -340,7 +344,7 @@ def test_steps_are_those_of_peft_and_torchs_adamw(tmp_path: Path):
     groups = [{"params": [p for name, p in stems.items() if name.startswith(prefix)], "lr": rate}
               for prefix, rate in (("lora_unet", 2e-3), ("lora_te", 1e-3))]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-    examples = read_folder(SAMPLES)
+    examples = read_set(SAMPLES).examples
     posteriors = []
     for example in examples:
         picture = cropped(example.image, centre_crop(read_size(example.image), Size(64, 64)))[None]
@@ -390,7 +394,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path):
     assert process.returncode == 130
     done = events[-1]
     assert done["kind"] == "done" and done["stopped"] and 3 <= done["step"] < 5000
-    assert f"stopped after step {done['step']} of 5000" in done["text"] and "options.toml" in done["text"]
+    assert f"stopped after step {done['step']} of 5000; `scumble train {tmp_path / 'cut'}` goes on" in done["text"]
     _, metadata = read_tensors(tmp_path / "cut" / "cut.safetensors")
     assert metadata["ss_steps"] == str(done["step"])
 
@@ -398,7 +402,8 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path):
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_finite(tmp_path: Path):
     wanted = {"steps": 50, "rate": 100.0, "text_rate": 100.0, "schedule": "constant", "warm_up": 0.0}
     with pytest.raises(
-        Refused, match=r"step \d+: the (loss|gradient) is not finite; try a lower --rate.*clay\.safetensors"
+        Refused,
+        match=r"step \d+: the (loss|gradient) is not finite, as in the 11 steps before; try a lower --rate.*clay\.saf",
     ):
         ran(tmp_path, optimization=wanted, output={"preview_every": 0})
     tensors, _ = read_tensors(tmp_path / "runs/clay/clay.safetensors")
@@ -464,9 +469,10 @@ def test_the_moving_average_is_what_is_saved_and_training_goes_on_from_the_live_
 
 def test_weights_of_regularisation_pictures_and_mirroring_reach_the_loss():
     base = load(Model(), recognise(Model()), CPU, torch.float32)
-    examples = [replace(example, prior=index == 1) for index, example in enumerate(read_folder(SAMPLES)[:2])]
-    crops = [centre_crop(read_size(example.image), Size(64, 64)) for example in examples]
-    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)], mirror=True)
+    examples = [replace(example, prior=index == 1) for index, example in enumerate(read_set(SAMPLES).examples[:2])]
+    upright = [centre_crop(read_size(example.image), Size(64, 64)) for example in examples]
+    crops = [[crop, replace(crop, mirrored=True)] for crop in upright]
+    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)])
     looks = [Look(0, 0, 0), Look(1, 0, 1)]
 
     def losses(**changes: object) -> list[float]:
@@ -477,6 +483,6 @@ def test_weights_of_regularisation_pictures_and_mirroring_reach_the_loss():
 
     plain, weighted = losses(), losses(prior_weight=0.25)
     assert weighted == pytest.approx([plain[0], 0.25 * plain[1]])
-    for mean, example, crop in zip(latents.mean, examples, crops, strict=True):
+    for mean, example, crop in zip(latents.mean, examples, upright, strict=True):
         mirrored = base.vae.encode(cropped(example.image, crop).flip(-1)[None]).latent_dist.mean[0]
         torch.testing.assert_close(mean[1], mirrored, rtol=1e-4, atol=1e-4)

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -10,11 +11,14 @@ from typing import Annotated
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError, ValidationError
 from pydantic import ValidationError as PydanticError
 
+from scumble.captioning.commands import caption, captions
 from scumble.configs import files, reference
 from scumble.configs.errors import Refused, nearest
 from scumble.configs.options import Model, Options, Previews, section
 
 from .adapters.commands import adapter
+from .run_commands import register
+from .run_folder import OPTIONS, is_run, name_of_set, status_of
 
 app = App(
     name="scumble",
@@ -22,7 +26,9 @@ app = App(
     help_format="plaintext",
     version=version("scumble"),
 )
-app.command(adapter)
+for command in (adapter, caption, captions):
+    app.command(command)
+register(app)
 app["--help"].group = app["--version"].group = "Other"
 
 DEFAULTS = Options()
@@ -31,32 +37,60 @@ PresetFlag = Annotated[str, Parameter(help="Preset to start from; `scumble prese
 
 @app.command
 def train(
-    source: Annotated[str, Parameter(help="Folder of pictures, or a TOML file of options")] = "",
+    source: Annotated[
+        str, Parameter(help="Folder of pictures, folder of a run, or a TOML file: of options or a list of folders")
+    ] = "",
     /,
     *,
     options: Annotated[Options, Parameter(name="*")] = DEFAULTS,
     preset: PresetFlag = "",
+    resume: Annotated[
+        bool, Parameter(help="Go on with runs/NAME where it is there, else begin it: safe to repeat", negative="")
+    ] = False,
+    force: Annotated[
+        bool, Parameter(help="Go on though base or pictures changed, or another process owns the run", negative="")
+    ] = False,
     json: Annotated[bool, Parameter(help="Print events as JSON lines, for programs", negative="")] = False,
     dry_run: Annotated[
         bool, Parameter(help="Check everything, print the plan and its reasons, and stop", negative="")
     ] = False,
+    measure: Annotated[
+        bool, Parameter(help="With --dry-run: also try one step, for its time and memory", negative="")
+    ] = False,
 ) -> None:
-    """Train an adapter on a folder of pictures."""
+    """Train an adapter on a folder of pictures, or go on with a run that was cut: `scumble train runs/NAME`."""
     flags = options.model_dump(exclude_unset=True)
-    file = Path(source) if source.endswith(".toml") else None
-    if source and file is None:
+    if measure and not dry_run:
+        raise Refused("--measure: goes with --dry-run; a run itself always measures a step first")
+    go_on = None
+    if is_run(Path(source)):
+        go_on = Path(source)
+    elif source and (not source.endswith(".toml") or _lists_folders(Path(source))):
         flags.setdefault("data", {})["images"] = source
-    resolved = files.resolve(file, preset, flags)
+        source = ""
+    if resume and go_on is None:
+        named = files.resolve(Path(source) if source.endswith(".toml") else None, preset, flags)
+        name = named.output.name or name_of_set(named.data.images)
+        flags.setdefault("output", {})["name"] = name
+        go_on = Path(named.output.runs) / name
+    wanted = flags.get("optimization", {})
+    extends = "epochs" in wanted or "steps" in wanted
+    if go_on and is_run(go_on):
+        if "epochs" in wanted:
+            wanted.setdefault("steps", "auto")
+        if not extends and status_of(go_on).state == "done":
+            print(f"{go_on} is finished; more --epochs or --steps than it has go on with it")
+            return
+        resolved = files.resolve(go_on / OPTIONS, preset, flags)
+    else:
+        resolved = files.resolve(Path(source) if source.endswith(".toml") else None, preset, flags)
     from .events import Terminal, json_reader
     from .train import train as run
 
-    if json:
-        result = run(resolved, [json_reader], dry_run)
-    else:
-        with Terminal() as terminal:
-            result = run(resolved, [terminal], dry_run)
-    if result and result.stopped:
-        raise SystemExit(130)
+    with nullcontext(json_reader) if json else Terminal() as reader:
+        result = run(resolved, [reader], go_on=go_on, force=force, dry_run=dry_run, measured=measure)
+    if result and result.code:
+        raise SystemExit(result.code)
 
 
 @app.command
@@ -111,6 +145,8 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except Refused as error:
         _stop(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _stop("stopped by Ctrl-C", 130)
     except CycloptsError as error:
         _stop(_one_line(error), 2)
     except BrokenPipeError:
@@ -128,6 +164,13 @@ def flags_of(group: App) -> list[str]:
             arguments = command.assemble_argument_collection()
             found += [flag for argument in arguments for flag in argument.names if flag.startswith("--")]
     return list(dict.fromkeys(found))
+
+
+def _lists_folders(path: Path) -> bool:
+    """Whether a TOML file lists folders of pictures rather than options; imported here, since it needs torch."""
+    from scumble.datasets.dataset_toml import is_list_of_folders
+
+    return is_list_of_folders(path)
 
 
 def _one_line(error: CycloptsError) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from scumble.configs.errors import Refused
+
 Event = dict[str, Any]
 Reader = Callable[[Event], None]
 
@@ -29,8 +31,11 @@ def file_reader(path: Path) -> Reader:
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(event: Event) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(as_line(event) + "\n")
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(as_line(event) + "\n")
+        except OSError as error:
+            raise Refused(f"{path}: cannot be written ({error.strerror or error})", 73) from None
 
     return append
 
@@ -55,7 +60,7 @@ class Terminal:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, markup=False)  # a [name] in brackets is a name
         self.smoothed: float | None = None
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -84,7 +89,11 @@ class Terminal:
     def _note(self, event: Event) -> None:
         self.progress.console.print(event["text"], soft_wrap=True)
 
-    _measured = _note
+    _measured = _resumed = _note
+
+    def _pictures(self, event: Event) -> None:
+        if event["text"]:
+            self._note(event)
 
     def _encoded(self, event: Event) -> None:
         if self.encoding is None:

@@ -3,8 +3,10 @@
 import resource
 import signal
 import sys
+import threading
 from importlib.util import find_spec
 from types import FrameType
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
@@ -13,6 +15,7 @@ from accelerate.state import AcceleratorState
 from scumble.configs.errors import Refused
 from scumble.configs.options import Machine
 
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -61,22 +64,29 @@ def memory_mb(device: torch.device) -> int:
     return peak // (2**20 if sys.platform == "darwin" else 2**10)
 
 
-class InterruptFlag:
-    """True once Ctrl-C or SIGTERM came; a second one stops at once. Undone by `close`."""
+class Interrupts:
+    """Ctrl-C and SIGTERM while a run lasts: at once until `careful` is set, then noted; a second one is at once again.
+
+    True once one came that was noted; `code` is the exit code that it asks for.
+    """
 
     def __init__(self) -> None:
-        self.came: int | None = None
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.careful, self.code = False, 0
+        self.before: dict[signal.Signals, Any] = {}
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.came is not None:
-            self.close()
-            signal.raise_signal(number)
-        self.came = number
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
+            self.before = {number: signal.signal(number, self._note) for number in EXIT_CODES}
+        return self
 
-    def __bool__(self) -> bool:
-        return self.came is not None
-
-    def close(self) -> None:
+    def __exit__(self, *trouble: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def __bool__(self) -> bool:
+        return self.code != 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.careful or self.code:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(EXIT_CODES[signal.Signals(number)])
+        self.code = EXIT_CODES[signal.Signals(number)]

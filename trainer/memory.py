@@ -1,4 +1,4 @@
-"""One step before the run, measured: how long it takes, what it needs, and whether activations must be recomputed."""
+"""One step before the run, measured: how long it takes and what it needs; and what tells of too little memory."""
 
 import time
 from collections.abc import Callable
@@ -15,39 +15,38 @@ QUICK_S = 2.0
 
 @dataclass(frozen=True)
 class Measured:
-    """What one forward and backward pass of the largest batch took; `checkpointing` is what was needed for it."""
+    """What one forward and backward pass of the largest batch took."""
 
     seconds: float
     memory_mb: int
-    checkpointing: bool
 
 
-def measure(
-    trial: Callable[[], None], device: torch.device, checkpointing: bool | str, recompute: Callable[[], None], cure: str
-) -> Measured:
+def measure(trial: Callable[[], None], device: torch.device, need_less: Callable[[], bool], cure: str) -> Measured:
     """Run `trial`, a pass that leaves nothing behind, and time it (again, where it is quick: the first warms up).
 
-    `checkpointing` "auto": where the trial does not fit into the device's memory, `recompute` is called once and the
-    trial repeated. Raises `Refused` with the `cure` where it does not fit then either.
+    Where it does not fit into the device's memory, `need_less` takes the next way to need less, and it is tried again.
+    Raises `Refused` (69) with the `cure` where no way is left.
     """
-    chosen = checkpointing is True
-    if chosen:
-        recompute()
-    try:
-        seconds = _timed(trial, device)
-    except torch.OutOfMemoryError:
-        if checkpointing != "auto":
-            raise _too_large(device, cure) from None
-        chosen = True
-        torch.cuda.empty_cache()
-        recompute()
+    while True:
         try:
             seconds = _timed(trial, device)
-        except torch.OutOfMemoryError:
-            raise _too_large(device, cure) from None
+            break
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if not need_less():
+                raise Refused(f"a step does not fit into the memory of the {device.type} device: {cure}", 69) from None
     if seconds < QUICK_S:
         seconds = _timed(trial, device)
-    return Measured(seconds, memory_mb(device), chosen)
+    return Measured(seconds, memory_mb(device))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error tells of too little memory, of a device or of the machine."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error)
+    return "can't allocate memory" in said or "not enough memory" in said or "CUBLAS_STATUS_ALLOC_FAILED" in said
 
 
 def duration(seconds: float) -> str:
@@ -64,7 +63,3 @@ def _timed(trial: Callable[[], None], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.monotonic() - started
-
-
-def _too_large(device: torch.device, cure: str) -> Refused:
-    return Refused(f"a step does not fit into the memory of the {device.type} device: {cure}", 69)

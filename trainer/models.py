@@ -5,7 +5,6 @@ before a weight is loaded.
 """
 
 import json
-import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model
+
+from .adapters.files import read_header
 
 BASES = Path(__file__).parent.parent.resolve() / "configs" / "bases"
 EMBEDDED = BASES / "sketch"
@@ -66,7 +67,8 @@ FAMILIES = {
 class Source:
     """A base as recognised from its files: `place` is a folder or a file.
 
-    `resolution_px` is the side of the square that it was made for; sides of pictures are multiples of `step_px`.
+    `resolution_px` is the side of the square that it was made for, `step_px` the step of sides that suits it; sides
+    must be multiples of `whole_px`, which VAE and UNet halve. A latent stands for `latent_px` each way.
     """
 
     name: str
@@ -77,6 +79,8 @@ class Source:
     zero_terminal_snr: bool
     resolution_px: int
     step_px: int
+    whole_px: int
+    latent_px: int
 
     @property
     def label(self) -> str:
@@ -201,7 +205,7 @@ def _weights(folder: Path, variant: bool) -> Path | None:
 
 
 def _from_file(model: Model, path: Path) -> Source:
-    shapes = tensor_shapes(path)
+    shapes = {name: entry.shape for name, entry in read_header(path).entries.items()}
     context = next((shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), None)
     family = next((family for family in FAMILIES.values() if family.context_width == context), None)
     if family is None or not any(name.startswith("model.diffusion_model.") for name in shapes):
@@ -226,30 +230,17 @@ def _source(
     rescaled = zero_snr if model.zero_terminal_snr == "auto" else model.zero_terminal_snr
     if rescaled and chosen == "epsilon":
         raise Refused("--zero-terminal-snr needs a base with v-prediction: at pure noise, epsilon says nothing")
-    resolution_px, step_px = _sizes_px(configs or BASES / family.configs[prediction])
-    return Source(model.base, place, is_file, family, chosen, rescaled, resolution_px, step_px)
+    sizes_px = _sizes_px(configs or BASES / family.configs[prediction])
+    return Source(model.base, place, is_file, family, chosen, rescaled, *sizes_px)
 
 
-def _sizes_px(folder: Path) -> tuple[int, int]:
-    """The base's own resolution, and the step of sides: what VAE and UNet halve, but not under a sixteenth of it."""
+def _sizes_px(folder: Path) -> tuple[int, int, int, int]:
+    """The base's own resolution, the step of sides (not under a sixteenth of it), the least step, and a latent's."""
     unet, vae = (json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in ("unet", "vae"))
     latent_px = 2 ** (len(vae["block_out_channels"]) - 1)
     resolution_px = unet["sample_size"] * latent_px
     whole_px = latent_px * 2 ** (len(unet["block_out_channels"]) - 1)
-    return resolution_px, whole_px * max(1, resolution_px // 16 // whole_px)
-
-
-def tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """Names and shapes of the tensors of a safetensors file, from its header alone."""
-    with path.open("rb") as file:
-        try:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError("the header is longer than the file")
-            header = json.loads(file.read(length))
-            return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Refused(f"{path}: not a safetensors file ({error})") from None
+    return resolution_px, whole_px * max(1, resolution_px // 16 // whole_px), whole_px, latent_px
 
 
 def _fetched(hub_id: str) -> Path:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Options
@@ -181,8 +182,22 @@ def settled(options: Options, plan: Plan, name: str) -> Options:
     output = options.output.model_copy(
         update={"name": name, "preview_every": plan.preview_every, "save_every": plan.save_every}
     )
-    data = options.data.model_copy(update={"resolution": plan.resolution_px})
-    return options.model_copy(update={"network": network, "optimization": optimization, "output": output, "data": data})
+    data = options.data.model_copy(
+        update={
+            "resolution": plan.resolution_px,
+            "images": placed(options.data.images),
+            "prior": placed(options.data.prior),
+        }
+    )
+    model = options.model.model_copy(update={"base": placed(options.model.base), "vae": placed(options.model.vae)})
+    return options.model_copy(
+        update={"network": network, "optimization": optimization, "output": output, "data": data, "model": model}
+    )
+
+
+def placed(path: str) -> str:
+    """A path that holds from any folder; what is no path (a hub id, sketch, nothing) stays."""
+    return str(Path(path).absolute()) if path and path != "sketch" and Path(path).exists() else path
 
 
 def _words_for_parts(parts: Sequence[Part], options: Options) -> str:

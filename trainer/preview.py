@@ -91,26 +91,45 @@ class Gallery:
 
     def __init__(self, base: Base, shots: Sequence[Shot], sampler: str, folder: Path, events: Events):
         self.base, self.shots, self.sampler, self.folder, self.events = base, shots, sampler, folder, events
-        self.rows: list[list[Image.Image]] = []
-        self.labels: list[str] = []
+        self.rows: list[tuple[str, int, int]] = []  # label, epoch, step
+        self.cells: list[list[Image.Image]] = []
         self.cover: Image.Image | None = None
 
     def add(self, label: str, epoch: int, step: int) -> None:
         """Paint every shot as the adapter is now, into `folder`; `label` stands before the new row of the grid."""
         pictures = paint(self.base, self.shots, self.sampler)
-        self.cover = pictures[0]
-        self.rows.append([cell(picture) for picture in pictures])
-        self.labels.append(label)
-        below = [[] for _ in self.rows[:-1]] + [[shot.prompt for shot in self.shots]]
-        sheet = self.folder / "grid.png"
-        write_picture(grid(self.rows, below, self.labels), sheet)
         for index, (shot, picture) in enumerate(zip(self.shots, pictures, strict=True)):
-            file = self.folder / f"step{step:06}-{index:02}.png"
-            write_picture(picture, file, settings_of(shot, self.sampler, self.base.source.name))
+            write_picture(picture, self._file(step, index), settings_of(shot, self.sampler, self.base.source.name))
+        self._append((label, epoch, step), pictures)
+        sheet = self.folder / "grid.png"
+        below = [[] for _ in self.cells[:-1]] + [[shot.prompt for shot in self.shots]]
+        write_picture(grid(self.cells, below, [label for label, _, _ in self.rows]), sheet)
+        for index, (shot, picture) in enumerate(zip(self.shots, pictures, strict=True)):
+            file = self._file(step, index)
             self.events.emit(
                 "preview", step=step, epoch=epoch, label=label, prompt_index=index, prompt=shot.prompt, seed=shot.seed,
                 width=picture.width, height=picture.height, file=f"{self.folder.name}/{file.name}", grid=str(sheet),
             )  # fmt: skip
+
+    def restore(self, rows: Sequence[tuple[str, int, int]]) -> None:
+        """The rows that were there when a state was saved, from their pictures; a row that lacks one is left out."""
+        for row in rows:
+            files = [self._file(row[2], index) for index in range(len(self.shots))]
+            if all(file.is_file() for file in files):
+                pictures = [Image.open(file).convert("RGB") for file in files]
+                self._append(row, pictures)
+
+    def has(self, step: int) -> bool:
+        """Whether there is a row of that step."""
+        return any(at == step for _, _, at in self.rows)
+
+    def _append(self, row: tuple[str, int, int], pictures: Sequence[Image.Image]) -> None:
+        self.rows.append(row)
+        self.cells.append([cell(picture) for picture in pictures])
+        self.cover = pictures[0]
+
+    def _file(self, step: int, index: int) -> Path:
+        return self.folder / f"step{step:06}-{index:02}.png"
 
 
 def cell(picture: Image.Image) -> Image.Image:

@@ -1,6 +1,7 @@
 """One forward pass: a batch of looks -> the weighted loss of each; every random number from (seed, step, slot)."""
 
 import hashlib
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,21 +30,25 @@ class Look:
 
 
 class Objectives:
-    """The loss of looks at a set, on one base. Text encodings are kept where the text encoders are frozen."""
+    """The loss of looks at a set, on one base. `crops[i]` are those of example i, of which each look sees one, and
+    `masks[i]` weights over the latents of each, or none. Text encodings are kept where the text encoders are frozen."""
 
     def __init__(
         self,
         base: Base,
         examples: Sequence[Example],
-        crops: Sequence[Crop],
+        crops: Sequence[Sequence[Crop]],
         latents: Latents,
         data: Data,
         objective: Objective,
         seed: int,
         text_is_trained: bool,
+        masks: Sequence[Sequence[torch.Tensor]] = (),
     ):
         self.base, self.examples, self.crops, self.latents = base, examples, crops, latents
+        self.masks = masks or [()] * len(examples)
         self.data, self.objective, self.seed = data, objective, seed
+        self.rules_of_prior = data.model_copy(update={"trigger": "", "prefix": "", "suffix": ""})
         self.text_is_trained = text_is_trained
         self.device = base.unet.device
         self.alphas_cumprod = base.alphas_cumprod.to(self.device)
@@ -60,7 +65,7 @@ class Objectives:
         conditioning = self._conditioning([self._caption(look) for look in looks])
         added = None
         if conditioning.pooled is not None:
-            sizes = size_numbers([self.crops[look.index] for look in looks]).to(self.device)
+            sizes = size_numbers([self.crops[look.index][self._crop(look)] for look in looks]).to(self.device)
             added = {"text_embeds": conditioning.pooled, "time_ids": sizes}
         dtype = self.base.unet.dtype
         prediction = self.base.unet(
@@ -75,12 +80,11 @@ class Objectives:
             diffusion.snr(self.alphas_cumprod, timesteps),
             self.objective.min_snr_gamma,
         )
-        return distances.mean((1, 2, 3)) * weights * self._example_weights(looks)
+        return (distances * self._masks(looks)).mean((1, 2, 3)) * weights * self._example_weights(looks)
 
     def _draw(self, look: Look) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Latents, noise of the target, noise of the input, and timestep of one look."""
         generator = generator_for(self.seed, look.step, look.slot)
-        mirrored = self.data.flip and bool(torch.rand((), generator=generator) < 0.5)
         shape = (2, *self.latents.mean[look.index][0].shape)
         posterior, noise = torch.randn(shape, generator=generator)
         low, high = self.objective.min_timestep, self.objective.max_timestep
@@ -93,19 +97,25 @@ class Objectives:
         shown = noise
         if self.objective.input_perturbation:
             shown = diffusion.perturb_input(noise, self.objective.input_perturbation, generator)
-        latents = self.latents.sample(look.index, mirrored, posterior.to(self.device))
+        latents = self.latents.sample(look.index, self._crop(look), posterior.to(self.device))
         return latents, noise[0].to(self.device), shown[0].to(self.device), timestep
 
+    def _crop(self, look: Look) -> int:
+        """Which of the picture's crops is seen, drawn apart so that more crops change no other number."""
+        return random.Random(f"{self.seed}/{look.step}/{look.slot}/crop").randrange(len(self.crops[look.index]))
+
+    def _masks(self, looks: Sequence[Look]) -> torch.Tensor | float:
+        """Weights of mean 1 over the latents of each look, (B, 1, H/8, W/8); 1 where no look has a mask."""
+        if not any(self.masks[look.index] for look in looks):
+            return 1.0
+        ones = torch.ones(self.latents.mean[looks[0].index][0].shape[1:])
+        masks = [self.masks[look.index][self._crop(look)] if self.masks[look.index] else ones for look in looks]
+        return torch.stack(masks)[:, None].to(self.device)
+
     def _caption(self, look: Look) -> str:
-        return said(
-            self.examples[look.index].caption,
-            shuffle_tags=self.data.shuffle_tags,
-            keep_tags=self.data.keep_tags,
-            dropout=self.data.caption_dropout,
-            seed=self.seed,
-            step=look.step,
-            index=look.slot,
-        )
+        example = self.examples[look.index]
+        rules = self.rules_of_prior if example.prior else self.data
+        return said(example.lines or [example.caption], rules, seed=self.seed, step=look.step, index=look.slot)
 
     def _conditioning(self, captions: Sequence[str]) -> Conditioning:
         if self.text_is_trained:

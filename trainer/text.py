@@ -55,7 +55,7 @@ def size_numbers(crops: Sequence[Crop]) -> torch.Tensor:
     """
     return torch.tensor(
         [
-            [crop.original.height, crop.original.width, crop.top, crop.left, crop.target.height, crop.target.width]
+            [crop.original.height, crop.original.width, *reversed(crop.corner), crop.target.height, crop.target.width]
             for crop in crops
         ],
         dtype=torch.float32,

@@ -1,89 +1,107 @@
 """The recipe: options in, adapter out, events on the way. Read it from top to bottom."""
 
-import math
 import time
-from collections.abc import Generator, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
-
-import torch
-from accelerate.optimizer import AcceleratedOptimizer
+from statistics import fmean
+from typing import Any
 
 from scumble.configs import files
 from scumble.configs.errors import Refused
 from scumble.configs.options import Options
-from scumble.datasets.buckets import bucket_sizes, nearest_bucket
-from scumble.datasets.captions import with_trigger
-from scumble.datasets.folder import Example, read_folder
-from scumble.datasets.images import Size, centre_crop, read_size
-from scumble.datasets.order import batches_per_epoch, epoch_batches
+from scumble.datasets.images import Size
+from scumble.datasets.order import epoch_batches
 
 from .events import Events, Reader, file_reader
 from .export import Progress, export, metadata_of
+from .identity import allowed_changes, doubtful_changes, identity_of, refused_changes
+from .job import Job, announce, free_folder, look
+from .keeping import check_disk, disk_needed, in_words, surplus
 from .latents import encode_set
-from .lora import attach, component_of, num_parameters, recompute_activations
-from .machine import DTYPES, InterruptFlag, check_attention, make_accelerator, memory_mb
+from .lora import Trained, attach, component_of, num_parameters, recompute_activations
+from .machine import DTYPES, Interrupts, memory_mb
 from .memory import duration, measure
-from .models import load, recognise
-from .optimizers import check_optimizer, make_optimizer, set_rate
-from .plan import batch_of, make_plan, resolution_of, settled
-from .preview import Gallery, default_cfg, write_picture
-from .prompts import shots_of
+from .models import Base, load
+from .optimizers import make_optimizer
+from .pace import Pace
+from .preview import Gallery, write_picture
 from .report import loss_curve
+from .run_folder import EVENTS, OPTIONS, STOPPED, RunFolder, TakenOver, is_run, write_text
 from .schedules import rate_share
-from .step import Look, Objectives, seed_for
+from .state import Kept, State, newest_state, save_state
+from .step import Objectives
+from .update import STOPPED_AFTER, Update
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a job needs, loaded and tried."""
+
+    base: Base
+    trained: list[Trained]
+    update: Update
 
 
 @dataclass(frozen=True)
 class Result:
-    """Where a run left its adapter, and whether it was stopped before its end."""
+    """Where a run left its adapter, and its exit code: 0, or that of the signal or request that stopped it."""
 
     adapter: Path
-    stopped: bool
+    code: int
 
 
-def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Result | None:
-    """Train an adapter as `options` say. Raises `Refused` for what a person can mend, before anything slow starts."""
-    # 1. Look at everything that can be wrong: base, pictures, optimiser, prompts.
-    source = recognise(options.model)
-    check_optimizer(options.optimization.optimizer)
-    check_attention(options.machine.attention)
-    examples = read_examples(options)
-    resolution_px = resolution_of(options, source)
-    sizes = bucket_sizes(resolution_px, source.step_px)
-    originals = [read_size(example.image) for example in examples]
-    crops = [centre_crop(size, nearest_bucket(size, sizes)) for size in originals]
-    captions = [example.caption for example in examples if not example.prior]
-    shots = shots_of(options.previews, resolution_px, captions, default_cfg(source.name))
+def train(
+    options: Options,
+    readers: list[Reader],
+    *,
+    go_on: Path | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    measured: bool = False,
+) -> Result | None:
+    """Train an adapter as `options` say, in a new run folder or, bit for bit as if unbroken, in the old one `go_on`.
 
-    # 2. Plan: every "auto" becomes a number with its reason; what will really be used is written down.
-    buckets, repeats = [crop.target for crop in crops], [example.repeats for example in examples]
-    per_epoch = batches_per_epoch(buckets, repeats, batch_of(options, source))
-    plan = make_plan(options, source, per_epoch, len(captions), sum(repeats))
-    folder, name = run_folder(options)
-    options = settled(options, plan, name)
-    wanted = options.optimization
-    accelerator, dtype = make_accelerator(options.machine)
-    device = accelerator.device
-    if not dry_run:
-        make_folder(folder)
-    events = Events(readers if dry_run else [*readers, file_reader(folder / "events.jsonl")])
-    shapes = ", ".join(map(str, dict.fromkeys(buckets)))
-    found = f"{len(captions)} pictures in {len(set(buckets))} bucket{'s' * (len(set(buckets)) > 1)} ({shapes})"
-    why = [f"{found} for {source.label}, {str(dtype).removeprefix('torch.')} on {device}", *plan.reasons]
-    if source.name == "sketch":
-        why.append("sketch is the embedded base, for demonstration and tests; name a real one with --base")
-    events.emit("plan", name=name, steps=plan.num_steps, epochs=plan.num_epochs, why=why, shots=len(shots))
+    `dry_run` stops after the plan, `measured` with it after a measured step. `force` goes on with another base or other
+    pictures. Raises `Refused` for what a person can mend, before anything slow starts.
+    """
+    job = look(options)
     if dry_run:
+        events = Events(readers)
+        announce(job, events)
+        if measured:
+            make_ready(job, events)
         return None
-    (folder / "options.toml").write_text(files.dumps(options), encoding="utf-8")
+    folder = go_on or free_folder(job.options)
+    notes: list[str] = []
+    identity = identity_of(job.source, job.options, job.examples, job.crops)
+    kept = newest_state(folder, notes.append)
+    if kept:
+        notes += changes(kept.state, identity, force)
+    try:
+        with Interrupts() as interrupts, RunFolder(folder).claim(force) as run:
+            write_text(folder / OPTIONS, files.dumps(job.options))
+            events = Events([*readers, file_reader(folder / EVENTS)])
+            announce(job, events, notes)
+            ready = make_ready(job, events, kept)
+            state = replace(kept.state if kept else State(started=time.time()), identity=identity)
+            return learn(job, ready, state, run, interrupts, events)
+    except Refused as error:
+        if isinstance(error, TakenOver) or error.exit_code not in (73, STOPPED) or not is_run(folder):
+            raise
+        raise Refused(f"{error}; then `scumble train {folder}` goes on", error.exit_code) from None
 
-    # 3. Load the base, encode every picture once, put the adapter on.
-    base = load(options.model, source, device, dtype)
+
+def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
+    """Load the base, encode the pictures, put the adapter on, and try one pass of the largest batch."""
+    # 1. The base, every picture encoded once, and the adapter.
+    options, plan, device = job.options, job.plan, job.accelerator.device
+    wanted = options.optimization
+    base = load(options.model, job.source, device, job.dtype)
     latents = encode_set(
-        base, [(e.image, c) for e, c in zip(examples, crops, strict=True)], options.data.flip,
-        tell=lambda done: events.emit("encoded", done=done, total=len(examples)),
+        base, [(view.example.image, view.crops) for view in job.views],
+        tell=lambda done: events.emit("encoded", done=done, total=len(job.views)),
     )  # fmt: skip
     trained = attach(base, options.network, plan.parts, options.output.seed)
     if options.machine.attention == "xformers":
@@ -93,160 +111,167 @@ def train(options: Options, readers: list[Reader], dry_run: bool = False) -> Res
     share = count / (weights - count)
     events.emit("note", text=f"  {count:,} trainable parameters in {len(trained)} layers, {share:.2%} of the base")
 
-    # 4. What is optimised, and how.
+    # 2. What is optimised, and how; then as the state that is gone on from.
     groups = [
         (plan.rates[part.name], [p for module in trained if module.part == part.name for p in module.tensors.values()])
         for part in plan.parts
     ]
-    parameters = [parameter for _, group in groups for parameter in group]
+    named = {f"{module.key}.{slot}": p for module in trained for slot, p in module.tensors.items()}
     magnitudes = [module.tensors["dora_scale"] for module in trained if "dora_scale" in module.tensors]
-    # accelerate unscales gradients in fp16
-    optimizer = accelerator.prepare(make_optimizer(wanted.optimizer, groups, wanted.weight_decay, magnitudes))
     objectives = Objectives(
-        base, examples, crops, latents, options.data, options.objective, options.output.seed,
-        text_is_trained=len(plan.parts) > 1,
+        base, job.examples, job.crops, latents, options.data, options.objective, options.output.seed,
+        text_is_trained=len(plan.parts) > 1, masks=job.masks,
     )  # fmt: skip
-    average = [parameter.detach().clone() for parameter in parameters] if wanted.ema else []
-    started, losses = time.time(), []
-    gallery = Gallery(base, shots, options.previews.sampler, folder / "previews", events)
-
-    def preview(epoch: int, step: int) -> None:
-        label = f"epoch {epoch}" if step == epoch * plan.steps_per_epoch else f"step {step}"
-        with finished_weights(optimizer, parameters, average):
-            gallery.add(label if step else "before", epoch, step)
-
-    def save(path: Path, epoch: int, step: int) -> None:
-        progress = Progress(epoch, step, plan.num_epochs, plan.num_steps, started)
-        metadata = metadata_of(base, options, plan.parts, examples, buckets, progress)
-        with finished_weights(optimizer, parameters, average):
-            export(path, trained, metadata, DTYPES[options.output.save_dtype])
-        events.emit("saved", step=step, epoch=epoch, file=path.name, bytes=path.stat().st_size)
-
-    # 5. One pass of the largest batch, measured: does it fit, and how long will the run take?
+    update = Update(
+        job.accelerator, objectives, named, make_optimizer(wanted.optimizer, groups, wanted.weight_decay, magnitudes),
+        wanted.clip, wanted.ema, sum(job.repeats) / plan.steps_per_epoch,
+        say=lambda line: events.emit("note", text=f"  {line}"),
+    )  # fmt: skip
     for part in plan.parts:
         component_of(base, part.name).train()
-    largest = largest_batch(buckets, repeats, plan.batch)
+    if options.machine.checkpointing is True:
+        recompute_activations(base, plan.parts)
+    elif options.machine.checkpointing == "auto":
+        update.recompute = lambda: recompute_activations(base, plan.parts)
+    if kept:
+        update.restore(kept.tensors, kept.optimizer)
+        update.rate_factor, update.broken_in_a_row = kept.state.rate_factor, kept.state.broken_in_a_row
+        update.micro_batch = kept.state.micro_batch
+        if kept.state.checkpointing and update.recompute:
+            update.need_less(1)
 
-    def trial() -> None:
-        with accelerator.autocast():
-            loss = objectives.losses([Look(index, 0, slot) for slot, index in enumerate(largest)]).mean()
-        accelerator.backward(loss)
-        optimizer.zero_grad(set_to_none=True)
-
-    measured = measure(
-        trial, device, options.machine.checkpointing, lambda: recompute_activations(base, plan.parts),
-        cure=f"{len(largest)} pictures of {buckets[largest[0]]} at once; lower --batch or --resolution",
+    # 3. Does it fit, how long will the run take, and is there room for what it leaves?
+    largest = largest_batch(job.buckets, job.repeats, plan.batch)
+    size = job.buckets[largest[0]]
+    pass_ = measure(
+        lambda: update.trial(largest), device, lambda: update.need_less(len(largest)),
+        cure=f"{len(largest)} pictures of {size} at once; lower --batch or --resolution",
     )  # fmt: skip
-    expected_s = plan.num_steps * wanted.accumulate * measured.seconds
+    step_s = pass_.seconds * wanted.accumulate
+    steps = plan.num_steps - (kept.state.step if kept else 0)
+    num_saves = plan.num_steps // plan.save_every if plan.save_every else 0
+    num_previews = plan.num_steps // plan.preview_every + 2 if plan.preview_every else 0
+    pixels = sum((shot.width or size.width) * (shot.height or size.height) for shot in job.shots)
+    needed = disk_needed(
+        count, DTYPES[options.output.save_dtype].itemsize, num_saves, options.output.keep, options.output.keep_count,
+        bool(wanted.ema), num_previews * pixels,
+    )  # fmt: skip
+    free = check_disk(Path(options.output.runs), needed)
     events.emit(
-        "measured", seconds=round(measured.seconds, 4), memory_mb=measured.memory_mb, expected_s=round(expected_s),
-        checkpointing=measured.checkpointing,
-        text=f"  a step takes {measured.seconds * wanted.accumulate:.2f} s and {measured.memory_mb:,} MB"
-        + (", activations recomputed" if measured.checkpointing else "")
-        + f": {plan.num_steps} steps in about {duration(expected_s)} without previews",
+        "measured", seconds=round(pass_.seconds, 4), memory_mb=pass_.memory_mb, expected_s=round(steps * step_s),
+        checkpointing=update.recompute is None and options.machine.checkpointing is not False, disk_bytes=needed,
+        text=f"  a step takes {step_s:.2f} s and {pass_.memory_mb:,} MB: {steps} steps in about "
+        f"{duration(steps * step_s)} without previews; up to {in_words(needed)} of {in_words(free)} free on the disk",
     )  # fmt: skip
+    return Ready(base, trained, update)
 
-    # 6. The loop: looks at pictures, one update a step; previews and files on the way.
-    interrupted, trouble = InterruptFlag(), ""
-    epoch = done = 0
-    if plan.preview_every:
-        preview(0, 0)
-    trained_s = 0.0
-    for step, epoch, batches in steps_of(
-        plan.num_steps, buckets, repeats, plan.batch, wanted.accumulate, options.output.seed
+
+def learn(
+    job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Interrupts, events: Events
+) -> Result:  # fmt: skip
+    """The loop, from the state's step to the last: one update a step; previews and files on the way."""
+    options, plan, update, folder = job.options, job.plan, ready.update, run.path
+    wanted, name, device = options.optimization, options.output.name, job.accelerator.device
+    path = folder / f"{name}.safetensors"
+    losses, checkpoints, done = list(state.losses), list(state.checkpoints), state.step
+    epoch = ceil(done / plan.steps_per_epoch)
+    gallery = Gallery(ready.base, job.shots, options.previews.sampler, folder / "previews", events)
+    gallery.restore(state.rows)
+    pace = Pace(device)
+
+    def preview() -> None:
+        run.check_owner()
+        label = f"epoch {epoch}" if done == epoch * plan.steps_per_epoch else f"step {done}"
+        with update.finished_weights():
+            gallery.add(label if done else "before", epoch, done)
+
+    def save(file: Path) -> None:
+        """The adapter first, then the state."""
+        run.check_owner()
+        progress = Progress(epoch, done, plan.num_epochs, plan.num_steps, state.started)
+        metadata = metadata_of(ready.base, options, plan.parts, job.pictures.examples, job.buckets, progress)
+        with update.finished_weights():
+            export(file, ready.trained, metadata, DTYPES[options.output.save_dtype])
+        events.emit("saved", step=done, epoch=epoch, file=file.name, bytes=file.stat().st_size)
+        if file != path:
+            since = losses[-plan.save_every :] if plan.save_every else losses
+            checkpoints.append((file.name, fmean(since) if since else 0.0))
+            for surplus_name in surplus(checkpoints, options.output.keep, options.output.keep_count):
+                (file.parent / surplus_name).unlink(missing_ok=True)
+                checkpoints[:] = [one for one in checkpoints if one[0] != surplus_name]
+        now = replace(
+            state, step=done, losses=losses, rate_factor=update.rate_factor, broken_in_a_row=update.broken_in_a_row,
+            micro_batch=update.micro_batch, checkpointing=update.recompute is None, rows=gallery.rows,
+            checkpoints=checkpoints,
+        )  # fmt: skip
+        save_state(folder, now, update.tensors(), update.optimizer_state(), run.check_owner)
+
+    interrupts.careful, trouble, trained_s = True, "", 0.0
+    if done:
+        events.emit("resumed", step=done, text=f"  goes on after step {done}")
+    if plan.preview_every and done % plan.preview_every == 0 and not gallery.has(done):
+        preview()
+    for step, this_epoch, batches in steps_of(
+        plan.num_steps, job.buckets, job.repeats, plan.batch, wanted.accumulate, options.output.seed
     ):
+        epoch = this_epoch + 1
+        if step < done:
+            continue
         clock = time.monotonic()
-        torch.manual_seed(seed_for(options.output.seed, step, "dropout"))
-        set_rate(optimizer, rate_share(wanted.schedule, step, plan.num_steps, wanted.warm_up, wanted.restarts))
-        num_looks = sum(map(len, batches))
-        total, slot = torch.zeros((), device=device), 0
-        for batch in batches:
-            looks = [Look(index, step, slot + position) for position, index in enumerate(batch)]
-            slot += len(batch)
-            with accelerator.autocast():
-                loss = objectives.losses(looks).sum() / num_looks
-            accelerator.backward(loss)
-            total += loss.detach()
-        norm = accelerator.clip_grad_norm_(parameters, wanted.clip or math.inf)
-        scaled = accelerator.scaler is not None  # fp16: the scaler leaves out a step whose gradient overflows
-        broken = "" if torch.isfinite(total) else "loss"
-        if broken or not (scaled or torch.isfinite(norm)):
-            trouble = f"step {step + 1}: the {broken or 'gradient'} is not finite"
+        share = rate_share(wanted.schedule, step, plan.num_steps, wanted.warm_up, wanted.restarts)
+        outcome = update.take(step, batches, share)
+        if outcome.broken and update.is_hopeless:
+            trouble = f"step {step + 1}: the {outcome.broken} is not finite, as in the {STOPPED_AFTER - 1} steps before"
             trouble += "; try a lower --rate, or --precision fp32"
             break
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        for mean, parameter in zip(average, parameters, strict=False):
-            mean.lerp_(parameter.detach(), 1 - wanted.ema)
-        losses.append(float(total))
-        done, trained_s = step + 1, trained_s + time.monotonic() - clock
+        losses += [] if outcome.broken else [outcome.loss]
+        done, seconds = step + 1, time.monotonic() - clock
+        trained_s += seconds
         events.emit(
-            "step", step=done, epoch=epoch + 1, loss=losses[-1], rate=optimizer.param_groups[0]["lr"],
-            num_steps=plan.num_steps, steps_per_s=round(done / trained_s, 3),
-            memory_mb=memory_mb(device),
+            "step", step=done, epoch=epoch, loss=None if outcome.broken else outcome.loss, num_steps=plan.num_steps,
+            rate=update.optimizer.param_groups[0]["lr"], memory_mb=memory_mb(device),
+            steps_per_s=round((done - state.step) / trained_s, 3),
         )  # fmt: skip
-        if plan.save_every and done % plan.save_every == 0 and done < plan.num_steps:
-            save(folder / "checkpoints" / f"{name}-{done:06}.safetensors", epoch + 1, done)
-        if plan.preview_every and (done % plan.preview_every == 0 or done == plan.num_steps):
-            preview(epoch + 1, done)
-        if interrupted:
+        run.beat(done, plan.num_steps)
+        if slow := pace.add(seconds):
+            events.emit("note", text=f"  {slow}")
+        asked = run.requests()
+        if done < plan.num_steps and ("save" in asked or (plan.save_every and done % plan.save_every == 0)):
+            save(folder / "checkpoints" / f"{name}-{done:06}.safetensors")
+        if "sample" in asked or (plan.preview_every and (done % plan.preview_every == 0 or done == plan.num_steps)):
+            preview()
+        if interrupts or "stop" in asked:
+            run.stopped(interrupts.code or STOPPED, "stopped by a signal" if interrupts else "stopped as asked")
             break
-    interrupted.close()
+    if trouble and (good := newest_state(folder, lambda line: None)):
+        update.restore(good.tensors, good.optimizer)
+        done = good.state.step
 
-    # 7. The result: the adapter, read back and compared; its cover; the loss as a curve.
-    path = folder / f"{name}.safetensors"
-    save(path, epoch + 1, done)
+    # The result: the adapter, read back and compared; its cover; the loss as a curve.
+    save(path)
     if gallery.cover:
         write_picture(gallery.cover, folder / f"{name}.png")
     if losses:
         write_picture(loss_curve(losses, f"{name}: loss"), folder / "loss.png")
-    size_mb = path.stat().st_size / 1e6
-    stopped = done < plan.num_steps
-    text = f"adapter {path} ({size_mb:.1f} MB), previews {folder / 'previews'}"
-    if stopped:
-        again = f"scumble train {folder / 'options.toml'} starts it anew"
-        text += f"\nstopped after step {done} of {plan.num_steps}; {again}"
-    events.emit("done", step=done, epoch=epoch + 1, stopped=stopped, text=text)
+    text = f"adapter {path} ({path.stat().st_size / 1e6:.1f} MB), previews {folder / 'previews'}"
+    if run.code:
+        text += f"\nstopped after step {done} of {plan.num_steps}; `scumble train {folder}` goes on"
+    events.emit("done", step=done, epoch=epoch, stopped=bool(run.code), text=text)
     if trouble:
-        raise Refused(f"{trouble} (what was learned before is in {path})")
-    return Result(path, stopped)
+        raise Refused(f"{trouble} (what was learned until step {done} is in {path})")
+    return Result(path, run.code)
 
 
-def read_examples(options: Options) -> list[Example]:
-    """The pictures, the trigger in their captions; and the regularisation pictures, repeated to be about as many."""
-    if not options.data.images:
-        raise Refused("train: name a folder of pictures, as in `scumble train photos/`")
-    folder = Path(options.data.images)
-    examples = [
-        replace(example, caption=with_trigger(example.caption, options.data.trigger))
-        for example in read_folder(folder, options.data.repeats)
-        if example.image.parent.name != "reg"
-    ]
-    prior = Path(options.data.prior) if options.data.prior else folder / "reg"
-    if options.data.prior or prior.is_dir():
-        found = read_folder(prior, prior=True)
-        times = max(1, round(sum(example.repeats for example in examples) / len(found)))
-        examples += [replace(example, repeats=example.repeats * times) for example in found]
-    return examples
-
-
-def run_folder(options: Options) -> tuple[Path, str]:
-    """A folder of its own for this run, `runs/NAME` or `runs/NAME-2` and so on, and that name."""
-    wanted = options.output.name or Path(options.data.images).resolve().name
-    name, number = wanted, 1
-    while (Path(options.output.runs) / name).exists():
-        number += 1
-        name = f"{wanted}-{number}"
-    return Path(options.output.runs) / name, name
-
-
-def make_folder(folder: Path) -> None:
-    """Raises `Refused` (73) where the run's folder cannot be made or written."""
-    try:
-        folder.mkdir(parents=True)
-        (folder / "events.jsonl").touch()
-    except OSError as error:
-        raise Refused(f"--runs {folder.parent}: {folder} cannot be made ({error.strerror})", 73) from None
+def changes(state: State, identity: dict[str, Any], force: bool) -> list[str]:
+    """What a run that goes on will do otherwise than before. Raises `Refused` for what it cannot, or not unasked."""
+    before = state.identity
+    if refused := refused_changes(before, identity):
+        raise Refused(f"{refused[0]}, and cannot change on its way; start a new run for it")
+    doubtful = doubtful_changes(before, identity)
+    if doubtful and not force:
+        more = f" (and {len(doubtful) - 1} more)" if len(doubtful) > 1 else ""
+        raise Refused(f"since the run began, {doubtful[0]}{more}; put it back, or --force goes on all the same")
+    return [f"changed: {line}" for line in [*doubtful, *allowed_changes(before, identity)]]
 
 
 def steps_of(
@@ -268,26 +293,3 @@ def largest_batch(buckets: Sequence[Size], repeats: Sequence[int], batch: int) -
     """Example indices of the batch that needs the most memory: most pixels in all."""
     batches = epoch_batches(buckets, repeats, batch, seed=0, epoch=0)
     return max(batches, key=lambda one: len(one) * buckets[one[0]].width * buckets[one[0]].height)
-
-
-@contextmanager
-def finished_weights(
-    optimizer: AcceleratedOptimizer, parameters: Sequence[torch.nn.Parameter], average: Sequence[torch.Tensor]
-) -> Generator[None]:
-    """Within the block the parameters are those to look at and to keep: their moving average where one is kept.
-
-    A schedule-free optimiser trains at another point than the one that it finds; its `eval` goes there, `train` back.
-    """
-    switches = hasattr(optimizer.optimizer, "eval")
-    if switches:
-        optimizer.eval()
-    live = [parameter.detach().clone() for parameter in parameters] if average else []
-    for parameter, mean in zip(parameters, average, strict=False):
-        parameter.data.copy_(mean)
-    try:
-        yield
-    finally:
-        for parameter, value in zip(parameters, live, strict=False):
-            parameter.data.copy_(value)
-        if switches:
-            optimizer.train()

@@ -1,0 +1,83 @@
+"""Which crops of which pictures training sees: each picture at each resolution, in its bucket, in its variants."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from scumble.configs.errors import Refused
+from scumble.configs.options import Data
+
+from .buckets import Buckets, make_buckets
+from .focus import best_share, focus_map
+from .folder import Example
+from .images import Crop, Size, crop_at, read_size
+from .masks import cropped_masks, weights
+
+
+@dataclass(frozen=True)
+class View:
+    """A picture at one resolution. In each look one of its crops, which share one size, is drawn."""
+
+    example: Example
+    crops: tuple[Crop, ...]
+
+    @property
+    def size(self) -> Size:
+        return self.crops[0].target
+
+
+def tables(data: Data, resolution_px: int, step_px: int) -> list[Buckets]:
+    """A table of buckets for each resolution that is asked for. Raises `Refused` where one leaves no size."""
+    wanted = dict.fromkeys([resolution_px, *data.more_resolutions])
+    return [make_buckets(one, step_px, data.min_side, data.max_side, data.upscale) for one in wanted]
+
+
+def views_of(examples: Sequence[Example], buckets: Sequence[Buckets], data: Data, seed: int) -> list[View]:
+    """Every picture at every resolution, but once only where two resolutions give it one size.
+
+    Raises `Refused` naming a picture that cannot be read, or OpenCV where it is needed and missing.
+    """
+    return [view for example in examples for view in _views(example, buckets, data, seed)]
+
+
+def _views(example: Example, buckets: Sequence[Buckets], data: Data, seed: int) -> Iterator[View]:
+    original = read_size(example.image)
+    interest = None
+    if data.crop in ("focus", "faces"):
+        interest = focus_map(example.image, example.mask, data.crop == "faces")
+    for size in dict.fromkeys(table.of(original) for table in buckets):
+        if interest is not None:
+            shares = [best_share(interest, original, size)]
+        elif data.crop == "random":
+            shares = spread(data.crops, f"{seed}/{example.image.name}/crop")
+        else:
+            shares = [0.5]
+        crops = dict.fromkeys(crop_at(original, size, share) for share in shares)
+        if data.flip:
+            crops = dict.fromkeys(variant for crop in crops for variant in (crop, replace(crop, mirrored=True)))
+        yield View(example, tuple(crops))
+
+
+def weights_of(view: View, latent_px: int, floor: float) -> tuple[torch.Tensor, ...]:
+    """Weights (H, W) of a view's latents, of mean 1, for each of its crops; none where it has no mask.
+
+    Raises `Refused` naming a picture in whose crop nothing counts.
+    """
+    image, mask = view.example.image, view.example.mask
+    if mask is None:
+        return ()
+    size = Size(view.size.width // latent_px, view.size.height // latent_px)
+    masks = cropped_masks(image, mask, view.crops, size)
+    if floor == 0 and not all(one.any() for one in masks):
+        raise Refused(
+            f"{image}: its mask is black in the crop that is seen; widen it, take --crop focus, or --masks off"
+        )
+    return tuple(weights(one, floor) for one in masks)
+
+
+def spread(number: int, seed: str) -> list[float]:
+    """`number` places from 0 to 1, one at random in each equal part, so that few of them still reach everywhere."""
+    draw = random.Random(seed)
+    return [(part + draw.random()) / number for part in range(number)]

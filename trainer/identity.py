@@ -1,0 +1,105 @@
+"""Is it the same run? Fingerprints of the base and of each picture, and what differs when a run goes on."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scumble.configs.options import Options
+from scumble.datasets.folder import Example
+from scumble.datasets.images import Crop
+
+from .models import Source
+
+SAMPLES, SAMPLE_BYTES = 64, 1 << 20
+FREE = {"model.base", "model.vae", "data.images", "data.prior"}  # where things lie; their content is compared
+FREE_TABLES = {"previews", "output"}
+FIXED = {
+    "model.prediction", "model.zero_terminal_snr", "optimization.optimizer", "output.seed", "optimization.ema",
+    "data.resolution",
+}  # fmt: skip
+FIXED_TABLES = {"network"}
+
+
+def identity_of(
+    source: Source, options: Options, examples: Sequence[Example], crops: Sequence[Sequence[Crop]]
+) -> dict[str, Any]:
+    """What a run is: its options, its base, and each of its pictures with caption and crop."""
+    return {
+        "options": options.model_dump(mode="json", warnings=False),  # 16 where 16.0 is declared is no fault
+        "base": fingerprint_of_base(Path(source.place)),
+        "pictures": fingerprints_of(examples, crops, Path(options.data.images)),
+    }
+
+
+def fingerprint_of_base(place: Path) -> str:
+    """Of a file, or of all weights in a folder: sizes, and samples of at most 64 MiB spread over each file."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in [place] if place.is_file() else sorted(place.rglob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(place)}/{size}".encode())
+        with path.open("rb") as file:
+            if size <= SAMPLES * SAMPLE_BYTES:
+                digest.update(file.read())
+            else:
+                for number in range(SAMPLES):
+                    file.seek(number * (size - SAMPLE_BYTES) // (SAMPLES - 1))
+                    digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def fingerprints_of(examples: Sequence[Example], crops: Sequence[Sequence[Crop]], folder: Path) -> dict[str, str]:
+    """Digest of each picture's and mask's bytes, caption, repeats and crops, by its path in `folder` or its name."""
+    found: dict[str, str] = {}
+    for example, seen in zip(examples, crops, strict=True):
+        files = (example.image, example.mask) if example.mask else (example.image,)
+        content = [hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() for file in files]
+        told = f"{content}/{example.caption}/{example.repeats}/{example.prior}/{seen}"
+        inside = example.image.is_relative_to(folder)
+        name = example.image.relative_to(folder).as_posix() if inside else example.image.name
+        found[name] = hashlib.blake2b(f"{found.get(name, '')}{told}".encode(), digest_size=16).hexdigest()
+    return found
+
+
+def refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Options that a run cannot change on its way: the adapter and its optimiser would be others."""
+    return [
+        f"{flag_of(key)} {new}: the run has {old}"
+        for key, old, new in _changed(before, now)
+        if key in FIXED or key.partition(".")[0] in FIXED_TABLES
+    ]
+
+
+def doubtful_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Another base or other pictures: the run can go on with them if that is meant."""
+    lines = [] if before["base"] == now["base"] else ["the base is another than the run began with"]
+    old, new = before["pictures"], now["pictures"]
+    lines += [f"{name} is gone" for name in old if name not in new]
+    lines += [f"{name} is new" for name in new if name not in old]
+    lines += [
+        f"{name}: picture, caption, repeats or crop changed" for name in old if new.get(name, old[name]) != old[name]
+    ]
+    return lines
+
+
+def allowed_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Options that a run may change on its way; from here on it is another than it would have been."""
+    return [
+        f"{flag_of(key)} {new} instead of {old}"
+        for key, old, new in _changed(before, now)
+        if key not in FREE | FIXED and key.partition(".")[0] not in FREE_TABLES | FIXED_TABLES
+    ]
+
+
+def flag_of(key: str) -> str:
+    return "--" + key.partition(".")[2].replace("_", "-")
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    old, new = before["options"], now["options"]
+    return [
+        (f"{table}.{key}", old[table][key], value)
+        for table, keys in new.items()
+        for key, value in keys.items()
+        if key in old.get(table, {}) and old[table][key] != value
+    ]

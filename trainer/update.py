@@ -1,0 +1,198 @@
+"""One optimiser step at a time: the gradients of its batches, clipped, checked before they are applied.
+
+What goes wrong here is met here: a step whose numbers are not finite is left out (after some in a row the rate is
+halved), and one that does not fit into memory is tried again with less at once, at the same effective batch.
+"""
+
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+
+from scumble.configs.errors import Refused
+
+from .memory import is_out_of_memory
+from .optimizers import set_rate
+from .step import Look, Objectives, seed_for
+
+HALVED_AFTER, STOPPED_AFTER = 3, 12
+AVERAGE = "average."
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Mean weighted loss of a step; `broken` names what of it is not finite (then nothing was applied), else ""."""
+
+    loss: float
+    broken: str = ""
+
+
+class Update:
+    """Trained parameters by name, with their optimiser and, where `ema` is not 0, their moving average.
+
+    `looks_per_step` is the mean number of looks in a step. `recompute` turns gradient checkpointing on, or is None
+    where that is done or forbidden; `say` is told what was changed to go on.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        objectives: Objectives,
+        parameters: Mapping[str, torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        clip: float,
+        ema: float,
+        looks_per_step: float,
+        say: Callable[[str], None] = lambda line: None,
+    ):
+        self.accelerator, self.objectives, self.clip, self.ema, self.say = accelerator, objectives, clip, ema, say
+        self.named = dict(parameters)
+        self.parameters = list(self.named.values())
+        self.looks_per_step = looks_per_step
+        self.peaks = [(group["peak"], group["weight_decay"]) for group in optimizer.param_groups]
+        # accelerate unscales gradients in fp16
+        self.optimizer: AcceleratedOptimizer = accelerator.prepare(optimizer)
+        self.average = [parameter.detach().clone() for parameter in self.parameters] if ema else []
+        self.recompute: Callable[[], None] | None = None
+        self.rate_factor, self.broken_in_a_row, self.micro_batch = 1.0, 0, 0
+
+    def take(self, step: int, batches: Sequence[Sequence[int]], rate_share: float) -> Outcome:
+        """Optimiser step `step` (from 0) over batches of example indices, at a share of the peak rates.
+
+        Raises `Refused` (75) where it does not fit into memory, however it is cut.
+        """
+        set_rate(self.optimizer, rate_share * self.rate_factor)
+        loss = float(self._fitting_gradients(step, batches))
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.clip or math.inf)
+        scaled = self.accelerator.scaler is not None  # fp16: the scaler leaves out a step whose gradient overflows
+        broken = "" if math.isfinite(loss) else "loss"
+        if not (broken or scaled or torch.isfinite(norm)):
+            broken = "gradient"
+        if broken:
+            self._slow_down(step)
+        else:
+            self.broken_in_a_row = 0
+            self.optimizer.step()
+            for mean, parameter in zip(self.average, self.parameters, strict=False):
+                mean.lerp_(parameter.detach(), 1 - self.ema)
+        self.optimizer.zero_grad(set_to_none=True)
+        return Outcome(loss, broken)
+
+    @property
+    def is_hopeless(self) -> bool:
+        """So many steps in a row were not finite that going on makes no sense."""
+        return self.broken_in_a_row >= STOPPED_AFTER
+
+    def gradients(self, step: int, batches: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Add the gradients of a step to the parameters'; its mean weighted loss (a scalar).
+
+        However many looks pass at once, each has the same draws, and in a step of few looks the same weight as in
+        one of many: the gradients are those of the sum over its looks, divided by their usual number.
+        """
+        torch.manual_seed(seed_for(self.objectives.seed, step, "dropout"))
+        num_looks = sum(map(len, batches))
+        total, slot = torch.zeros((), device=self.accelerator.device), 0
+        for batch in batches:
+            looks = [Look(index, step, slot + position) for position, index in enumerate(batch)]
+            slot += len(batch)
+            at_once = self.micro_batch or len(looks)
+            for start in range(0, len(looks), at_once):
+                with self.accelerator.autocast():
+                    loss = self.objectives.losses(looks[start : start + at_once]).sum()
+                self.accelerator.backward(loss / self.looks_per_step)
+                total += loss.detach() / num_looks
+        return total
+
+    def trial(self, batch: Sequence[int]) -> None:
+        """One pass of a batch that leaves nothing behind."""
+        try:
+            self.gradients(0, [batch])
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The live parameters and their moving average, by name, as a state keeps them."""
+        averages = dict(zip((AVERAGE + name for name in self.named), self.average, strict=False))
+        return {**self.named, **averages}
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Of the optimiser and, in fp16, of the loss scaler."""
+        scaler = self.accelerator.scaler
+        return {"optimizer": self.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, torch.Tensor], optimizer: Mapping[str, Any]) -> None:
+        """Back to what `tensors` and `optimizer_state` told; peak rates and weight decay stay as they are now."""
+        for name, parameter in self.named.items():
+            parameter.copy_(tensors[name])
+        for name, mean in zip(self.named, self.average, strict=False):
+            mean.copy_(tensors[AVERAGE + name])
+        self.optimizer.load_state_dict(optimizer["optimizer"])
+        for group, (peak, decay) in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["peak"], group["weight_decay"] = peak, decay
+        if self.accelerator.scaler is not None and optimizer["scaler"]:
+            self.accelerator.scaler.load_state_dict(optimizer["scaler"])
+
+    @contextmanager
+    def finished_weights(self) -> Generator[None]:
+        """Within the block the parameters are those to look at and to keep: their moving average where one is kept.
+
+        A schedule-free optimiser trains at another point than the one that it finds; its `eval` goes there, `train`
+        back. Both points are put back bit for bit.
+        """
+        own: Any = self.optimizer.optimizer
+        switches = hasattr(own, "eval")
+        live = [parameter.detach().clone() for parameter in self.parameters] if self.average or switches else []
+        if switches:
+            own.eval()
+        for parameter, mean in zip(self.parameters, self.average, strict=False):
+            parameter.data.copy_(mean)
+        try:
+            yield
+        finally:
+            if switches:
+                own.train()
+            for parameter, value in zip(self.parameters, live, strict=False):
+                parameter.data.copy_(value)
+
+    def _fitting_gradients(self, step: int, batches: Sequence[Sequence[int]]) -> torch.Tensor:
+        while True:
+            try:
+                return self.gradients(step, batches)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.optimizer.zero_grad(set_to_none=True)
+                if not self.need_less(max(map(len, batches))):
+                    raise Refused(
+                        f"step {step + 1} does not fit into the memory of the {self.accelerator.device.type} device; "
+                        "close other programs, or lower --resolution",
+                        75,
+                    ) from None
+
+    def need_less(self, largest: int) -> bool:
+        """Take the next cheapest way to need less memory in a pass of `largest` looks; False where none is left."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        at_once = min(self.micro_batch or largest, largest)
+        if self.recompute is not None:
+            self.recompute()
+            self.recompute = None
+            self.say("out of memory: activations are recomputed from here on (slower, the same result)")
+        elif at_once > 1:
+            self.micro_batch = -(-at_once // 2)
+            self.say(f"out of memory: {self.micro_batch} pictures at once from here on, the effective batch stays")
+        else:
+            return False
+        return True
+
+    def _slow_down(self, step: int) -> None:
+        self.broken_in_a_row += 1
+        if self.broken_in_a_row % HALVED_AFTER == 0 and not self.is_hopeless:
+            self.rate_factor /= 2
+            self.say(f"step {step + 1}: {self.broken_in_a_row} steps in a row are not finite; the rate is halved")
