@@ -259,7 +259,7 @@ def allowed(kind: Any, limits: Iterable[Any] = ()) -> str:
         return ", or ".join(allowed(part) for part in get_args(kind))
     if get_origin(kind) is tuple:
         inner = get_args(kind)[0]
-        return "a list of texts" if inner is str else f"a list of {allowed(inner).removeprefix('a ')}s"
+        return "a list of " + ("texts" if inner is str else allowed(inner).replace("a whole number", "whole numbers"))
     words = {bool: "true | false", int: "a whole number", float: "a number", str: "text"}[kind]
     if kind in (int, float):
         for limit in limits:
