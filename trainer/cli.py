@@ -11,7 +11,8 @@ from typing import Annotated
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError, ValidationError
 from pydantic import ValidationError as PydanticError
 
-from scumble.captioning.commands import caption, captions
+from scumble.captioning.commands import caption
+from scumble.captioning.commands_edit import captions
 from scumble.configs import files, reference
 from scumble.configs.errors import Refused, nearest
 from scumble.configs.options import Model, Options, Previews, section
