@@ -103,6 +103,7 @@ def _cascade() -> Any:
     """OpenCV's frontal faces. Raises `Refused` (69) where it is not installed."""
     try:
         import cv2
+        import cv2.data
     except ImportError:
         raise Refused("--crop faces needs OpenCV: pip install 'scumble[faces]', or take --crop focus", 69) from None
     return cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / "haarcascade_frontalface_default.xml"))
