@@ -74,13 +74,13 @@ def same_picture(pictures: Sequence[Likeness]) -> list[list[int]]:
 
 def look_alike(pictures: Sequence[Likeness]) -> list[list[int]]:
     """Groups of two and more indices whose colours lie in the same places: one pose on one ground, say."""
-    tiny = np.array([one.tiny for one in pictures]).reshape(len(pictures), -1)
+    tiny = np.array([one.tiny for one in pictures]).reshape(len(pictures), TINY_SIDE**2 * 3)
     return _groups(len(pictures), lambda row: row + 1 + np.flatnonzero(tiny[row + 1 :] @ tiny[row] > LOOK_ALIKE))
 
 
 def nearest(pictures: Sequence[Likeness]) -> np.ndarray:
     """Of each picture the correlation with that other one which is most like it, (N,) from -1 to 1."""
-    tiny = np.array([one.tiny for one in pictures]).reshape(len(pictures), -1)
+    tiny = np.array([one.tiny for one in pictures]).reshape(len(pictures), TINY_SIDE**2 * 3)
     found = np.full(len(tiny), -1.0)
     for row in range(len(tiny)):
         alike = tiny @ tiny[row]

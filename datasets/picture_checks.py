@@ -13,7 +13,7 @@ from .stamp import stamps_in
 
 ENOUGH = {"style": (5, 10), "character": (3, 8)}  # fewer are serious, worth a warning
 ENLARGED = 1.1, 1.5  # from here a note, a warning
-SOFT_PX, VERY_SOFT_PX = 1.6, 3.0
+SOFT_PX, VERY_SOFT_PX = 1.7, 3.0
 POOR_QUALITY = 50
 HIGH_STEPS = 1.5  # levels, as JPEG leaves them at quality 40 and under
 IN_CROP = 0.01  # share of a crop's side that a bar must fill
