@@ -19,6 +19,7 @@ from scumble.configs.options import Model, Options, Previews, section
 
 from . import check
 from .adapters.commands import adapter
+from .cache_commands import cache
 from .run_commands import register
 from .run_folder import OPTIONS, is_run, name_of_set, status_of
 
@@ -32,6 +33,7 @@ for command in (adapter, caption, captions):
     app.command(command)
 check.register(app)
 register(app)
+app.command(cache)
 app["--help"].group = app["--version"].group = "Other"
 
 DEFAULTS = Options()
