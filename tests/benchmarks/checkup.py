@@ -195,7 +195,8 @@ def main() -> None:
         (label, [marks(pictures, damage, part) for pictures in sets.values()])
         for label, damage, part in (
             ("as they are", as_it_is, 1.0), ("black, opaque", marked(255, (0, 0, 0)), 1.0),
-            ("black, half opaque", marked(128, (0, 0, 0)), 1.0), ("white, half opaque", marked(128, (255, 255, 255)), 1.0),
+            ("black, half opaque", marked(128, (0, 0, 0)), 1.0),
+            ("white, half opaque", marked(128, (255, 255, 255)), 1.0),
             ("black, in three of four", marked(255, (0, 0, 0)), 0.75),
         )
     ])  # fmt: skip
