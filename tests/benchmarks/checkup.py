@@ -20,7 +20,7 @@ from scumble.datasets.exposure import exposure_of
 from scumble.datasets.images import SUFFIXES, read_rgb
 from scumble.datasets.jpeg import block_steps
 from scumble.datasets.likeness import Likeness, likeness_of, same_picture
-from scumble.datasets.picture_checks import DARK, HIGH_STEPS, LIGHT, ONE_COLOUR, SOFT_PX
+from scumble.datasets.picture_checks import DARK, HIGH_STEPS, LIGHT, SOFT_PX
 from scumble.datasets.sharpness import edge_blur
 from scumble.datasets.stamp import corners_of, stamps_in
 
@@ -224,7 +224,7 @@ def twins(pictures: list[Image.Image]) -> str:
 
 def dull(picture: Image.Image) -> bool:
     seen = exposure_of(picture)
-    return seen.span < ONE_COLOUR or seen.lightest < DARK or seen.darkest > LIGHT
+    return seen.is_empty or seen.lightest < DARK or seen.darkest > LIGHT
 
 
 def marks(pictures: list[Image.Image], damage: Damage, part: float, size: int = 12, times: int = 40) -> str:
