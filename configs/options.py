@@ -50,12 +50,27 @@ class Model(Section):
     zero_terminal_snr: bool | Auto = option("auto", "Train on the schedule that ends in pure noise")
 
 
-class Data(Section):
+class Captions(Section):
+    """What training hears of the captions."""
+
+    trigger: str = option("", "Words that call the adapter, put before every caption that lacks them")
+    prefix: str = option("", 'Words before every caption, trigger and all, as "a photo of"')
+    suffix: str = option("", 'Words after every caption, as ", on white"')
+    caption_lines: Literal["join", "pick"] = option(
+        "join", "A caption of several lines: join them, or pick one of them each time"
+    )
+    wildcards: bool = option(True, "Say one of {a|b} each time; {{a|b}} says the braces themselves")
+    shuffle_tags: bool = option(False, "Put comma-separated tags in random order each time")
+    keep_tags: CountOrNone = option(1, "Tags at the front that are neither shuffled nor dropped")
+    tag_dropout: ShareBelowOne = option(0.0, "Share of the other tags that is left out each time")
+    caption_dropout: Share = option(0.05, "Share of steps whose caption is empty")
+
+
+class Data(Captions):
     """Pictures and captions."""
 
     images: str = option("", "Folder of pictures, or a TOML list of folders; needs no flag")
     kind: Literal["style", "character"] = option("style", "What the pictures have in common; sets the defaults")
-    trigger: str = option("", "Words that call the adapter, put before every caption that lacks them")
     resolution: Pixels | Auto = option(
         "auto", "Side of a square with the area that pictures are brought to; auto: the base's own", "px"
     )
@@ -78,9 +93,6 @@ class Data(Section):
     mask_floor: Share = option(0.0, "Weight of what a mask hides, beside 1 for what it shows")
     repeats: Count = option(1, "Times that each picture is seen in one epoch")
     flip: bool = option(False, "Mirror pictures at random (not for faces, letters, or one-sided things)")
-    caption_dropout: Share = option(0.05, "Share of steps whose caption is empty")
-    shuffle_tags: bool = option(False, "Put comma-separated tags in random order each time")
-    keep_tags: CountOrNone = option(1, "Tags at the front that are never shuffled")
     prior: str = option("", "Folder of regularisation pictures (prior preservation)")
     prior_weight: Weight = option(1.0, "Weight of the loss on regularisation pictures")
 

@@ -29,4 +29,5 @@ def _row(entry: Declared) -> str:
     default = "none" if entry.default in ("", ()) else str(entry.default)
     default = default.lower() if isinstance(entry.default, bool) else default
     takes = entry.allowed.replace("|", "\\|") + (f" ({entry.unit})" if entry.unit else "")
-    return f"| `{entry.key}` | `{entry.flag}` | {default} | {takes} | {entry.help} |"
+    told = entry.help.replace("|", "\\|")
+    return f"| `{entry.key}` | `{entry.flag}` | {default} | {takes} | {told} |"

@@ -1,6 +1,11 @@
-"""What a caption says in one step: trigger in front, tags shuffled, sometimes nothing; from (seed, step, index)."""
+"""What training hears of a caption in one step; every chance in it from (seed, step, index)."""
 
 import random
+from collections.abc import Sequence
+
+from scumble.configs.options import Captions
+
+from .wildcards import chosen
 
 
 def with_trigger(caption: str, trigger: str) -> str:
@@ -10,14 +15,43 @@ def with_trigger(caption: str, trigger: str) -> str:
     return f"{trigger}, {caption}" if caption else trigger
 
 
-def said(caption: str, *, shuffle_tags: bool, keep_tags: int, dropout: float, seed: int, step: int, index: int) -> str:
-    """The caption of example `index` in optimiser step `step`."""
+def tags_of(caption: str) -> list[str]:
+    """The parts between commas that say something."""
+    return [tag.strip() for tag in caption.split(",") if tag.strip()]
+
+
+def said(lines: Sequence[str], rules: Captions, *, seed: int, step: int, index: int) -> str:
+    """What is heard of example `index` in optimiser step `step`; `lines` are those of its caption.
+
+    Now and then nothing (Ho and Salimans 2022, for guidance). Else in this order: one line or all of them, one way
+    at each wildcard, the trigger in front unless it is there, tags shuffled and dropped behind the kept ones, and
+    prefix and suffix around it. A tag with the trigger in it is never dropped.
+    """
     draw = random.Random(f"{seed}/{step}/{index}/caption")
-    if draw.random() < dropout:
+    if draw.random() < rules.caption_dropout:
         return ""
-    if not shuffle_tags:
-        return caption
-    tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
-    shuffled = tags[keep_tags:]
-    draw.shuffle(shuffled)
-    return ", ".join(tags[:keep_tags] + shuffled)
+    text = (draw.choice(lines) if lines else "") if rules.caption_lines == "pick" else " ".join(lines)
+    if rules.wildcards:
+        text = chosen(text, draw)
+    around = f"{rules.prefix} {rules.suffix}".lower()
+    if rules.trigger and rules.trigger.lower() not in around:
+        text = with_trigger(text, rules.trigger)
+    if rules.shuffle_tags or rules.tag_dropout:
+        text = ", ".join(_tossed(tags_of(text), rules, draw))
+    return framed(text, rules.prefix, rules.suffix)
+
+
+def framed(text: str, prefix: str, suffix: str) -> str:
+    """The text between prefix and suffix, a space between them, none before a suffix that begins with , . ; or :."""
+    before = f"{prefix.strip()} " if prefix.strip() else ""
+    after = suffix.strip()
+    gap = "" if after[:1] in ",.;:" else " "
+    return (before + text + gap + after).strip()
+
+
+def _tossed(tags: Sequence[str], rules: Captions, draw: random.Random) -> list[str]:
+    kept, others = list(tags[: rules.keep_tags]), list(tags[rules.keep_tags :])
+    if rules.shuffle_tags:
+        draw.shuffle(others)
+    trigger = rules.trigger.lower()
+    return kept + [tag for tag in others if draw.random() >= rules.tag_dropout or (trigger and trigger in tag.lower())]

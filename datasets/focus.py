@@ -18,8 +18,8 @@ from .masks import read_mask
 
 MAP_PX = 64  # Hou and Zhang's scale: of an object, not of its texture
 FLAT = 1 / 255
-FACE_PX = 640  # longest side in which faces are looked for
-LEAST_FACE = 0.04  # of the longest side: smaller finds are mostly no faces
+FACE_PX = 400  # longest side in which faces are looked for
+LEAST_FACE = 0.06  # of the longest side: smaller finds are mostly no faces
 
 
 def focus_map(image: Path, mask: Path | None, faces: bool) -> np.ndarray:
@@ -61,7 +61,7 @@ def face_map(picture: Image.Image) -> np.ndarray:
     weights = np.zeros(grey.shape)
     least = max(20, round(LEAST_FACE * max(small.size)))
     rows, columns = np.mgrid[: grey.shape[0], : grey.shape[1]]
-    for left, top, width, height in _cascade().detectMultiScale(grey, 1.1, 5, minSize=(least, least)):
+    for left, top, width, height in _cascade().detectMultiScale(grey, 1.15, 5, minSize=(least, least)):
         across, down = (columns - left - width / 2) / width, (rows - top - height / 2) / height
         weights += width * height * np.exp(-2 * (across**2 + down**2))
     return weights
@@ -106,6 +106,7 @@ def _cascade() -> Any:
     """OpenCV's frontal faces. Raises `Refused` (69) where it is not installed."""
     try:
         import cv2
+        import cv2.data
     except ImportError:
         raise Refused("--crop faces needs OpenCV: pip install 'scumble[faces]', or take --crop focus", 69) from None
     return cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / "haarcascade_frontalface_default.xml"))

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from scumble.configs.errors import Refused
+from scumble.configs.options import Captions
 from scumble.datasets.buckets import bucket_sizes, nearest_bucket
 from scumble.datasets.captions import said, with_trigger
 from scumble.datasets.folder import read_set
@@ -121,7 +122,8 @@ def test_the_trigger_stands_in_every_caption_once():
 
 def test_tags_are_shuffled_behind_the_kept_ones_and_dropped_as_often_as_asked():
     def one(step: int, dropout: float = 0.0) -> str:
-        return said("cat, a, b, c, d", shuffle_tags=True, keep_tags=1, dropout=dropout, seed=0, step=step, index=0)
+        rules = Captions(shuffle_tags=True, keep_tags=1, caption_dropout=dropout)
+        return said(["cat, a, b, c, d"], rules, seed=0, step=step, index=0)
 
     seen = {one(step) for step in range(50)}
     assert len(seen) > 10 and all(caption.startswith("cat, ") for caption in seen)

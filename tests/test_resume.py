@@ -1,23 +1,31 @@
 """A run that is cut goes on bit for bit; what changed since is named; two processes never train one run."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_train import Run, ran
+from test_train import SAMPLES, Run, ran
 
 from scumble.configs import files
+from scumble.configs.errors import Refused
+from scumble.trainer import cli
 from scumble.trainer.adapters.files import read_tensors
 from scumble.trainer.events import Event
-from scumble.trainer.run_folder import request, status_of
+from scumble.trainer.run_folder import RunFolder, request, status_of, write_json
+from scumble.trainer.state import newest_state
 from scumble.trainer.train import train
 
 OPTIMISERS = ["adamw", "adamw8bit", "lion", "prodigy", "adafactor", "schedule_free"]
 
 
-def go_on(run: Path, force: bool = False, stop_at: int = 0, **tables: dict[str, Any]) -> Run:
+def go_on(run: Path, force: bool = False, stop_at: int = 0, **tables: Any) -> Run:
     """Go on with a run; `stop_at` asks it to stop after that step."""
     events: list[Event] = []
 
@@ -30,7 +38,7 @@ def go_on(run: Path, force: bool = False, stop_at: int = 0, **tables: dict[str, 
     return Run(run, events)
 
 
-def begun(folder: Path, stop_at: int, **tables: dict[str, Any]) -> Path:
+def begun(folder: Path, stop_at: int, **tables: Any) -> Path:
     """A run that was asked to stop after `stop_at` steps."""
     run = folder / "runs/clay"
 
@@ -54,7 +62,7 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
 
 @pytest.mark.parametrize("optimizer", OPTIMISERS)
 def test_a_run_cut_twice_ends_with_the_very_adapter_of_an_unbroken_one(optimizer: str, tmp_path: Path):
-    tables: dict[str, dict] = {
+    tables: dict[str, Any] = {
         "data": {"shuffle_tags": True, "caption_dropout": 0.3, "flip": True},
         "network": {"dropout": 0.2},
         "optimization": {"optimizer": optimizer, "steps": 8, "accumulate": 2, "ema": 0.5, "batch": 3},
@@ -71,3 +79,169 @@ def test_a_run_cut_twice_ends_with_the_very_adapter_of_an_unbroken_one(optimizer
     assert_same(adapter_of(cut), adapter_of(unbroken.folder))
     assert (cut / "previews/grid.png").read_bytes() == (unbroken.folder / "previews/grid.png").read_bytes()
     assert json.loads((cut / "exit.json").read_text())["code"] == 0
+
+
+def test_a_finished_run_is_left_alone_and_more_steps_go_on_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    output = {"preview_every": 0, "save_every": 0, "save_dtype": "fp32"}
+    plain = {"schedule": "constant", "warm_up": 0.0}
+    longer = ran(tmp_path / "a", optimization=plain | {"steps": 5}, output=output)
+    run = ran(tmp_path / "b", optimization=plain | {"steps": 3}, output=output).folder
+    cli.main(["train", str(run)])
+    assert f"{run} is finished" in capsys.readouterr().out
+    cli.main(["train", str(run), "--steps", "5", "--json"])
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert any("changed: --steps 5 instead of 3" in line for line in events[0]["why"])
+    assert [event["step"] for event in events if event["kind"] == "step"] == [4, 5]
+    assert_same(adapter_of(run), adapter_of(longer.folder))
+
+
+def test_a_run_moved_to_another_place_goes_on_there(tmp_path: Path):
+    tables: dict[str, Any] = {"optimization": {"steps": 4}, "output": {"preview_every": 2, "save_dtype": "fp32"}}
+    unbroken = ran(tmp_path / "a", **tables)
+    cut = begun(tmp_path / "b", stop_at=2, **tables)
+    moved, pictures = tmp_path / "elsewhere", tmp_path / "pictures"
+    shutil.move(cut, moved)
+    shutil.copytree(SAMPLES, pictures)
+    go_on(moved, data={"images": str(pictures)})
+    assert_same(adapter_of(moved), adapter_of(unbroken.folder))
+
+
+def test_the_resume_flag_begins_what_is_not_there_and_goes_on_with_what_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    command = [
+        "train", str(SAMPLES), "--name", "it", "--runs", str(tmp_path), "--resume", "--preview-every", "0",
+        "--device", "cpu", "--precision", "fp32",
+    ]  # fmt: skip
+    cli.main([*command, "--steps", "2"])
+    kept = newest_state(tmp_path / "it", pytest.fail)
+    assert kept and kept.state.step == 2
+    cli.main([*command, "--steps", "3"])
+    assert "goes on after step 2" in capsys.readouterr().out
+    cli.main(command)
+    assert "is finished" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["it"]
+
+
+def test_what_changed_since_is_named_and_taken_only_when_forced(tmp_path: Path):
+    pictures = tmp_path / "pictures"
+    shutil.copytree(SAMPLES, pictures)
+    run = begun(tmp_path, 1, data={"images": str(pictures)}, output={"preview_every": 0})
+    with pytest.raises(Refused, match=r"--rank 4: the run has 16, and cannot change on its way; start a new run"):
+        go_on(run, network={"rank": 4})
+    with pytest.raises(Refused, match=r"--optimizer lion: the run has adamw"):
+        go_on(run, optimization={"optimizer": "lion"})
+    captions = sorted(pictures.glob("*.txt"))
+    captions[0].write_text("another caption")
+    with pytest.raises(Refused, match=rf"{captions[0].stem}\.webp: picture, caption.* changed; put it back, or --fo"):
+        go_on(run)
+    assert status_of(run).state == "stopped"
+    last = go_on(run, force=True, optimization={"rate": 1e-4})
+    why = "\n".join(last.of("plan")[0]["why"])
+    assert "changed: --rate 0.0001 instead of" in why and f"{captions[0].stem}.webp: picture" in why
+    assert {event["rate"] for event in last.of("step")} and max(event["rate"] for event in last.of("step")) <= 1e-4
+
+
+@pytest.mark.parametrize("damaged", ["adapter.safetensors", "optimizer.pt", "state.json"])
+def test_a_damaged_state_is_left_aside_and_the_one_before_goes_on(damaged: str, tmp_path: Path):
+    tables: dict[str, Any] = {
+        "optimization": {"steps": 4},
+        "output": {"preview_every": 0, "save_every": 1, "save_dtype": "fp32"},
+    }
+    unbroken = ran(tmp_path / "a", **tables)
+    cut = begun(tmp_path / "b", stop_at=3, **tables)
+    file = cut / "state/000003" / damaged
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    last = go_on(cut)
+    assert any("000003 is damaged and left aside" in line for line in last.of("plan")[0]["why"])
+    assert [event["step"] for event in last.of("step")] == [3, 4]
+    assert_same(adapter_of(cut), adapter_of(unbroken.folder))
+
+
+def test_a_run_that_lives_is_not_taken_and_one_that_was_taken_writes_nothing_more(tmp_path: Path):
+    run = tmp_path / "runs/clay"
+    with RunFolder(run).claim() as first:
+        with pytest.raises(Refused, match=rf"{run}: is being trained by process {os.getpid()} on ") as error:
+            RunFolder(run).claim()
+        assert error.value.exit_code == 75
+        RunFolder(run).claim(force=True)
+        with pytest.raises(Refused, match="another process has taken this run over") as error:
+            first.check_owner()
+        assert error.value.exit_code == 75
+    assert not (run / "exit.json").exists()
+
+
+def test_a_process_that_lost_its_run_ends_before_it_writes(tmp_path: Path):
+    run = tmp_path / "runs/clay"
+
+    def read(event: Event) -> None:
+        if event["kind"] == "step" and event["step"] == 2:
+            write_json(run / "owner.json", {"token": "another's"})
+
+    with pytest.raises(Refused, match="another process has taken this run over"):
+        ran(tmp_path, readers=[read], optimization={"steps": 4}, output={"preview_every": 0, "save_every": 2})
+    assert not (run / "checkpoints").exists() and not (run / "state").exists() and not (run / "exit.json").exists()
+
+
+def test_a_run_is_asked_for_previews_and_files_and_tells_where_it_stands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run, seen = tmp_path / "runs/clay", []
+
+    def read(event: Event) -> None:
+        if event["kind"] == "step" and event["step"] == 1:
+            cli.main(["sample", str(run)])
+            cli.main(["save", str(run)])
+            seen.append(status_of(run).state)
+
+    result = ran(tmp_path, readers=[read], optimization={"steps": 3}, output={"preview_every": 0, "save_every": 0})
+    assert seen == ["running"]
+    assert [event["step"] for event in result.of("preview")] == [1, 1]
+    assert (run / "checkpoints/clay-000001.safetensors").is_file()
+    capsys.readouterr()
+    cli.main(["status", str(run), "--json"])
+    told = json.loads(capsys.readouterr().out)[str(run)]
+    assert told == {"state": "done", "reason": "finished", "step": 3, "num_steps": 3}
+    with pytest.raises(SystemExit):
+        cli.main(["stop", str(run)])
+    assert f"{run}: the run is done (finished), so there is nothing to stop" in capsys.readouterr().err
+
+
+def test_a_process_that_died_is_lost_whatever_its_number_does_now(tmp_path: Path):
+    run = tmp_path / "it"
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as process:
+        process.wait()
+    RunFolder(run).claim()
+    owner = json.loads((run / "owner.json").read_text())
+    write_json(run / "owner.json", owner | {"pid": process.pid})
+    assert status_of(run).state == "lost"
+    write_json(run / "owner.json", owner | {"born": "1"})  # the number is another process's now
+    assert status_of(run).state == "lost"
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_and_the_run_can_go_on(sent: signal.Signals, code: int, tmp_path: Path):
+    run = tmp_path / "runs/clay"
+
+    def read(event: Event) -> None:
+        if event["kind"] == "step" and event["step"] == 2:
+            signal.raise_signal(sent)
+
+    ran(tmp_path, readers=[read], optimization={"steps": 4}, output={"preview_every": 0})
+    ended = json.loads((run / "exit.json").read_text())
+    assert (ended["code"], ended["step"]) == (code, 2) and status_of(run).state == "stopped"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert [event["step"] for event in go_on(run).of("step")] == [3, 4]
+
+
+def test_the_run_without_a_state_begins_anew_in_its_folder(tmp_path: Path):
+    run = ran(tmp_path, optimization={"steps": 2}, output={"preview_every": 0}).folder
+    before = adapter_of(run)
+    shutil.rmtree(run / "state")
+    (run / "exit.json").unlink()
+    assert status_of(run).state in ("running", "lost")  # this process lives
+    last = go_on(run, force=True)
+    assert [event["step"] for event in last.of("step")] == [1, 2]
+    assert_same(adapter_of(run), before)

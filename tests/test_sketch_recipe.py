@@ -7,8 +7,10 @@ import torch
 from transformers import CLIPTokenizer
 
 from scumble.configs.bases.sketch.recipe import denoiser
+from scumble.configs.bases.sketch.recipe.__main__ import between
 from scumble.configs.bases.sketch.recipe.denoiser import Latents, drawn_timesteps, make_unet, start_as_identity
 from scumble.configs.bases.sketch.recipe.pictures import JUDGED, THINGS, is_held_out
+from scumble.configs.bases.sketch.recipe.text import make_text_encoder
 from scumble.trainer.models import EMBEDDED
 
 CPU = torch.device("cpu")
@@ -50,7 +52,6 @@ def test_a_run_that_was_cut_goes_on_to_the_very_weights_of_an_unbroken_one(
     tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer")
 
     def run(folder: str) -> list[torch.Tensor]:
-        (tmp_path / folder).mkdir(exist_ok=True)
         model = denoiser.train_denoiser(latents, tokenizer, tmp_path / folder, CPU, 6, None)
         return [parameter.clone() for parameter in model.parameters()]
 
@@ -68,6 +69,15 @@ def test_a_run_that_was_cut_goes_on_to_the_very_weights_of_an_unbroken_one(
         run("cut")  # in its fourth step, saved after the second
     monkeypatch.setattr(denoiser, "drawn_timesteps", draw)
     assert all(torch.equal(one, two) for one, two in zip(run("cut"), unbroken, strict=True))
+
+
+def test_what_is_published_lies_between_the_weights_before_and_after_the_variants():
+    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer")
+    before, after = (denoiser.Denoiser(make_text_encoder(tokenizer, denoiser.TEXT_WIDTH), denoiser.make_unet())
+                     for _ in range(2))  # fmt: skip
+    expected = {name: 0.65 * weight + 0.35 * before.state_dict()[name] for name, weight in after.named_parameters()}
+    for name, weight in between(after, before, 0.35).named_parameters():
+        torch.testing.assert_close(weight.detach(), expected[name].detach(), rtol=1e-5, atol=1e-7)
 
 
 def test_what_the_base_is_judged_by_is_learned_in_both_styles():

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ class Run:
         return [event["loss"] for event in self.of("step")]
 
 
-def ran(folder: Path, dry_run: bool = False, readers: Sequence[Reader] = (), **tables: dict) -> Run:
+def ran(folder: Path, dry_run: bool = False, readers: Sequence[Reader] = (), **tables: Any) -> Run:
     """Train on the clay style with few, cheap steps unless `tables` say otherwise."""
     flags: dict[str, dict] = {
         "data": {"images": str(SAMPLES)},

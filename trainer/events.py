@@ -89,11 +89,13 @@ class Terminal:
     def _note(self, event: Event) -> None:
         self.progress.console.print(event["text"], soft_wrap=True)
 
-    _measured = _note
+    _measured = _resumed = _note
 
     def _pictures(self, event: Event) -> None:
         if event["text"]:
             self._note(event)
+
+    _checked = _pictures
 
     def _encoded(self, event: Event) -> None:
         if self.encoding is None:

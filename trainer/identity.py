@@ -9,7 +9,7 @@ from scumble.configs.options import Options
 from scumble.datasets.folder import Example
 from scumble.datasets.images import Crop
 
-from .models import Source
+from .bases import Source
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 20
 FREE = {"model.base", "model.vae", "data.images", "data.prior"}  # where things lie; their content is compared
@@ -28,7 +28,7 @@ def identity_of(
     return {
         "options": options.model_dump(mode="json", warnings=False),  # 16 where 16.0 is declared is no fault
         "base": fingerprint_of_base(Path(source.place)),
-        "pictures": fingerprints_of(examples, crops),
+        "pictures": fingerprints_of(examples, crops, Path(options.data.images)),
     }
 
 
@@ -48,14 +48,15 @@ def fingerprint_of_base(place: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprints_of(examples: Sequence[Example], crops: Sequence[Sequence[Crop]]) -> dict[str, str]:
-    """Digest of each picture's and mask's bytes, caption, repeats and crops, by its name below the set's folder."""
+def fingerprints_of(examples: Sequence[Example], crops: Sequence[Sequence[Crop]], folder: Path) -> dict[str, str]:
+    """Digest of each picture's and mask's bytes, caption, repeats and crops, by its path in `folder` or its name."""
     found: dict[str, str] = {}
     for example, seen in zip(examples, crops, strict=True):
         files = (example.image, example.mask) if example.mask else (example.image,)
         content = [hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() for file in files]
         told = f"{content}/{example.caption}/{example.repeats}/{example.prior}/{seen}"
-        name = "/".join(example.image.parts[-2:])
+        inside = example.image.is_relative_to(folder)
+        name = example.image.relative_to(folder).as_posix() if inside else example.image.name
         found[name] = hashlib.blake2b(f"{found.get(name, '')}{told}".encode(), digest_size=16).hexdigest()
     return found
 

@@ -1,5 +1,6 @@
 """What previews show: prompts from options, a text file, kohya's prompt lines, or derived from the captions."""
 
+import random
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Previews
+from scumble.datasets import wildcards
 
 SHOWN_WORDS = (
     "red apple", "tiger", "rocket", "princess", "castle", "sailboat",
@@ -51,7 +53,8 @@ def shots_of(previews: Previews, size_px: int | None, captions: Sequence[str], c
 
 def derived(captions: Sequence[str]) -> list[str]:
     """Three captions from over the set, and one prompt far from them with the words that all captions share."""
-    distinct = list(dict.fromkeys(caption for caption in captions if caption)) or [""]
+    ways = [wildcards.chosen(caption, random.Random(0)) for caption in captions if caption]
+    distinct = list(dict.fromkeys(ways)) or [""]
     chosen = [distinct[index * (len(distinct) - 1) // 2] for index in range(min(3, len(distinct)))]
     counts = Counter(tag.strip() for caption in distinct for tag in set(caption.split(",")) if tag.strip())
     shared = [tag for tag, count in counts.items() if count > 0.8 * len(distinct)]

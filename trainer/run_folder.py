@@ -20,7 +20,7 @@ from typing import Any, Self
 from scumble.configs.errors import Refused
 
 OWNER, HEARTBEAT, EXIT, REQUESTS = "owner.json", "heartbeat.json", "exit.json", "requests"
-OPTIONS = "options.toml"
+OPTIONS, EVENTS = "options.toml", "events.jsonl"
 KINDS_OF_REQUEST = ("sample", "save", "stop")
 BEAT_S, LOST_AFTER_S = 5.0, 300.0
 DONE, STOPPED, CUT = 0, 75, 130
@@ -117,10 +117,15 @@ class RunFolder:
             self.stopped(error.code if isinstance(error.code, int) else 1, "stopped")
         elif error is not None:
             self.stopped(1, f"{type(error).__name__}: {error}")
-        with suppress(Refused, OSError):  # a full disk must not hide what happened
+        told = {"code": self.code, "reason": self.reason, "step": self.step, "num_steps": self.num_steps}
+        try:
             self.check_owner()
-            told = {"code": self.code, "reason": self.reason, "step": self.step, "num_steps": self.num_steps}
             write_json(self.path / EXIT, told | {"host": socket.gethostname(), "t": time.time()})
+        except TakenOver:
+            pass
+        except Refused:  # a full disk must not hide what happened; without its owner the run does not seem to live
+            with suppress(OSError):
+                (self.path / OWNER).unlink()
 
 
 def name_of_set(images: str) -> str:
@@ -131,7 +136,7 @@ def name_of_set(images: str) -> str:
 
 def is_run(folder: Path) -> bool:
     """Whether `folder` is one that a run left or is in."""
-    return (folder / OPTIONS).is_file() and (folder / OWNER).is_file()
+    return (folder / OPTIONS).is_file() and (folder / EVENTS).is_file()
 
 
 def status_of(folder: Path) -> Status:
@@ -141,8 +146,12 @@ def status_of(folder: Path) -> Status:
     if ended:
         code = ended.get("code")
         state = "done" if code == DONE else "stopped" if code in (STOPPED, CUT, 73) else "failed"
-        return Status(state, str(ended.get("reason", "")), int(ended.get("step", step)), num_steps)
-    if owner.get("host") == socket.gethostname():
+        return Status(
+            state, str(ended.get("reason", "")), int(ended.get("step", step)), int(ended.get("num_steps", num_steps))
+        )
+    if not owner:
+        lives = False
+    elif owner.get("host") == socket.gethostname():
         lives = owner.get("born") is not None and born(int(owner.get("pid", 0))) == owner["born"]
     else:
         lives = abs(time.time() - float(beat.get("t", 0))) < LOST_AFTER_S

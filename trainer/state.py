@@ -1,9 +1,9 @@
 """The state of a run at a step: all that a later process needs to go on as if nothing had happened.
 
 A folder `state/000123/` holds `adapter.safetensors` (the trained parameters in fp32, and their moving average),
-`optimizer.pt` (of the optimiser and the loss scaler) and `state.json` (numbers, and the digests of the two files). It
-is staged under another name, synced and renamed, so it is there whole or not at all, and never pairs one step's
-adapter with another's optimiser. There is no state of random generators: every draw is a function of (seed, step).
+`optimizer.pt` (of the optimiser and the loss scaler) and `state.json` (numbers, the digests of the two files, and its
+own). It is staged under another name, synced and renamed, so it is there whole or not at all, and never pairs one
+step's adapter with another's optimiser. Random generators have no state: every draw is a function of (seed, step).
 """
 
 import hashlib
@@ -71,7 +71,8 @@ def save_state(
         with (staged / OPTIMIZER).open("wb") as file:
             torch.save(dict(optimizer), file)
         digests = {name: _digest(staged / name) for name in (ADAPTER, OPTIMIZER)}
-        (staged / NUMBERS).write_text(json.dumps(asdict(state) | {"digests": digests}), encoding="utf-8")
+        told = json.dumps(asdict(state) | {"digests": digests})
+        (staged / NUMBERS).write_text(f"{told}\n{_digest_of(told)}\n", encoding="utf-8")
         for path in (*staged.iterdir(), staged):
             _sync(path)
         check_owner()
@@ -94,7 +95,10 @@ def newest_state(run: Path, say: Callable[[str], None]) -> Kept | None:
     """The newest state that is whole; `say` is told of each that is not. None where there is no state."""
     for path in reversed(_states(run)):
         with suppress(OSError, ValueError, TypeError, KeyError):
-            told = json.loads((path / NUMBERS).read_text(encoding="utf-8"))
+            text, digest = (path / NUMBERS).read_text(encoding="utf-8").splitlines()
+            if _digest_of(text) != digest:
+                raise ValueError(path)
+            told = json.loads(text)
             digests = told.pop("digests")
             if all(_digest(path / name) == digests[name] for name in (ADAPTER, OPTIMIZER)):
                 told["rows"] = [tuple(row) for row in told["rows"]]
@@ -113,6 +117,10 @@ def _states(run: Path) -> list[Path]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _is_about_writing(error: RuntimeError) -> bool:

@@ -48,6 +48,7 @@ class Objectives:
         self.base, self.examples, self.crops, self.latents = base, examples, crops, latents
         self.masks = masks or [()] * len(examples)
         self.data, self.objective, self.seed = data, objective, seed
+        self.rules_of_prior = data.model_copy(update={"trigger": "", "prefix": "", "suffix": ""})
         self.text_is_trained = text_is_trained
         self.device = base.unet.device
         self.alphas_cumprod = base.alphas_cumprod.to(self.device)
@@ -112,15 +113,9 @@ class Objectives:
         return torch.stack(masks)[:, None].to(self.device)
 
     def _caption(self, look: Look) -> str:
-        return said(
-            self.examples[look.index].caption,
-            shuffle_tags=self.data.shuffle_tags,
-            keep_tags=self.data.keep_tags,
-            dropout=self.data.caption_dropout,
-            seed=self.seed,
-            step=look.step,
-            index=look.slot,
-        )
+        example = self.examples[look.index]
+        rules = self.rules_of_prior if example.prior else self.data
+        return said(example.lines or [example.caption], rules, seed=self.seed, step=look.step, index=look.slot)
 
     def _conditioning(self, captions: Sequence[str]) -> Conditioning:
         if self.text_is_trained:

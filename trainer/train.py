@@ -28,7 +28,7 @@ from .optimizers import make_optimizer
 from .pace import Pace
 from .preview import Gallery, write_picture
 from .report import loss_curve
-from .run_folder import OPTIONS, STOPPED, RunFolder, TakenOver, is_run, write_text
+from .run_folder import EVENTS, OPTIONS, STOPPED, RunFolder, TakenOver, is_run, write_text
 from .schedules import rate_share
 from .state import Kept, State, newest_state, save_state
 from .step import Objectives
@@ -82,7 +82,7 @@ def train(
     try:
         with Interrupts() as interrupts, RunFolder(folder).claim(force) as run:
             write_text(folder / OPTIONS, files.dumps(job.options))
-            events = Events([*readers, file_reader(folder / "events.jsonl")])
+            events = Events([*readers, file_reader(folder / EVENTS)])
             announce(job, events, notes)
             ready = make_ready(job, events, kept)
             state = replace(kept.state if kept else State(started=time.time()), identity=identity)

@@ -219,6 +219,7 @@ def train_denoiser(
     start: Denoiser | None,
 ) -> Denoiser:
     """Train, or go on training, for `steps` steps in all; returns the moving average of the weights."""
+    work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(1)
     model = start or Denoiser(make_text_encoder(tokenizer, TEXT_WIDTH), make_unet())
     if start is None:

@@ -1,0 +1,38 @@
+"""Captions from the names of files: `red_apple-03.png` is a red apple."""
+
+import re
+from collections.abc import Sequence
+
+from .picture import Picture
+
+CAMERAS = r"img|dsc[fn]?|dscn?|pxl|pict?|mvimg|gopr|dji|imag|p|cimg|sam|wp|vid|scan|screenshot|screen shot"
+NOT_WORDS = re.compile(
+    rf"^(?:{CAMERAS})(?=[\s\d]|$)|^(?:image|photo|picture|untitled|unnamed|download|output|file|comfyui|grid)(?=[\s\d]|$)",
+    re.IGNORECASE,
+)
+HASH = re.compile(r"[0-9a-f]{8,}(?:[ -][0-9a-f]{4,})*", re.IGNORECASE)
+
+
+class Filename:
+    """The words of the file's name; nothing for names that cameras and programs give."""
+
+    def captions(self, pictures: Sequence[Picture]) -> list[str]:
+        return [words_of(picture.path.stem) for picture in pictures]
+
+
+def words_of(stem: str) -> str:
+    """`red_apple-03` -> `red apple`; `IMG_2041`, a hash, or a number alone -> nothing."""
+    if HASH.fullmatch(stem) and re.search(r"\d", stem):
+        return ""
+    text = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", stem)  # RedApple
+    text = re.sub(r"[_+.~\s]+|-+", " ", text)
+    text = re.sub(r"\(\s*\d*\s*\)|\[[^]]*\]|\bcopy\b", " ", text, flags=re.IGNORECASE)
+    text = NOT_WORDS.sub(" ", " ".join(text.split()))
+    words = [word for word in text.split() if re.search(r"[^\W\d_]", word) and not _is_code(word)]
+    return " ".join(words)
+
+
+def _is_code(word: str) -> bool:
+    """Numbers with a few letters among them: 1024x768, v2, 3a7f9c."""
+    digits = sum(letter.isdigit() for letter in word)
+    return digits > 0 and digits >= len(word) / 2

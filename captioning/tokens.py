@@ -1,0 +1,15 @@
+"""Tokens of a caption by CLIP's own tokenizer, which Stable Diffusion 1, 2 and XL share."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+TOKENIZER = Path(__file__).parent.parent.resolve() / "configs" / "bases" / "sd15" / "tokenizer"
+WINDOW = 75  # 77 with the marks of begin and end
+
+
+def num_tokens(captions: Sequence[str]) -> list[int]:
+    """How many tokens each caption has, begin and end not counted."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
+    return [len(ids) for ids in tokenizer(list(captions), add_special_tokens=False).input_ids] if captions else []

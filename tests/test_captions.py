@@ -1,0 +1,161 @@
+"""What training hears of captions: wildcards, lines, tags, frames; the same from the same seed, step and place."""
+
+import random
+from collections import Counter
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from scumble.configs.options import Captions, Model, Objective, Options
+from scumble.datasets.captions import said
+from scumble.datasets.folder import read_set
+from scumble.datasets.images import Size, centre_crop, read_size
+from scumble.datasets.wildcards import chosen
+from scumble.trainer import step
+from scumble.trainer.latents import encode_set
+from scumble.trainer.models import load, recognise
+
+DRAWS = 3000
+
+
+def heard(lines: list[str], num_steps: int = DRAWS, **rules: object) -> list[str]:
+    table = Captions.model_validate({"caption_dropout": 0.0, **rules})
+    return [said(lines, table, seed=0, step=step, index=1) for step in range(num_steps)]
+
+
+def test_without_options_a_caption_is_heard_as_it_is_written():
+    assert set(heard(["a cat,  on {a} mat; 1|2"], 20)) == {"a cat,  on {a} mat; 1|2"}
+
+
+@pytest.mark.parametrize(
+    ("text", "ways"),
+    [
+        ("a {red|blue} cat", ["a red cat", "a blue cat"]),
+        ("{a|b}{c|d}", ["ac", "ad", "bc", "bd"]),
+        ("{big |}cat", ["big cat", "cat"]),
+        ("{a|{b|{c|d}}}", ["a", "b", "c", "d"]),
+        ("{{a|b}|c}", ["a", "b", "c"]),
+        ("{{a|b}}", ["{a|b}"]),
+        ("{{a {b|c}}}", ["{a b}", "{a c}"]),
+        ("{{{a|b}}}", ["{a}", "{b}"]),
+        ("{a}", ["{a}"]),
+        ("{a", ["{a"]),
+        ("a}b {c|d", ["a}b {c|d"]),
+        ("} {a|b} {", ["} a {", "} b {"]),
+        ("{x {a|b}}", ["{x a}", "{x b}"]),
+        ("{|}", [""]),
+        ("a|b", ["a|b"]),
+        ("", [""]),
+    ],
+)
+def test_a_wildcard_says_each_of_its_ways_and_nothing_else(text: str, ways: list[str]):
+    draws = [chosen(text, random.Random(number)) for number in range(400)]
+    assert set(draws) == set(ways)
+
+
+def test_the_ways_of_a_wildcard_are_as_likely_as_each_other():
+    counts = Counter(heard(["{a|b|c|d}"]))
+    expected = DRAWS / 4
+    chi_square = sum((counts[way] - expected) ** 2 / expected for way in "abcd")
+    assert chi_square < 16.27  # three degrees of freedom, one in a thousand
+
+
+def test_wildcards_can_be_switched_off():
+    assert set(heard(["{a|b}"], 20, wildcards=False)) == {"{a|b}"}
+
+
+def test_every_line_is_picked_alike_or_all_are_joined():
+    lines = ["a cat", "zwx cat, sitting", "an animal"]
+    assert set(heard(lines, 20)) == {"a cat zwx cat, sitting an animal"}
+    counts = Counter(heard(lines, caption_lines="pick"))
+    assert set(counts) == set(lines) and min(counts.values()) > 0.9 * DRAWS / 3
+    assert heard([], 1, caption_lines="pick", trigger="zwx") == ["zwx"]
+
+
+def test_the_trigger_is_before_the_line_that_is_picked_and_once_before_joined_lines():
+    lines = ["a cat", "a zwx cat"]
+    assert set(heard(lines, 50, caption_lines="pick", trigger="zwx")) == {"zwx, a cat", "a zwx cat"}
+    assert set(heard(["a cat", "a dog"], 5, trigger="zwx")) == {"zwx, a cat a dog"}
+
+
+@pytest.mark.parametrize(
+    ("prefix", "suffix", "expected"),
+    [
+        ("a photo of", "", "a photo of zwx, cat"),
+        ("masterpiece,", ", on white", "masterpiece, zwx, cat, on white"),
+        ("", "at night", "zwx, cat at night"),
+        ("zwx style,", "", "zwx style, cat"),
+        ("", "by zwx", "cat by zwx"),
+    ],
+)
+def test_prefix_and_suffix_stand_around_everything(prefix: str, suffix: str, expected: str):
+    assert set(heard(["cat"], 5, prefix=prefix, suffix=suffix, trigger="zwx")) == {expected}
+
+
+def test_prefix_and_suffix_are_never_shuffled_or_dropped():
+    rules = {"prefix": "p, q,", "suffix": ", s", "shuffle_tags": True, "keep_tags": 0, "tag_dropout": 0.5}
+    for caption in heard(["a, b, c"], 200, **rules):
+        assert caption.startswith("p, q,") and caption.endswith(", s")
+
+
+def test_tags_behind_the_kept_ones_are_dropped_as_often_as_asked_each_for_itself():
+    draws = heard(["zwx, a, b, c"], tag_dropout=0.3, keep_tags=1)
+    assert all(caption.split(", ")[0] == "zwx" for caption in draws)
+    for tag in "abc":
+        assert 0.27 < sum(tag not in caption.split(", ") for caption in draws) / DRAWS < 0.33
+    both = sum("a" not in caption and "b" not in caption for caption in draws) / DRAWS
+    assert 0.07 < both < 0.11  # 0.3 * 0.3: not all at once
+    assert set(heard(["zwx, a, b, c"], 5)) == {"zwx, a, b, c"}
+
+
+def test_a_tag_with_the_trigger_is_never_dropped():
+    draws = heard(["a, b, ZWX cat"], 300, tag_dropout=0.9, keep_tags=0, trigger="zwx")
+    assert all("ZWX cat" in caption for caption in draws)
+
+
+def test_tags_of_wildcards_are_shuffled_like_others():
+    seen = set(heard(["k, {a|b}, c"], 400, shuffle_tags=True))
+    assert seen == {f"k, {x}, {y}" for one in "ab" for x, y in ((one, "c"), ("c", one))}
+
+
+def test_caption_dropout_leaves_nothing_prefix_and_trigger_neither():
+    draws = heard(["cat"], caption_dropout=0.25, prefix="p", trigger="zwx")
+    assert set(draws) == {"", "p zwx, cat"}
+    assert 0.22 < draws.count("") / DRAWS < 0.28
+
+
+def test_what_is_heard_depends_on_seed_step_and_place_alone():
+    rules = Captions(shuffle_tags=True, tag_dropout=0.2, caption_lines="pick", caption_dropout=0.1)
+    lines = ["a, b, {c|d}, e", "f, g, h, i"]
+
+    def one(seed: int, step: int, index: int) -> str:
+        return said(lines, rules, seed=seed, step=step, index=index)
+
+    places = list(product(range(3), range(3), range(3)))
+    first = [one(*place) for place in places]
+    assert first == [one(*place) for place in reversed(places)][::-1]
+    assert len(set(first)) > 12
+
+
+def test_training_hears_the_rules_regularisation_pictures_without_the_trigger_and_the_store_of_encodings_is_bounded(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    base = load(Model(), recognise(Model()), torch.device("cpu"), torch.float32)
+    samples = read_set(Path(__file__).parent.parent / "datasets/samples/clay-style").examples[:2]
+    examples = [replace(samples[0], lines=("{red|blue} cat", "dog")), replace(samples[1], lines=("owl",), prior=True)]
+    crops = [[centre_crop(read_size(example.image), Size(64, 64))] for example in examples]
+    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)])
+    rules = {"caption_dropout": 0.0, "trigger": "zwx", "prefix": "p", "caption_lines": "pick"}
+    data = Options().data.model_copy(update=rules)
+    objectives = step.Objectives(base, examples, crops, latents, data, Objective(), seed=0, text_is_trained=False)
+    heard = set()
+    monkeypatch.setattr(step, "MAX_ENCODINGS", 3)
+    for number in range(24):
+        with torch.no_grad():
+            losses = objectives.losses([step.Look(0, number, 0), step.Look(1, number, 1)])
+        assert losses.isfinite().all() and len(objectives.encodings) <= 3
+        heard |= set(objectives.encodings)
+    assert heard == {"p zwx, red cat", "p zwx, blue cat", "p zwx, dog", "owl"}

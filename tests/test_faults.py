@@ -1,0 +1,228 @@
+"""What goes wrong on real machines: kills, full disks, numbers that are not finite, too little memory, slow steps.
+
+The long form of the kills, for every optimiser: `python tests/faults/kills.py --kills 20`.
+"""
+
+import math
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from faults.kills import survive
+from test_train import SAMPLES, ran
+
+from scumble.configs.errors import Refused
+from scumble.trainer.adapters.files import read_tensors
+from scumble.trainer.events import Event
+from scumble.trainer.keeping import check_disk, disk_needed, in_words, surplus
+from scumble.trainer.optimizers import make_optimizer
+from scumble.trainer.pace import Pace
+from scumble.trainer.run_folder import status_of
+from scumble.trainer.state import newest_state
+from scumble.trainer.step import Look
+from scumble.trainer.update import HALVED_AFTER, STOPPED_AFTER, Update
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.slow
+def test_a_run_survives_kills_at_any_instant_and_ends_bit_for_bit_as_an_unbroken_one(tmp_path: Path):
+    survived = survive("adamw", kills=4, folder=tmp_path, steps=4)
+    assert survived.differing == [] and survived.kills == 4 and survived.while_writing >= 1
+
+
+class Line:
+    """A loss that is easy to follow: (weight * x - 1)² of each look, x from the look; some looks fail."""
+
+    seed = 0
+
+    def __init__(self, weight: torch.nn.Parameter, broken: Sequence[int] = (), fits: int = 1000):
+        self.weight, self.broken, self.fits, self.largest = weight, broken, fits, 0
+
+    def losses(self, looks: Sequence[Look]) -> torch.Tensor:
+        self.largest = max(self.largest, len(looks))
+        if len(looks) > self.fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        x = torch.tensor([1.0 + look.index for look in looks])
+        losses = (self.weight * x - 1).pow(2)
+        return losses * (math.nan if looks[0].step in self.broken else 1.0)
+
+
+def update_of(broken: Sequence[int] = (), fits: int = 1000) -> tuple[Update, Line, list[str]]:
+    weight, said = torch.nn.Parameter(torch.tensor(0.1)), []
+    line = Line(weight, broken, fits)
+    optimizer = make_optimizer("adamw", [(0.01, [weight])], 0.0)
+    update = Update(Accelerator(cpu=True), line, {"w": weight}, optimizer, 1.0, 0.0, said.append)  # ty: ignore
+    return update, line, said
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_some_in_a_row_halve_the_rate():
+    update, line, said = update_of(broken=range(2, 2 + HALVED_AFTER))
+    values = [float(line.weight)]
+    for step in range(8):
+        outcome = update.take(step, [[0, 1], [2]], 1.0)
+        assert outcome.broken == ("loss" if step in line.broken else "")
+        values.append(float(line.weight))
+    assert values[2] == values[3] == values[4] == values[5] and values[5] != values[6]
+    assert update.optimizer.param_groups[0]["lr"] == 0.005 and not update.is_hopeless
+    assert said == [f"step 5: {HALVED_AFTER} steps in a row are not finite; the rate is halved"]
+
+
+def test_a_run_whose_steps_stay_broken_stops():
+    update, _, _ = update_of(broken=range(100))
+    taken = 0
+    while not update.is_hopeless:
+        update.take(taken, [[0]], 1.0)
+        taken += 1
+    assert taken == STOPPED_AFTER
+
+
+@pytest.mark.parametrize("fits", [4, 3, 2, 1])
+def test_a_step_that_does_not_fit_is_cut_and_its_gradient_stays(fits: int):
+    whole, line, _ = update_of()
+    whole.take(0, [[0, 1, 2, 3], [4, 5]], 1.0)
+    cut, other, said = update_of(fits=fits)
+    recomputed = []
+    cut.recompute = lambda: recomputed.append(1)
+    outcome = cut.take(0, [[0, 1, 2, 3], [4, 5]], 1.0)
+    torch.testing.assert_close(other.weight.detach(), line.weight.detach(), rtol=1e-6, atol=0)
+    assert not outcome.broken and recomputed == ([1] if fits < 4 else [])
+    assert [line for line in said if "effective batch stays" in line] if fits < 4 else said == []
+    assert cut.micro_batch == {4: 0, 3: 2, 2: 2, 1: 1}[fits]
+
+
+def test_a_step_that_fits_in_no_way_stops_the_run_which_can_go_on():
+    update, _, _ = update_of(fits=0)
+    with pytest.raises(Refused, match="step 1 does not fit into the memory of the cpu device; close other") as error:
+        update.take(0, [[0, 1]], 1.0)
+    assert error.value.exit_code == 75
+
+
+def test_a_run_of_broken_numbers_goes_back_to_its_last_good_state(tmp_path: Path):
+    wanted = {"steps": 60, "rate": 100.0, "text_rate": 100.0, "schedule": "constant", "warm_up": 0.0, "clip": 0.0}
+    with pytest.raises(Refused, match=r"until step \d+ is in .*clay\.safetensors") as error:
+        ran(tmp_path, optimization=wanted, output={"preview_every": 0, "save_every": 1})
+    run = tmp_path / "runs/clay"
+    assert error.value.exit_code == 2 and status_of(run).state == "failed"
+    tensors, metadata = read_tensors(run / "clay.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    kept = newest_state(run, pytest.fail)
+    assert kept and metadata["ss_steps"] == str(kept.state.step)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MB; where no disk can be mounted, a folder that no file larger than 1 MB fits into."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode == 0:
+        yield place
+        subprocess.run(["umount", "-l", str(place)], check=True)
+        return
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
+    yield place
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_stops_the_run_loses_nothing_and_says_how_to_go_on(tmp_path: Path, tiny_disk: Path):
+    filler = tiny_disk / "filler"
+
+    def fill(event: Event) -> None:
+        if event["kind"] == "step" and event["step"] == 3:
+            filler.write_bytes(b"0" * 2**19)
+            with pytest.raises(OSError), filler.open("ab") as file:
+                while True:
+                    file.write(b"0" * 4096)
+                    file.flush()
+
+    tables: dict[str, Any] = {
+        "network": {"rank": 2, "text_rank": 0},
+        "optimization": {"steps": 6},
+        "output": {"runs": str(tiny_disk), "preview_every": 0, "save_every": 2, "save_dtype": "fp32"},
+    }
+    with pytest.raises(
+        Refused, match=rf"cannot be written \(.*\); then `scumble train {tiny_disk}/clay` goes on"
+    ) as error:
+        ran(tmp_path, readers=[fill], **tables)
+    assert error.value.exit_code == 73
+    run = tiny_disk / "clay"
+    kept = newest_state(run, pytest.fail)
+    assert kept and kept.state.step == 2
+    for path in run.rglob("*.safetensors"):
+        read_tensors(path)
+    filler.unlink()
+    again = subprocess.run(
+        [sys.executable, "-m", "scumble.trainer.cli", "train", str(run)], capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr
+    tables["output"] |= {"runs": str(tmp_path / "whole")}
+    unbroken = ran(tmp_path / "whole", **tables)
+    ours, theirs = read_tensors(run / "clay.safetensors")[0], read_tensors(unbroken.folder / "clay.safetensors")[0]
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_too_little_room_is_refused_before_training_with_what_is_needed(tmp_path: Path):
+    with pytest.raises(
+        Refused, match=r"--runs .*: the run needs up to 1000000\.0 GB and .* are free; make room"
+    ) as error:
+        check_disk(tmp_path / "runs", 10**15)
+    assert error.value.exit_code == 73
+    assert disk_needed(1000, 2, 10, "all", 3, False, 0) - disk_needed(1000, 2, 10, "last", 3, False, 0) == 6 * 2000
+    assert (in_words(38_000_000), in_words(2_400_000_000)) == ("38 MB", "2.4 GB")
+
+
+def test_a_run_takes_no_more_room_than_was_told(tmp_path: Path):
+    run = ran(tmp_path, optimization={"steps": 4, "ema": 0.5}, output={"preview_every": 1, "save_every": 1})
+    used = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
+    (told,) = (event["disk_bytes"] for event in run.of("measured"))
+    assert 0.3 * told < used <= told
+
+
+@pytest.mark.parametrize(
+    ("keep", "stay"), [("all", "abcde"), ("last", "de"), ("best", "bd")]
+)  # fmt: skip
+def test_which_saved_adapters_stay(keep: str, stay: str):
+    saved = list(zip("abcde", [5.0, 1.0, 3.0, 2.0, 4.0], strict=True))
+    assert sorted(set("abcde") - set(surplus(saved, keep, 2))) == list(stay)
+
+
+def test_only_the_last_adapters_stay_where_that_is_asked(tmp_path: Path):
+    output = {"preview_every": 0, "save_every": 1, "keep": "last", "keep_count": 2}
+    run = ran(tmp_path, optimization={"steps": 6}, output=output)
+    assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == [
+        "clay-000004.safetensors", "clay-000005.safetensors",
+    ]  # fmt: skip
+
+
+def test_steps_that_become_slow_are_noticed_once_and_steady_ones_never():
+    steady, slow = Pace(CPU), Pace(CPU)
+    assert not any(steady.add(0.1 + 0.05 * (step % 3)) for step in range(200))
+    said = [slow.add(0.1 if step < 50 else 0.4) for step in range(100)]
+    assert len([line for line in said if line]) == 1
+    assert "4.0 times as long as before" in "".join(said)
+    assert next(step for step, line in enumerate(said) if line) < 55
+
+
+def test_pictures_that_vanish_while_the_run_lasts_do_not_matter(tmp_path: Path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for path in sorted(SAMPLES.iterdir())[:8]:
+        (pictures / path.name).write_bytes(path.read_bytes())
+
+    def remove(event: Event) -> None:
+        if event["kind"] == "step" and event["step"] == 1:
+            for path in pictures.iterdir():
+                path.unlink()
+
+    run = ran(tmp_path, readers=[remove], data={"images": str(pictures)}, output={"preview_every": 0})
+    assert len(run.losses) == 3
