@@ -93,6 +93,7 @@ class Data(Captions):
     mask_floor: Share = option(0.0, "Weight of what a mask hides, beside 1 for what it shows")
     repeats: Count = option(1, "Times that each picture is seen in one epoch")
     flip: bool = option(False, "Mirror pictures at random (not for faces, letters, or one-sided things)")
+    cache: str = option("auto", "Folder that keeps latents for the next run; auto: the user's cache folder; off: none")
     prior: str = option("", "Folder of regularisation pictures (prior preservation)")
     prior_weight: Weight = option(1.0, "Weight of the loss on regularisation pictures")
 

@@ -3,6 +3,7 @@
 A thing on an even ground is no picture in a frame: there only the thing itself ends the ground, not the whole line.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,15 +56,27 @@ def _pair(pixels: np.ndarray) -> tuple[int, int]:
 def _bar(pixels: np.ndarray) -> tuple[int, np.ndarray]:
     """Height of the bar at the upper edge and its colour; 0 where there is none."""
     height = len(pixels)
+    least = max(2, math.ceil(LEAST * height))
     colour = np.median(pixels[: max(1, height // 200)].reshape(-1, pixels.shape[2]), axis=0)
-    looked_at = pixels[: int(MOST * height) + 4]
-    apart = np.abs(looked_at.astype(np.int16) - colour.astype(np.int16)).max(2)
-    broken = np.flatnonzero(((apart > RINGING).mean(1) > STRAY) | (apart.mean(1) > EVEN / 2))
-    if not len(broken):
+    thick = _even_lines(pixels[:least], colour)
+    if thick == least:
+        thick = _even_lines(pixels[: int(MOST * height) + 1], colour)
+    if not least <= thick <= MOST * height:
         return 0, colour
-    thick = int(broken[0])
-    if not max(2, LEAST * height) <= thick <= MOST * height:
-        return 0, colour
-    shares = (apart[thick - 2 : thick + REACH] > EVEN).mean(1)
+    lines = _apart(pixels[thick - 2 : thick + REACH], colour)
+    shares = (lines > EVEN).mean(1)
     ends = (shares[2:] >= ENDS) & (shares[:-2] <= BEFORE)
     return (thick if ends.any() else 0), colour
+
+
+def _even_lines(pixels: np.ndarray, colour: np.ndarray) -> int:
+    """How many lines from above are of one colour, but for what a JPEG adds."""
+    apart = _apart(pixels, colour)
+    broken = np.flatnonzero(((apart > RINGING).mean(1) > STRAY) | (apart.mean(1) > EVEN / 2))
+    return int(broken[0]) if len(broken) else len(pixels)
+
+
+def _apart(pixels: np.ndarray, colour: np.ndarray) -> np.ndarray:
+    """Levels between each pixel and a colour, in the channel where it is the most, (H, W)."""
+    channels = [np.abs(pixels[..., channel].astype(np.int16) - np.int16(colour[channel])) for channel in range(3)]
+    return np.maximum(np.maximum(channels[0], channels[1]), channels[2])

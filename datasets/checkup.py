@@ -10,13 +10,14 @@ from typing import Literal
 
 from . import caption_checks, picture_checks
 from .folder import Example, PictureSet
-from .likeness import nearest, same_picture
+from .likeness import nearest
 from .look import Look, Subject, looks_at
 from .material import Found, Material, Severity, counted
 from .tokens import Window
 from .views import View
 from .waste import BucketUse, bucket_uses
 
+FEW = 1000  # thumbs that are kept: about 20 MB
 SEVERITIES: tuple[Severity, ...] = ("serious", "warning", "note")
 
 
@@ -195,6 +196,7 @@ def check(
     """
     subjects = subjects_of(view for view in views if not view.example.prior)
     looks = []
+    with_thumbs = with_thumbs and len(subjects) <= FEW  # of a large set those that are shown are read again
     for look in looks_at(subjects, with_thumbs):
         looks.append(look)
         tell(len(looks))
@@ -208,7 +210,7 @@ def check(
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     heard_of = [material.hears(text) for text in spoken]
     kept = tuple((one.kept, one.lost) for one in heard_of)
-    return Checkup(tuple(looks), kept, tuple(findings), _facts(looks, views, found.examples))
+    return Checkup(tuple(looks), kept, tuple(findings), _facts(material, views, found.examples))
 
 
 def verdict(done: Checkup) -> str:
@@ -230,15 +232,16 @@ def subjects_of(views: Iterable[View]) -> list[Subject]:
     return list(first.values())
 
 
-def _facts(looks: Sequence[Look], views: Sequence[View], examples: Sequence[Example]) -> Facts:
+def _facts(material: Material, views: Sequence[View], examples: Sequence[Example]) -> Facts:
+    looks = material.looks
     by_area = sorted((look.size for look in looks), key=lambda size: size.pixels)
-    copies = {index for group in same_picture([look.likeness for look in looks]) for index in group[1:]}
-    alike = sorted(nearest([look.likeness for index, look in enumerate(looks) if index not in copies]))
+    copies = {index for group in material.same for index in group[1:]}
+    alike = sorted(nearest([look.likeness for at, look in enumerate(material.different) if at not in copies]))
     return Facts(
         pictures=len(looks), prior=sum(example.prior for example in examples),
         looks=sum(view.example.repeats for view in views),
         smallest=str(by_area[0]), largest=str(by_area[-1]),
         buckets=tuple(bucket_uses([view for view in views if not view.example.prior])),
-        likeness=float(alike[len(alike) // 2]),
+        likeness=float(alike[len(alike) // 2]) if alike else -1.0,
         captions=sum(bool(look.subject.example.lines) for look in looks),
     )  # fmt: skip

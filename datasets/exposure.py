@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-GREY_WEIGHTS = (0.299, 0.587, 0.114)
+ONE_COLOUR = 12  # levels
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,11 @@ class Exposure:
     lightest: int
     mean: float
     span: int
+
+    @property
+    def is_empty(self) -> bool:
+        """One colour all over, but for noise."""
+        return self.span < ONE_COLOUR
 
 
 def exposure_of(picture: Image.Image) -> Exposure:

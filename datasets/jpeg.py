@@ -15,6 +15,7 @@ LUMINANCE = (
     18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92,
     49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99,
 )  # fmt: skip  # ITU-T T.81, table K.1
+CLIPPED = 255  # the largest step of a table in 8 bits
 BLOCK = 8
 EVEN = 12  # levels; higher steps are edges of things
 SEEN = 0.15  # how much more often a grid shows at its own place than at any other
@@ -29,7 +30,10 @@ def quality_of(path: Path) -> int | None:
     with suppress(OSError, ValueError, SyntaxError), Image.open(path, formats=("JPEG",)) as picture:
         table = getattr(picture, "quantization", {}).get(0)
         if table and len(table) == len(LUMINANCE):
-            percent = 100 * sum(table) / sum(LUMINANCE)
+            pairs = [(step, own) for step, own in zip(table, LUMINANCE, strict=True) if step < CLIPPED]
+            if not pairs:
+                return 1
+            percent = 100 * sum(step for step, _ in pairs) / sum(own for _, own in pairs)
             quality = (200 - percent) / 2 if percent <= 100 else 5000 / percent
             return round(min(100, max(1, quality)))
     return None

@@ -19,6 +19,7 @@ HASH_SIDE, SMALL_SIDE, TINY_SIDE = 8, 32, 8
 NEAR_BITS = 12  # of 64: the same picture in poor light or as a poor JPEG keeps within 12
 SAME_PICTURE = 0.10  # largest local difference, of the whole range
 LOOK_ALIKE = 0.9  # correlation of tiny copies
+ROWS = 256
 WORTH_A_LOOK = 0.6  # correlation of tiny copies under which two pictures are not laid over each other
 COSINES = np.cos(np.pi / SMALL_SIDE * (np.arange(SMALL_SIDE) + 0.5) * np.arange(HASH_SIDE)[:, None])  # (8, 32)
 
@@ -74,19 +75,29 @@ def same_picture(pictures: Sequence[Likeness]) -> list[list[int]]:
 
 def look_alike(pictures: Sequence[Likeness]) -> list[list[int]]:
     """Groups of two and more indices whose colours lie in the same places: one pose on one ground, say."""
-    tiny = np.array([one.tiny for one in pictures]).reshape(len(pictures), -1)
-    return _groups(len(pictures), lambda row: row + 1 + np.flatnonzero(tiny[row + 1 :] @ tiny[row] > LOOK_ALIKE))
+    correlations = _Correlations(pictures)
+    return _groups(len(pictures), lambda row: row + 1 + np.flatnonzero(correlations[row][row + 1 :] > LOOK_ALIKE))
 
 
 def nearest(pictures: Sequence[Likeness]) -> np.ndarray:
     """Of each picture the correlation with that other one which is most like it, (N,) from -1 to 1."""
-    tiny = np.array([one.tiny for one in pictures]).reshape(len(pictures), -1)
-    found = np.full(len(tiny), -1.0)
-    for row in range(len(tiny)):
-        alike = tiny @ tiny[row]
-        alike[row] = -1
-        found[row] = alike.max()
+    correlations, found = _Correlations(pictures), np.full(len(pictures), -1.0)
+    for row in range(len(pictures)):
+        found[row] = np.delete(correlations[row], row).max(initial=-1)
     return found
+
+
+class _Correlations:
+    """Rows of the matrix of correlations, (N,) each, computed some hundred at a time so that they need not all fit."""
+
+    def __init__(self, pictures: Sequence[Likeness]):
+        self.tiny = np.array([one.tiny for one in pictures], np.float32).reshape(len(pictures), TINY_SIDE**2 * 3)
+        self.start, self.rows = 0, np.empty((0, len(pictures)), np.float32)
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        if not self.start <= row < self.start + len(self.rows):
+            self.start, self.rows = row, self.tiny[row : row + ROWS] @ self.tiny.T
+        return self.rows[row - self.start]
 
 
 def _local(one: np.ndarray, other: np.ndarray) -> float:

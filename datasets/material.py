@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
+from .likeness import look_alike, same_picture
 from .look import Look
 from .places import LeftOut
 from .tokens import Heard, Window
@@ -30,6 +32,29 @@ class Material:
     def written(self) -> list[tuple[Look, str]]:
         """Each picture with its caption as it stands in its file."""
         return [(look, " ".join(look.subject.example.lines)) for look in self.looks]
+
+    @cached_property
+    def files(self) -> list[list[Look]]:
+        """The pictures by what their files hold: of copies of one file there are several."""
+        groups: dict[bytes, list[Look]] = {}
+        for look in self.looks:
+            groups.setdefault(look.digest, []).append(look)
+        return list(groups.values())
+
+    @cached_property
+    def different(self) -> list[Look]:
+        """One picture of each file that is not one colour all over."""
+        return [group[0] for group in self.files if not group[0].exposure.is_empty]
+
+    @cached_property
+    def same(self) -> list[list[int]]:
+        """Groups of `different` that show one picture."""
+        return same_picture([look.likeness for look in self.different])
+
+    @cached_property
+    def alike(self) -> list[list[int]]:
+        """Groups of `different` that have the same shape and ground."""
+        return look_alike([look.likeness for look in self.different])
 
     def hears(self, text: str) -> Heard:
         """By the tokenizer that hears the least of it."""

@@ -5,19 +5,16 @@ tests/benchmarks/checkup.py measures both rates, and its results lie beside it.
 from collections.abc import Iterator
 from statistics import median
 
-from . import likeness
-from .likeness import look_alike
 from .look import Look
 from .material import Found, Material, counted, details, others
 from .stamp import stamps_in
 
 ENOUGH = {"style": (5, 10), "character": (3, 8)}  # fewer are serious, worth a warning
 ENLARGED = 1.1, 1.5  # from here a note, a warning
-SOFT_PX, VERY_SOFT_PX = 1.6, 3.0
+SOFT_PX, VERY_SOFT_PX = 1.7, 3.0
 POOR_QUALITY = 50
 HIGH_STEPS = 1.5  # levels, as JPEG leaves them at quality 40 and under
 IN_CROP = 0.01  # share of a crop's side that a bar must fill
-ONE_COLOUR = 12  # levels
 DARK, LIGHT = 60, 215  # level that a hundredth is above, below
 FAR_PIXELS, FAR_SIGMAS, FEWEST_FOR_OUTLIERS = 70, 4.0, 8
 CUT = 0.25
@@ -44,14 +41,14 @@ def few(material: Material) -> Iterator[Found]:
 
 
 def empty(material: Material) -> Iterator[Found]:
-    found = [look for look in material.looks if is_empty(look)]
+    found = [look for look in material.looks if look.exposure.is_empty]
     if found:
         told = [(look, "one colour all over") for look in found]
         yield Found("serious", f"{counted(len(found), 'picture')} of one colour all over", details(told))
 
 
 def same_file(material: Material) -> Iterator[Found]:
-    groups = [group for group in _by_digest(material) if len(group) > 1]
+    groups = [group for group in material.files if len(group) > 1]
     if groups:
         count = sum(len(group) - 1 for group in groups)
         told = [(look, f"the same file as {others(look, group)}") for group in groups for look in group]
@@ -59,8 +56,7 @@ def same_file(material: Material) -> Iterator[Found]:
 
 
 def same_picture(material: Material) -> Iterator[Found]:
-    firsts = [group[0] for group in _by_digest(material) if not is_empty(group[0])]
-    groups = [[firsts[index] for index in group] for group in likeness.same_picture([look.likeness for look in firsts])]
+    groups = [[material.different[index] for index in group] for group in material.same]
     if groups:
         count = sum(len(group) - 1 for group in groups)
         told = [(look, f"shows the same as {others(look, group)}") for group in groups for look in group]
@@ -69,8 +65,8 @@ def same_picture(material: Material) -> Iterator[Found]:
 
 
 def marks(material: Material) -> Iterator[Found]:
-    copies = {index for group in look_alike([look.likeness for look in material.looks]) for index in group[1:]}
-    different = [look for index, look in enumerate(material.looks) if index not in copies]
+    copies = {index for group in material.alike for index in group[1:]}
+    different = [look for index, look in enumerate(material.different) if index not in copies]
     places = [stamp.place for stamp in stamps_in([look.corners for look in different])]
     if places:
         yield Found("serious", f"one mark stands in the {' and the '.join(places)} of most pictures")
@@ -87,7 +83,7 @@ def small(material: Material) -> Iterator[Found]:
 
 
 def blurred(material: Material) -> Iterator[Found]:
-    soft = [look for look in material.looks if look.blur_px > SOFT_PX and not is_empty(look)]
+    soft = [look for look in material.looks if look.blur_px > SOFT_PX and not look.exposure.is_empty]
     if soft:
         told = [
             (look, f"{'very ' if look.blur_px > VERY_SOFT_PX else ''}soft: sharpest edges {look.blur_px:.1f} px wide")
@@ -104,7 +100,7 @@ def blocks(material: Material) -> Iterator[Found]:
 
 
 def borders(material: Material) -> Iterator[Found]:
-    told = [(look, text) for look in material.looks if not is_empty(look) and (text := _borders(look))]
+    told = [(look, text) for look in material.looks if not look.exposure.is_empty and (text := _borders(look))]
     if told:
         yield Found(material.spread(len(told)), f"{counted(len(told), 'picture')} in bars or a frame", details(told))
 
@@ -112,16 +108,16 @@ def borders(material: Material) -> Iterator[Found]:
 def exposure(material: Material) -> Iterator[Found]:
     told = []
     for look in material.looks:
-        if look.exposure.lightest < DARK and not is_empty(look):
+        if look.exposure.lightest < DARK and not look.exposure.is_empty:
             told.append((look, "almost black"))
-        elif look.exposure.darkest > LIGHT and not is_empty(look):
+        elif look.exposure.darkest > LIGHT and not look.exposure.is_empty:
             told.append((look, "almost white"))
     if told:
         yield Found("warning", f"{counted(len(told), 'picture')} almost black or white", details(told))
 
 
 def outliers(material: Material) -> Iterator[Found]:
-    looks = [look for look in material.looks if not is_empty(look)]
+    looks = [look for look in material.looks if not look.exposure.is_empty]
     if len(looks) < FEWEST_FOR_OUTLIERS:
         return
     middle = median(look.exposure.mean for look in looks)
@@ -143,23 +139,11 @@ def cut_off(material: Material) -> Iterator[Found]:
 
 
 def alike(material: Material) -> Iterator[Found]:
-    firsts = [group[0] for group in _by_digest(material) if not is_empty(group[0])]
-    for group in look_alike([look.likeness for look in firsts]):
+    firsts = material.different
+    for group in material.alike:
         if len(group) >= max(FEWEST_ALIKE, SHARE_ALIKE * len(firsts)):
             told = [(firsts[index], f"looks like {len(group) - 1} others") for index in group]
             yield Found("note", f"{len(group)} of {len(firsts)} pictures have the same shape and ground", details(told))
-
-
-def is_empty(look: Look) -> bool:
-    """One colour all over, but for noise."""
-    return look.exposure.span < ONE_COLOUR
-
-
-def _by_digest(material: Material) -> list[list[Look]]:
-    groups: dict[bytes, list[Look]] = {}
-    for look in material.looks:
-        groups.setdefault(look.digest, []).append(look)
-    return list(groups.values())
 
 
 def _blocks(look: Look) -> str:

@@ -36,6 +36,12 @@ class Window:
         return Heard(len(spans), text[:end].rstrip(), text[end:].strip())
 
 
+def vocabulary_of(folder: Path) -> bytes:
+    """What tells a tokenizer from others; empty where the folder has none."""
+    files = [folder / name for name in ("merges.txt", "tokenizer.json")]
+    return next((file.read_bytes() for file in files if file.is_file()), b"")
+
+
 def read_window(folder: Path) -> Window:
     """The window of a tokenizer's folder: CLIP's `vocab.json` and `merges.txt`, or a `tokenizer.json`.
 

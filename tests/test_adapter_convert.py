@@ -11,9 +11,9 @@ from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.training_utils import _collate_lora_metadata
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import tiny_base
@@ -140,13 +140,84 @@ def test_what_cannot_be_done_is_refused_in_one_line(tmp_path: Path, capsys: pyte
     save_file({f"{stem}.lokr_w1": torch.ones(2, 2), f"{stem}.lokr_w2": torch.ones(2, 2)}, tmp_path / "k.safetensors")
     (tmp_path / "there.safetensors").write_bytes(b"mine")
     source, out = str(tmp_path / "big.safetensors"), ("--out", str(tmp_path / "out.safetensors"))
-    assert "is the file that is read" in refused(source, "--to", "kohya", "--out", source)
-    assert "exists: choose another name, or --force" in refused(
+    assert "is a file that is read" in refused(source, "--to", "kohya", "--out", source)
+    assert "exists: choose another --out, or --force" in refused(
         source, "--to", "kohya", "--out", str(tmp_path / "there.safetensors")
     )
     assert "numbers that fp16 cannot hold; use --dtype bf16" in refused(
         source, "--to", "kohya", "--dtype", "fp16", *out
     )
     assert "lokr has no place in a PEFT file" in refused(str(tmp_path / "k.safetensors"), "--to", "peft", *out)
-    assert "--to" in refused(source, "--to", "comfy", *out) and "--to" in refused(source, *out)
+    assert "--to" in refused(source, "--to", "comfy", *out)
     assert not (tmp_path / "out.safetensors").exists() and (tmp_path / "there.safetensors").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_rank_stabilised_scales_survive_the_way_from_peft_to_kohya_and_back(kind: str, tmp_path: Path):
+    """alpha 4 at rank 4 is a scale of 2 with rsLoRA and of 1 without: lost anywhere, every delta would be halved."""
+    stabilised = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_out.0", "conv1"], use_rslora=True)
+    pipeline = PIPELINES[kind].from_pretrained(tiny_base(kind, tmp_path / "base"))
+    pipeline.unet.add_adapter(stabilised)
+    shake(pipeline.unet)
+    layers = {"unet_lora_layers": get_peft_model_state_dict(pipeline.unet)}
+    pipeline.save_lora_weights(tmp_path, **layers, **_collate_lora_metadata({"unet": pipeline.unet}))
+    live = {path: layer.get_delta_weight("default").flatten(1) for path, layer in lora_layers(pipeline.unet)}
+    kohya = convert(tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "kohya.safetensors")
+    peft = convert(kohya, tmp_path / "peft.safetensors", "--to", "peft")
+    again = convert(peft, tmp_path / "again.safetensors")
+    for file in (kohya, peft, again):
+        modules = {place.path: module for place, module in read_adapter(file).modules.items()}
+        assert modules.keys() == live.keys()
+        for path, module in modules.items():
+            torch.testing.assert_close(module.delta(), live[path], msg=f"{file.name} {path}")
+    loaded = PIPELINES[kind].from_pretrained(tmp_path / "base").unet  # PEFT alone reads the file, at the scale of 1
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules=stabilised.target_modules), loaded, "default")
+    state = {name.removeprefix("unet."): tensor for name, tensor in read_tensors(peft)[0].items()}
+    assert not set_peft_model_state_dict(loaded, state).unexpected_keys
+    for path, layer in lora_layers(loaded):
+        torch.testing.assert_close(layer.get_delta_weight("default").flatten(1), live[path], msg=path)
+
+
+def lora_layers(model: Any) -> list[tuple[str, Any]]:
+    return [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+
+
+@pytest.mark.parametrize("rslora", [True, False])
+def test_a_folder_that_peft_saved_is_read_with_the_scale_of_its_config(rslora: bool, tmp_path: Path):
+    unet: Any = StableDiffusionPipeline.from_pretrained(tiny_base("sd1", tmp_path / "base")).unet
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=["to_q", "conv1"], use_rslora=rslora, alpha_pattern={"conv1": 3}
+    )
+    model = get_peft_model(unet, config)
+    shake(model)
+    model.save_pretrained(str(tmp_path / "peft"))
+    adapter = read_adapter(tmp_path / "peft/adapter_model.safetensors")
+    layers = lora_layers(model.base_model.model)
+    assert len(layers) == len(adapter.modules)
+    for place, module in adapter.modules.items():
+        expected = dict(layers)[place.path].get_delta_weight("default").flatten(1)
+        torch.testing.assert_close(module.delta(), expected, msg=place.path)
+
+
+def test_dora_is_not_written_where_it_would_mean_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """PEFT's magnitudes lie on outputs, the UIs' on inputs, and neither can be turned into the other."""
+    unet: Any = StableDiffusionPipeline.from_pretrained(tiny_base("sd1", tmp_path / "base")).unet
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "conv1"], use_dora=True), unet, "default")
+    shake(unet)
+    state = {f"unet.{name}": tensor.detach() for name, tensor in get_peft_model_state_dict(unet).items()}
+    save_file(state, tmp_path / "peft.safetensors")
+    same, _ = read_tensors(convert(tmp_path / "peft.safetensors", tmp_path / "same.safetensors", "--to", "peft"))
+    assert same.keys() == state.keys() and any("magnitude" in name for name in same)
+    for name, tensor in state.items():
+        torch.testing.assert_close(same[name], tensor, msg=name)
+    stem = "lora_unet_mid_block_attentions_0_proj_in"
+    parts = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(8, 2), "dora_scale": torch.ones(1, 8)}
+    save_file({f"{stem}.{slot}": tensor for slot, tensor in parts.items()}, tmp_path / "kohya.safetensors")
+    for source, dialect, line in (
+        ("peft", "kohya", "PEFT's DoRA has magnitudes by outputs, which no UI computes as PEFT does; bake it into"),
+        ("kohya", "peft", "DoRA by inputs has no place in a PEFT file; use kohya"),
+    ):
+        with pytest.raises(SystemExit):
+            convert(tmp_path / f"{source}.safetensors", tmp_path / "no.safetensors", "--to", dialect)
+        assert line in capsys.readouterr().err
+    assert not (tmp_path / "no.safetensors").exists()

@@ -10,9 +10,11 @@ from peft.utils import merge_utils
 
 from scumble.configs.errors import Refused
 from scumble.trainer.adapters.adapter import Adapter, Module, from_tensors, to_tensors
+from scumble.trainer.adapters.factors import Reduction
+from scumble.trainer.adapters.files import read_header
 from scumble.trainer.adapters.keys import Place
 from scumble.trainer.adapters.merge import Input, Recipe, fused, merge, rank_stabilised, seed_at
-from scumble.trainer.adapters.provenance import metadata_of_result
+from scumble.trainer.adapters.provenance import metadata_of_result, write_result
 
 TO_K = Place("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k")
 CONV = Place("unet", "up_blocks.0.resnets.1.conv1")
@@ -143,8 +145,8 @@ def test_a_loha_is_merged_by_its_dense_delta_with_the_kernel_of_its_layer():
     alone = merge([Input("b", Adapter({CONV: loha(3)}))], Recipe("svd", rank=4)).adapter.modules[CONV]
     assert alone.tensors["lora_down"].shape == (4, 10, 3, 3)
     torch.testing.assert_close(alone.delta(), loha(3).delta(), rtol=1e-3, atol=1e-3)
-    with pytest.raises(Refused, match=r"b: unet up_blocks\.0\.resnets\.1\.conv1 is loha, which has no LoRA rank"):
-        merge(inputs, Recipe("linear"))
+    with pytest.raises(Refused, match=r"b: unet .*conv1 is loha, which has no rank of a LoRA: give --rank"):
+        merge(inputs, Recipe("svd"))
 
 
 def test_a_tucker_core_is_merged_exactly():
@@ -188,7 +190,7 @@ def test_half_precision_stays_what_it_was():
         ([Input("a", adapter(1, 2)), Input("b", Adapter({TO_K: lora(1, 8, 2, (768,))}))], Recipe(),
          r"attn2\.to_k has 24 x 768 and 8 x 768 in the inputs"),
         ([Input("a", Adapter({TO_K: DORA}))], Recipe(),
-         "a: unet .*attn2.to_k is DoRA, .* bake it into the base and extract"),
+         "a: unet .*attn2.to_k is DoRA, whose change depends on its base; name it: --base FILE"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_merged_is_one_line(inputs: list[Input], recipe: Recipe, line: str):
@@ -197,7 +199,7 @@ def test_what_cannot_be_merged_is_one_line(inputs: list[Input], recipe: Recipe, 
     assert "\n" not in str(error.value)
 
 
-def test_metadata_keeps_the_base_joins_the_triggers_and_has_no_path():
+def test_metadata_keeps_the_base_joins_the_triggers_and_has_no_path(tmp_path: Path):
     first = Adapter({}, {
         "ss_base_model_version": "sd_v2", "modelspec.architecture": "stable-diffusion-v2-512/lora",
         "ss_sd_model_name": r"C:\Users\jo\models\base.safetensors", "modelspec.trigger_phrase": "clay",
@@ -205,12 +207,17 @@ def test_metadata_keeps_the_base_joins_the_triggers_and_has_no_path():
     }, "sd2")  # fmt: skip
     second = Adapter({}, {"modelspec.trigger_phrase": "paper"}, "sd2")
     result = Adapter(adapter(1, 6).modules, {}, "sd2")
-    told = metadata_of_result([first, second], result, "both", "merged with scumble: a x 1, b x 0.5")
+    lines = write_result(
+        Reduction(result, {"text": 0.25, "mid_block": 0.5}), [first, second], tmp_path / "both", "x", True
+    )
+    told = read_header(tmp_path / "both").metadata
     assert told["modelspec.architecture"] == "stable-diffusion-v2-512/lora" and told["ss_v2"] == "True"
     assert told["ss_sd_model_name"] == "base.safetensors" and told["modelspec.trigger_phrase"] == "clay, paper"
     assert told["ss_network_dim"] == "6" and told["ss_network_alpha"] == "6" and told["ss_output_name"] == "both"
     assert not {"ss_dataset_dirs", "lora_adapter_metadata", "ss_steps"} & told.keys()
     assert not any("/home" in value or "Users" in value for value in told.values())
+    assert [line.split()[0] for line in lines[:2]] == ["mid_block", "text"] and "50.0%" in lines[0]
+    assert lines[2] == "paths of a disk were cut out of its metadata: ss_sd_model_name"
 
 
 def test_metadata_of_a_file_that_has_none_is_that_of_its_family(tmp_path: Path):

@@ -15,13 +15,16 @@ from test_adapter_keys import LAYOUTS, OTHERS
 from tiny import CONFIGS, tiny_base
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from scumble.configs.options import Model, Network
 from scumble.trainer import cli
 from scumble.trainer.adapters.adapter import from_tensors, to_tensors
 from scumble.trainer.adapters.keys import Place, kohya_stem
-from scumble.trainer.adapters.layout import layout_of
 from scumble.trainer.adapters.uis import matches
-from scumble.trainer.lora import ATTENTION, CONVS, FULL, TEXT
-from scumble.trainer.models import EMBEDDED
+from scumble.trainer.adapters.verify import output_of, verify
+from scumble.trainer.adapters.weights import find_weights
+from scumble.trainer.export import export
+from scumble.trainer.lora import ATTENTION, CONVS, FULL, TEXT, Part, attach
+from scumble.trainer.models import EMBEDDED, load, recognise
 
 SLOTS = ("lora_down.weight", "lora_up.weight", "alpha")
 
@@ -57,6 +60,10 @@ def place_of(part: str, name: str) -> Place:
 
 def layout(family: str) -> list[Place]:
     return [place_of(part, name) for part, name in chosen(family, f"{FULL}|{CONVS}|{OTHERS}")]
+
+
+def shapes(base: Path) -> dict[Place, tuple[int, ...]]:
+    return {place: spot.shape for place, spot in find_weights(base).spots.items()}
 
 
 def shares(names: list[str], family: str) -> dict[str, int]:
@@ -120,7 +127,7 @@ def test_the_layout_of_a_base_is_that_of_its_modules(kind: str, tmp_path: Path):
     folder = tiny_base(kind, tmp_path)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     assert isinstance(unet, UNet2DConditionModel)
-    found = layout_of(folder, is_file=False)
+    found = shapes(folder)
     expected = {
         name: tuple(layer.weight.shape) for name, layer in unet.named_modules()
         if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
@@ -146,7 +153,7 @@ def test_a_single_file_has_the_same_layout_as_the_folder(tmp_path: Path):
         },
         tmp_path / "x.safetensors",
     )
-    assert layout_of(tmp_path / "x.safetensors", is_file=True) == {
+    assert shapes(tmp_path / "x.safetensors") == {
         Place("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"): (16, 32),
         Place("unet", "down_blocks.0.resnets.0.conv1"): (16, 8, 3, 3),
         Place("unet", "up_blocks.0.upsamplers.0.conv"): (8, 8, 3, 3),
@@ -159,7 +166,7 @@ def test_a_single_file_has_the_same_layout_as_the_folder(tmp_path: Path):
 def factors(folder: Path, text: str, unet: str = r".*\.attn2\.to_[qv]|.*\.conv1") -> dict[str, torch.Tensor]:
     """Random factors, under kohya's names, on chosen layers of a tiny base."""
     generator, tensors = torch.Generator().manual_seed(0), {}
-    for place, shape in layout_of(folder, is_file=False).items():
+    for place, shape in shapes(folder).items():
         if re.fullmatch(unet if place.component == "unet" else text, place.path):
             stem = kohya_stem(place, "sdxl" if (folder / "text_encoder_2").exists() else "sd1")
             ones = (1,) * (len(shape) - 2)
@@ -179,7 +186,7 @@ def verified(file: Path, base: Path, capsys: pytest.CaptureFixture[str], *argume
 
 
 def test_the_embedded_base_has_a_layout_too():
-    found = layout_of(EMBEDDED, is_file=False)
+    found = shapes(EMBEDDED)
     assert {place.component for place in found} == {"unet", "text"}
     assert matches([], found, "sd1")[0].is_whole
 
@@ -222,15 +229,60 @@ def test_what_is_wrong_is_named_without_loading_the_base(tmp_path: Path, capsys:
     save_file(whole, file)
     assert verified(file, folder, capsys, "--quick")[0] == 0
     assert "to_q: holds numbers that are not finite" in broken({down: torch.full_like(whole[down], torch.nan)})
-    assert "to_q: is 16 × 17 and the layer 16 × 16" in broken({down: torch.ones(2, 17)})
-    assert "of factors that do not fit each other" in broken({down: torch.ones(3, 16)})
+    assert "to_q: is 16 x 17 and the base's layer 16 x 16" in broken({down: torch.ones(2, 17)})
     stem = "lora_unet_down_blocks_9_attentions_0_proj_in"
     foreign = {f"{stem}.lora_down.weight": torch.ones(2, 16), f"{stem}.lora_up.weight": torch.ones(16, 2)}
-    assert "down_blocks.9.attentions.0.proj_in: the base has no such layer" in broken(foreign)
+    assert "down_blocks.9.attentions.0.proj_in: is not in the base" in broken(foreign)
     peft = to_tensors(from_tensors(whole, {}, "x"), "peft")
     save_file(peft, file)
     code, out = verified(file, folder, capsys, "--quick")
-    assert code == 1 and "tensors without a home" in out and "convert --to kohya" in out
+    assert code == 1 and "tensors without a home" in out and "adapter convert" in out
     stock = StableDiffusionPipeline.from_pretrained(folder)
     stock.load_lora_weights(str(file))  # which shows that only the UIs have trouble with it
     assert stock.get_active_adapters() == ["default_0"]
+
+
+@pytest.mark.parametrize("network", ["dora", "loha", "lokr"])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_kinds_that_diffusers_does_not_know_are_tried_on_the_base_and_it_is_said(
+    network: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tiny_base(kind, tmp_path / "base")
+    model = Model(base=str(folder))
+    base = load(model, recognise(model), torch.device("cpu"), torch.float32)
+    names = ["text", "text2"][: len(base.text_encoders)]
+    parts = [Part("unet", 4, 4.0), *(Part(name, 2, 2.0) for name in names)]
+    trained = attach(base, Network(network=network, lokr_factor=4), parts, seed=0)  # ty: ignore[invalid-argument-type]
+    generator = torch.Generator().manual_seed(0)
+    for module in trained:
+        for slot, parameter in module.tensors.items():
+            noise = 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = parameter.data * (1 + noise) if slot == "dora_scale" else parameter.data + noise
+    file = tmp_path / "it.safetensors"
+    export(file, trained, {"ss_base_model_version": "sd_v1" if kind == "sd1" else "sdxl_base_v1-0"}, torch.float32)
+    with torch.no_grad():
+        live = {name: output_of(base, name) for name in ("unet", *names)}
+    verdict = verify(file, str(folder))
+    assert verdict.is_sound and not verdict.faults and {match.ui for match in verdict.uis if match.is_whole} >= {
+        "ComfyUI", "A1111", "Forge"
+    }  # fmt: skip
+    assert [trial.difference for trial in verdict.trials] == [None] * len(live)
+    plain = load(model, recognise(model), torch.device("cpu"), torch.float32)
+    for trial in verdict.trials:  # what verify adds to the weights moves the output as PEFT's layers do
+        alone = output_of(plain, trial.component)
+        effect = float((live[trial.component] - alone).abs().max())
+        assert effect > 0.01 and trial.effect == pytest.approx(effect, rel=1e-3)
+    code, out = verified(file, folder, capsys)
+    reason = {"loha": "it cannot read LoHa", "lokr": "it cannot read LoKr"}.get(network, "it leaves out DoRA's")
+    assert code == 0 and f"not tried in diffusers: {reason}" in out and "nothing is wrong" in out
+    assert "not tried in diffusers" in verified(file, folder, capsys, "--quick")[1]
+
+
+def test_dora_by_outputs_is_a_fault_in_a_file_for_uis(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tiny_base("sd1", tmp_path / "base")
+    tensors = factors(folder, "none", r"mid_block\..*attn1\.to_q")
+    stem = next(iter(tensors)).partition(".")[0]
+    for shape, code in (((1, 32), 0), ((32, 1), 1)):
+        save_file(tensors | {f"{stem}.dora_scale": torch.ones(shape)}, tmp_path / "it.safetensors")
+        found, out = verified(tmp_path / "it.safetensors", folder, capsys, "--quick")
+        assert found == code and ("magnitudes by outputs, which UIs compute otherwise" in out) == bool(code)

@@ -10,10 +10,13 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from PIL import Image
 
 from scumble.configs.errors import Refused
-from scumble.configs.options import Model, Previews
+from scumble.configs.options import Model, Network, Previews
 from scumble.trainer import cli, compare, preview
+from scumble.trainer.adapters.adapter import read_adapter
 from scumble.trainer.adapters.files import write_adapter
 from scumble.trainer.adapters.keys import text_key, unet_key
+from scumble.trainer.export import export
+from scumble.trainer.lora import Part, attach
 from scumble.trainer.models import EMBEDDED, Base, load, recognise
 from scumble.trainer.prompts import Shot, derived, shots_of
 
@@ -171,7 +174,9 @@ def test_strengths_are_those_of_stock_diffusers_and_the_base_is_left_as_it_was(t
     base, shots = loaded(Model()), [replace(SHOT, cfg=1.5, steps=2)]
     file = an_adapter(tmp_path / "it.safetensors")
     plain = preview.paint(base, shots, "ddim")[0]
-    nothing, half, whole = (row[0] for row in compare.paint_strengths(base, file, shots, [0, 0.5, 1], "ddim"))
+    nothing, half, whole = (
+        row[0] for row in compare.paint_strengths(base, file, read_adapter(file), shots, [0, 0.5, 1], "ddim")
+    )
     assert np.array_equal(pixels(nothing), pixels(plain))
     stock = StableDiffusionPipeline.from_pretrained(EMBEDDED)
     stock.load_lora_weights(str(file))
@@ -182,6 +187,29 @@ def test_strengths_are_those_of_stock_diffusers_and_the_base_is_left_as_it_was(t
         ).images[0]
         assert np.abs(pixels(picture) - pixels(expected)).max() <= 1
         assert np.abs(pixels(picture) - pixels(plain)).max() > 8
+    assert np.array_equal(pixels(preview.paint(base, shots, "ddim")[0]), pixels(plain))
+
+
+@pytest.mark.parametrize("network", ["dora", "loha", "lokr"])
+def test_kinds_that_diffusers_cannot_load_are_painted_as_they_were_trained(network: str, tmp_path: Path):
+    base, shots = loaded(Model()), [replace(SHOT, cfg=1.5, steps=2)]
+    plain = preview.paint(base, shots, "ddim")[0]
+    live = loaded(Model())
+    settings = Network.model_validate({"network": network, "targets": "full", "lokr_factor": 4})
+    trained = attach(live, settings, [Part("unet", 4, 8.0, 2, 2.0), Part("text", 2, 2.0)], seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for module in trained:
+        for slot, parameter in module.tensors.items():
+            noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.data += noise * parameter.data if slot == "dora_scale" else noise
+    file = tmp_path / "it.safetensors"
+    export(file, trained, {}, torch.float32)
+    nothing, whole = (
+        row[0] for row in compare.paint_strengths(base, file, read_adapter(file), shots, [0, 1], "ddim")
+    )  # fmt: skip
+    assert np.array_equal(pixels(nothing), pixels(plain))
+    assert np.abs(pixels(whole) - pixels(preview.paint(live, shots, "ddim")[0])).max() <= 2
+    assert np.abs(pixels(whole) - pixels(plain)).max() > 8
     assert np.array_equal(pixels(preview.paint(base, shots, "ddim")[0]), pixels(plain))
 
 
@@ -222,5 +250,5 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path, capsys: 
     assert "--strengths nan: must be numbers" in refused(other, "--strengths", "nan")
     write_adapter({f"{stem}.lokr_w1": torch.ones(2, 2), f"{stem}.lokr_w2": torch.ones(2, 2)}, {}, other)
     assert "does not tell its base" in refused(other)
-    assert "is lokr, which diffusers cannot paint with" in refused(other, "--base", "sketch")
+    assert "attn2.to_k is 4 x 4 and the base's layer 128 x 192; it is for another" in refused(other, "--base", "sketch")
     assert not (tmp_path / "no.png").exists()

@@ -20,15 +20,13 @@ EMBEDDED = BASES / "sketch"
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of base: how wide its text is, and how its adapter files are labelled."""
+    """A kind of base: how wide its text is, which configs a single file takes, how its adapters' keys begin."""
 
     name: str
     label: str
     context_width: int
     configs: dict[str, str]  # prediction type -> folder of configs for a single file
     text_prefixes: tuple[str, ...]  # of adapter keys, one a text encoder (FORMAT: SD1 is lora_te, not lora_te1)
-    version: str  # ss_base_model_version
-    architecture: str  # modelspec.architecture
 
 
 FAMILIES = {
@@ -36,15 +34,13 @@ FAMILIES = {
     for family in (
         Family(
             "sd1", "Stable Diffusion 1", 768, {"epsilon": "sd15", "v_prediction": "sd15"}, ("lora_te",),
-            "sd_v1", "stable-diffusion-v1/lora",
         ),
         Family(
             "sd2", "Stable Diffusion 2", 1024, {"epsilon": "sd21", "v_prediction": "sd21-v"}, ("lora_te",),
-            "sd_v2", "stable-diffusion-v2-768-v/lora",
         ),
         Family(
             "sdxl", "Stable Diffusion XL", 2048, {"epsilon": "sdxl", "v_prediction": "sdxl"},
-            ("lora_te1", "lora_te2"), "sdxl_base_v1-0", "stable-diffusion-xl-v1-base/lora",
+            ("lora_te1", "lora_te2"),
         ),
     )
 }  # fmt: skip

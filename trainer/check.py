@@ -41,6 +41,7 @@ def check(
     if file is None:
         flags["data"]["images"] = source
     options = files.resolve(file, preset, flags)
+    _away_from(Path(options.data.images), out)
     from scumble.datasets.contact import sheet
     from scumble.datasets.page import page
 
@@ -89,6 +90,12 @@ class Counting:
 
     def __call__(self, done: int) -> None:
         self.progress.update(self.task, completed=done)
+
+
+def _away_from(pictures: Path, out: Path) -> None:
+    """Raises `Refused` where the contact sheet would lie among the pictures, to be learned with them."""
+    if pictures.is_dir() and out.resolve().is_relative_to(pictures.resolve()):
+        raise Refused(f"--out {out}: lies in {pictures}, so that its picture would be learned too; name another folder")
 
 
 def _write(path: Path, content: bytes) -> None:

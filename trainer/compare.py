@@ -1,4 +1,7 @@
-"""Adapters beside each other: prompts × strengths × files as one labelled grid, painted by stock diffusers."""
+"""Adapters beside each other: prompts × strengths × files as one labelled grid, painted by stock diffusers.
+
+LoRA is loaded by diffusers itself. It knows no other kind, so those are put into the weights for the time of a row.
+"""
 
 import math
 from collections.abc import Sequence
@@ -11,6 +14,10 @@ from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Previews
 
 from .adapters.adapter import Adapter, read_adapter
+from .adapters.fit import check_fit
+from .adapters.inspect import beyond_diffusers, network_of
+from .adapters.wear import worn
+from .adapters.weights import find_weights
 from .models import Base, Source, load, recognise
 from .preview import cell, default_cfg, grid, paint, write_picture
 from .prompts import Shot, shots_of
@@ -23,7 +30,7 @@ LOADED = "compared"
 def compare(files: Sequence[Path], model: Model, previews: Previews, strengths: Sequence[float], out: Path) -> None:
     """Paint every prompt with every file at every strength; a row is one file at one strength, a column one prompt.
 
-    Raises `Refused` where a file is no LoRA, belongs to another family, or its base must be named.
+    Raises `Refused` where a file is for another base, or its base must be named.
     """
     adapters = [read_adapter(file) for file in files]
     if "base" not in model.model_fields_set:
@@ -34,7 +41,11 @@ def compare(files: Sequence[Path], model: Model, previews: Previews, strengths: 
     shots = shots_of(previews, None, [], default_cfg(model.base))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load(model, source, device, torch.float32)
-    painted = [row for file in files for row in paint_strengths(base, file, shots, strengths, previews.sampler)]
+    painted = [
+        row
+        for file, adapter in zip(files, adapters, strict=True)
+        for row in paint_strengths(base, file, adapter, shots, strengths, previews.sampler)
+    ]
     rows = [[cell(picture) for picture in pictures] for pictures in painted]
     labels = [f"{name} @ {strength:g}" for name in names_of(files) for strength in strengths]
     below = [[] for _ in rows[:-1]] + [[shot.prompt for shot in shots]]
@@ -42,9 +53,15 @@ def compare(files: Sequence[Path], model: Model, previews: Previews, strengths: 
 
 
 def paint_strengths(
-    base: Base, file: Path, shots: Sequence[Shot], strengths: Sequence[float], sampler: str
+    base: Base, file: Path, adapter: Adapter, shots: Sequence[Shot], strengths: Sequence[float], sampler: str
 ) -> list[list[Image.Image]]:
-    """The shots at each strength of one file, which stock diffusers loads and scales; the base is left as it was."""
+    """The shots at each strength of one file, whose content is `adapter`; the base is left as it was."""
+    if beyond_diffusers(network_of(adapter)):
+        rows = []
+        for strength in strengths:
+            with worn(base, adapter, strength):
+                rows.append(paint(base, shots, sampler))
+        return rows
     base.pipeline.load_lora_weights(str(file), adapter_name=LOADED)
     rows = []
     for strength in strengths:
@@ -79,16 +96,13 @@ def base_of(files: Sequence[Path], adapters: Sequence[Adapter]) -> str:
 
 
 def check_paintable(file: Path, adapter: Adapter, source: Source) -> None:
-    """Raises `Refused` for what stock diffusers cannot put on this base."""
+    """Raises `Refused` for an adapter of another base."""
     if adapter.family != source.family.name:
         raise Refused(
             f"{file}: is for {adapter.family}, but --base {source.name} is {source.family.name}; "
             "name a base of its kind"
         )
-    dora = any("dora_scale" in module.tensors for module in adapter.modules.values())
-    if adapter.kinds != {"lora"} or dora:
-        kind = "dora" if dora else "+".join(sorted(adapter.kinds))
-        raise Refused(f"{file}: is {kind}, which diffusers cannot paint with; look at it in ComfyUI")
+    check_fit(str(file), adapter, find_weights(Path(source.place)))
 
 
 def names_of(files: Sequence[Path]) -> list[str]:

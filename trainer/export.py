@@ -13,8 +13,10 @@ from scumble.configs.options import Network, Options
 from scumble.datasets.folder import Example
 from scumble.datasets.images import Size
 
-from .adapters.adapter import NETWORK_MODULES, Adapter, Module, to_tensors
+from .adapters.adapter import Adapter, to_tensors
+from .adapters.detection import NETWORK_MODULES, detection
 from .adapters.files import read_tensors, write_adapter
+from .adapters.module import Module
 from .lora import Part, Trained
 from .models import Base
 
@@ -76,25 +78,17 @@ def metadata_of(
     progress: Progress,
 ) -> dict[str, str]:  # fmt: skip
     """kohya's and ModelSpec's metadata, all strings, with no path and no user name in it."""
-    family = base.family
     v = base.source.prediction == "v_prediction"
     resolution = options.data.resolution  # a number by now: the plan has settled it
     unet = next((part for part in parts if part.name == "unet"), parts[0])
-    architecture = "stable-diffusion-v2-512/lora" if family.name == "sd2" and not v else family.architecture
     finished = time.time()
     trained_on = [example for example in examples if not example.prior]
     entries: dict[str, object] = {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": architecture,
-        "modelspec.implementation": (
-            "https://github.com/Stability-AI/generative-models" if family.name == "sdxl" else "diffusers"
-        ),
+        **detection(base.family.name, v),
         "modelspec.title": options.output.name,
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(finished)),
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.prediction_type": "v" if v else "epsilon",
-        "ss_base_model_version": family.version,
-        "ss_v2": str(family.name == "sd2"),
         "ss_output_name": options.output.name,
         "ss_sd_model_name": Path(base.source.name).name,
         "ss_clip_skip": "None",

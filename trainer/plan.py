@@ -30,7 +30,7 @@ class Defaults:
 
 DEFAULTS = {
     "sketch": Defaults(
-        4, 16, {"style": 8, "character": 8}, 1e-3, 5e-4, {"style": 24, "character": 24}, 320, 1600
+        4, 16, {"style": 8, "character": 8}, 2e-3, 1e-3, {"style": 32, "character": 32}, 320, 1600
     ),
     "sd1": Defaults(4, 16, {"style": 8, "character": 8}, 1e-4, 5e-5, {"style": 120, "character": 100}, 1500, 8000),
     "sd2": Defaults(4, 16, {"style": 8, "character": 8}, 1e-4, 5e-5, {"style": 120, "character": 100}, 1500, 8000),

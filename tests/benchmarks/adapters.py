@@ -1,10 +1,10 @@
-"""How long do resizing, merging and baking take at the real size of SDXL, and in how much memory?
+"""How long do inspecting, resizing, merging and baking take at the real size of SDXL, and in how much memory?
 
 `python tests/benchmarks/adapters.py` draws LoRAs of rank 64 in fp16 for all 722 attention, feed-forward and projection
-layers of SDXL's UNet, and a UNet in fp16 to bake into (5.1 GB of random weights; the middle block alone with
-`--bake reduced`, or where the disk is too full), runs each tool in a process of its own, and times the SVD through the
-factors against the dense one on one layer of each shape. Writes results/adapters.md. `--base FILE` bakes into that
-checkpoint instead.
+layers of SDXL's UNet, and a checkpoint in fp16 to bake into (UNet, text encoders and VAE, 6.9 GB of random weights; the
+middle block alone with `--bake reduced`, or where the disk is too full), runs each tool in a process of its own, and
+times the SVD through the factors against the dense one on one layer of each shape. Writes results/adapters.md.
+`--base FILE` bakes into that checkpoint instead.
 """
 
 import argparse
@@ -16,26 +16,31 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from scumble.trainer.adapters.adapter import Adapter, Module, read_adapter, to_tensors
+from scumble.trainer.adapters.adapter import Adapter, read_adapter, to_tensors
 from scumble.trainer.adapters.bake import Dose, bake
-from scumble.trainer.adapters.files import Entry, Header, write_adapter
+from scumble.trainer.adapters.files import Entry, header_bytes, write_adapter
+from scumble.trainer.adapters.inspect import inspect
 from scumble.trainer.adapters.keys import Place, sgm_path
 from scumble.trainer.adapters.lowrank import Rule, svd_of_factors
 from scumble.trainer.adapters.merge import Input, Recipe, merge
+from scumble.trainer.adapters.module import Module
 from scumble.trainer.adapters.provenance import write_result
 from scumble.trainer.adapters.resize import resize
-from scumble.trainer.adapters.stream import header_bytes
 from scumble.trainer.lora import FULL
 
 HERE = Path(__file__).parent
-CONFIG = HERE.parent.parent / "configs/bases/sdxl/unet/config.json"
+CONFIGS = HERE.parent.parent / "configs/bases/sdxl"
 RANK = 64
 TASKS = {
     "read": "only read it",
+    "inspect": "inspect it",
     "resize-rank": "resize to rank 16",
     "resize-energy": "resize, 90 % of the energy",
     "merge-linear": "merge two, exact (rank 128)",
@@ -47,9 +52,21 @@ TASKS = {
 def shapes() -> dict[str, torch.Size]:
     """Shapes of all weights of SDXL's UNet; nothing is allocated."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(json.loads(CONFIG.read_text()))
-    assert isinstance(unet, torch.nn.Module)
+        unet: Any = UNet2DConditionModel.from_config(json.loads((CONFIGS / "unet/config.json").read_text()))
     return {name: tensor.shape for name, tensor in unet.state_dict().items()}
+
+
+def other_shapes() -> dict[str, torch.Size]:
+    """Shapes of the weights of SDXL's text encoders and its VAE, which are copied, under prefixes of a checkpoint."""
+    with torch.device("meta"):
+        parts: dict[str, Any] = {
+            "conditioner.embedders.0.transformer": CLIPTextModel(
+                CLIPTextConfig.from_pretrained(CONFIGS / "text_encoder")
+            ),
+            "conditioner.embedders.1.model": CLIPTextModel(CLIPTextConfig.from_pretrained(CONFIGS / "text_encoder_2")),
+            "first_stage_model": AutoencoderKL.from_config(json.loads((CONFIGS / "vae/config.json").read_text())),
+        }
+    return {f"{prefix}.{name}": one.shape for prefix, part in parts.items() for name, one in part.state_dict().items()}
 
 
 def layers(known: dict[str, torch.Size]) -> dict[Place, torch.Size]:
@@ -69,19 +86,22 @@ def draw_adapter(known: dict[str, torch.Size], path: Path, seed: int) -> None:
     write_adapter(to_tensors(Adapter(modules, {}, "sdxl")), {"ss_base_model_version": "sdxl_base_v1-0"}, path)
 
 
-def draw_base(known: dict[str, torch.Size], path: Path, only: str) -> None:
-    """A UNet alone in fp16 under LDM's names, streamed; `only` is a regex of its paths."""
-    entries, position, wanted = {}, 0, layers(known)
+def draw_base(known: dict[str, torch.Size], path: Path, whole: bool) -> None:
+    """A checkpoint in fp16 under LDM's names, streamed; where it is not `whole`, the UNet's middle block alone."""
+    wanted = layers(known)
+    named = {}
     for name, shape in known.items():
         stem = name.removesuffix(".weight")
-        if re.match(only, name):
+        if whole or name.startswith("mid_block"):
             theirs = sgm_path(stem) + ".weight" if Place("unet", stem) in wanted else name
-            end = position + 2 * shape.numel()
-            entries[f"model.diffusion_model.{theirs}"] = Entry("F16", tuple(shape), position, end)
-            position = end
+            named[f"model.diffusion_model.{theirs}"] = shape
+    entries, position = {}, 0
+    for name, shape in (named | (other_shapes() if whole else {})).items():
+        entries[name] = Entry("F16", tuple(shape), position, position + 2 * shape.numel()).told()
+        position += 2 * shape.numel()
     noise = (0.02 * torch.randn(8 * 2**20, generator=torch.Generator().manual_seed(0))).half().numpy().tobytes()
     with path.open("wb") as file:
-        file.write(header_bytes(Header(entries, {}, 0), {"format": "pt"}))
+        file.write(header_bytes(entries, {"format": "pt"}))
         while position:
             file.write(noise[: min(len(noise), position)])
             position -= min(len(noise), position)
@@ -90,14 +110,17 @@ def draw_base(known: dict[str, torch.Size], path: Path, only: str) -> None:
 def run_task(task: str, folder: Path, base: Path) -> None:
     """One tool from file to file, in this process; prints seconds and the peak of its memory in MiB."""
     start = time.perf_counter()
-    adapter = read_adapter(folder / "a.safetensors")
     out = folder / "out.safetensors"
+    if task == "inspect":
+        inspect(folder / "a.safetensors")
+    else:
+        adapter = read_adapter(folder / "a.safetensors")
     if task == "bake":
         in_it = {
             p: m for p, m in adapter.modules.items() if base.name != "reduced.safetensors" or p.block == "mid_block"
         }
         bake(base, out, [Dose("a", Adapter(in_it, {}, "sdxl"), 0.8)])
-    elif task != "read":
+    elif task not in ("read", "inspect"):
         if task.startswith("resize"):
             result = resize(adapter, Rule(16) if task == "resize-rank" else Rule(energy=0.9), "a")
         else:
@@ -142,7 +165,7 @@ def svd_rows(known: dict[str, torch.Size]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bake", choices=["unet", "reduced"], default="unet")
+    parser.add_argument("--bake", choices=["whole", "reduced"], default="whole")
     parser.add_argument("--base", type=Path, help="bake into this checkpoint of SDXL")
     parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -155,13 +178,13 @@ def main() -> None:
     assert len(layers(known)) == 722
     with TemporaryDirectory() as name:
         folder = Path(name)
-        whole = options.bake == "unet" and shutil.disk_usage(folder).free > 15 * 2**30
-        base = options.base or folder / ("unet.safetensors" if whole else "reduced.safetensors")
-        told = f"{options.base.name}" if options.base else "a whole UNet, fp16" if whole else "the middle block, fp16"
+        whole = options.bake == "whole" and shutil.disk_usage(folder).free > 20 * 2**30
+        base = options.base or folder / ("whole.safetensors" if whole else "reduced.safetensors")
+        told = options.base.name if options.base else "a whole checkpoint, fp16" if whole else "the middle block, fp16"
         for seed, letter in enumerate("ab"):
             draw_adapter(known, folder / f"{letter}.safetensors", seed)
         if not options.base:
-            draw_base(known, base, "" if whole else "mid_block")
+            draw_base(known, base, whole)
         lines = [
             f"LoRA of rank {RANK} for {len(layers(known))} layers of SDXL's UNet, fp16, "
             f"{size_mib(folder / 'a.safetensors')} MiB; one thread of a CPU that other work shares.",

@@ -1,12 +1,11 @@
 """Adapters added into a base for good: the same pictures with no adapter to load; or taken out again.
 
-W' = W + strength · dW. DoRA (Liu et al. 2024) sets the length of each column (kohya's files, [1, in]) or row (PEFT's,
-[out]) of V = W + dW: W' = W + strength · (m · V / ‖V‖ - W), as UIs and PEFT do it. Several adapters go one by one.
+Several adapters go one by one, each on what the one before it made.
 """
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,12 +14,14 @@ import torch
 
 from scumble.configs.errors import Refused
 
-from .adapter import Adapter, Module
-from .factors import delta_shape, refuse_dora
+from .adapter import Adapter
+from .factors import check_biases
 from .files import read_header
+from .fit import check_fit
 from .keys import Place
+from .privacy import without_paths, words_for_cut
 from .stream import Change, rewrite
-from .weights import FOLDERS, PICKLES, Spot, Weights, find_weights, places_of, rows, weight_files
+from .weights import FOLDERS, PICKLES, Weights, find_weights, places_of, rows, weight_files
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,12 @@ class Dose:
     strength: float = 1.0
 
 
-def bake(base: Path, out: Path, doses: Sequence[Dose], undo: bool = False, force: bool = False) -> None:
+def bake(base: Path, out: Path, doses: Sequence[Dose], undo: bool = False, force: bool = False) -> list[str]:
     """Write the base with the adapters in it: a folder from a folder, a file from a file, types as they were.
 
     `undo` takes them out, exactly but for the rounding of the type. Raises `Refused` before anything is written where
     an adapter has a layer that the base has not, where shapes differ, or where `out` exists and `force` is false.
+    Returns what to say of paths that were cut out of its metadata.
     """
     weights = find_weights(base)
     check(weights, doses, undo)
@@ -46,22 +48,21 @@ def bake(base: Path, out: Path, doses: Sequence[Dose], undo: bool = False, force
         raise Refused(f"{out} is the base itself: choose another name")
     doses = [Dose(dose.name, dose.adapter, -dose.strength if undo else dose.strength) for dose in doses]
     if base.is_dir():
-        bake_folder(base, out, doses, note(doses))
-        return
+        return words_for_cut(bake_folder(base, out, doses, note(doses)))
     if out.suffix != ".safetensors":
         raise Refused(f"{out}: the base is one file, so give a name that ends in .safetensors")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Refused(f"{out}: cannot be written ({error.strerror or error})", 73) from None
-    bake_file(base, out, None, doses, note(doses))
+    return words_for_cut(bake_file(base, out, None, doses, note(doses)))
 
 
-def bake_folder(base: Path, out: Path, doses: Sequence[Dose], comment: str) -> None:
+def bake_folder(base: Path, out: Path, doses: Sequence[Dose], comment: str) -> list[str]:
     """A diffusers folder, built beside `out` and renamed; pickles of the base are left out, they would be unbaked."""
     if not (base / "model_index.json").is_file():
         raise Refused(f"{base}: no model_index.json in it, so it is not a diffusers folder")
-    temporary = out.with_name(out.name + ".part")
+    temporary, cut = out.with_name(out.name + ".part"), []
     if out.exists() and not (out / "model_index.json").is_file():
         raise Refused(f"{out}: is there and is no diffusers folder, so it is not replaced; choose another name")
     try:
@@ -72,7 +73,7 @@ def bake_folder(base: Path, out: Path, doses: Sequence[Dose], comment: str) -> N
         shutil.copy2(base / "model_index.json", temporary)
         for part, component in FOLDERS.items():
             for file in weight_files(base / part, all_variants=True):
-                bake_file(file, temporary / part / file.name, component, doses, comment)
+                cut += bake_file(file, temporary / part / file.name, component, doses, comment)
         if out.exists():
             shutil.rmtree(out)
         temporary.replace(out)
@@ -80,6 +81,7 @@ def bake_folder(base: Path, out: Path, doses: Sequence[Dose], comment: str) -> N
         raise Refused(f"{out}: cannot be written ({error.strerror or error})", 73) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return list(dict.fromkeys(cut))
 
 
 def parts_of(base: Path) -> list[str]:
@@ -98,8 +100,8 @@ def copy_part(old: Path, new: Path, with_weights: bool) -> None:
     shutil.copytree(old, new, ignore=shutil.ignore_patterns(*(f"*{suffix}" for suffix in left_out)))
 
 
-def bake_file(old: Path, new: Path, component: str | None, doses: Sequence[Dose], comment: str) -> None:
-    """One file of weights, streamed; `component` is None where it holds all."""
+def bake_file(old: Path, new: Path, component: str | None, doses: Sequence[Dose], comment: str) -> list[str]:
+    """One file of weights, streamed; `component` is None where it holds all. Returns metadata that was cut."""
     header = read_header(old)
     changes: dict[str, Change] = {}
     for name in header.entries:
@@ -110,81 +112,34 @@ def bake_file(old: Path, new: Path, component: str | None, doses: Sequence[Dose]
         ]
         if hits:
             changes[name] = partial(with_doses, hits=hits, doses=doses)
-    told = {name: value for name, value in header.metadata.items() if not name.startswith("modelspec.hash")}
+    kept, cut = without_paths(header.metadata)
+    told = {name: value for name, value in kept.items() if not name.startswith("modelspec.hash")}
     told["baked"] = f"{told['baked']}; {comment}" if told.get("baked") else comment
     rewrite(old, new, changes, told)
+    return cut
 
 
 def with_doses(tensor: torch.Tensor, hits: Sequence[tuple[int | None, Place]], doses: Sequence[Dose]) -> torch.Tensor:
-    """A base's tensor (fp32) with all that is added to the layers which lie in it."""
-    result = tensor.clone()
+    """A base's tensor (fp32), in place, with all that is added to the layers which lie in it."""
     for third, place in hits:
-        part = rows(result, third)
+        part = rows(tensor, third)
         for dose in doses:
             if place in dose.adapter.modules:
-                part.copy_(baked(part, dose.adapter.modules[place], dose.strength, dose.adapter.dialect))
-    return result
-
-
-def baked(weight: torch.Tensor, module: Module, strength: float, dialect: str) -> torch.Tensor:
-    """W' of one layer (out, in) or (out, in, h, w) in fp32."""
-    delta = module.delta().reshape(weight.shape)
-    if "dora_scale" not in module.tensors:
-        return weight + strength * delta
-    axis = 0 if dialect == "peft" else 1
-    return weight + strength * (dora(weight + delta, module.tensors["dora_scale"].float(), axis) - weight)
-
-
-def dora(direction: torch.Tensor, magnitude: torch.Tensor, axis: int) -> torch.Tensor:
-    """m · V / ‖V‖ for V (out, in, …), with one m and one norm for each place of `axis` (0 outputs, 1 inputs)."""
-    others = [other for other in range(direction.dim()) if other != axis]
-    norm = torch.linalg.vector_norm(direction, dim=others, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return direction * (magnitude.reshape(norm.shape) / norm)
+                part.copy_(dose.adapter.modules[place].on(part, dose.strength))
+    return tensor
 
 
 def check(weights: Weights, doses: Sequence[Dose], undo: bool) -> None:
-    """Raises `Refused` where a layer of an adapter is not in the base or has another shape, or DoRA is to be undone."""
-    shapes: dict[Path, Mapping[str, tuple[int, ...]]] = {}
+    """Raises `Refused` where an adapter does not fit the base, or where what is to be undone cannot be."""
     for dose in doses:
-        missing = [place for place in dose.adapter.modules if place not in weights.spots]
-        if missing:
-            first = f"{missing[0].component} {missing[0].path}"
+        check_biases(dose.name, dose.adapter)
+        found = next((place for place, module in dose.adapter.modules.items() if module.is_dora), None)
+        if undo and found:
             raise Refused(
-                f"{dose.name}: {len(missing)} of {len(dose.adapter.modules)} layers are not in {weights.path}, "
-                f"first {first}; it is for another base"
+                f"--undo {dose.name}: {found.component} {found.path} is DoRA, which sets lengths anew, and "
+                "those before are not in the baked base; keep the base itself"
             )
-        if undo:
-            refuse_dora(f"--undo {dose.name}", dose.adapter)
-        for place in dose.adapter.modules:
-            spot = weights.spots[place]
-            if spot.file not in shapes:
-                shapes[spot.file] = {name: entry.shape for name, entry in read_header(spot.file).entries.items()}
-            check_shape(dose, place, spot_shape(shapes[spot.file], spot))
-
-
-def spot_shape(shapes: Mapping[str, tuple[int, ...]], spot: Spot) -> tuple[int, ...]:
-    """Shape of the layer's own weight."""
-    out, *rest = shapes[spot.name]
-    return (out if spot.third is None else out // 3, *rest)
-
-
-def check_shape(dose: Dose, place: Place, shape: tuple[int, ...]) -> None:
-    """Raises `Refused` where a module does not fit a weight of this shape."""
-    module = dose.adapter.modules[place]
-    out, inputs = delta_shape(module)
-    wanted = torch.Size(shape[1:]).numel()
-    where = f"{dose.name}: {place.component} {place.path}"
-    if (out, inputs) != (shape[0], wanted):
-        raise Refused(f"{where} is {out} x {inputs}, the base's is {shape[0]} x {wanted}; it is for another base")
-    magnitude = module.tensors.get("dora_scale")
-    if magnitude is None:
-        return
-    if dose.adapter.dialect == "kohya" and (magnitude.dim() < 2 or tuple(magnitude.shape[:2]) != (1, shape[1])):
-        raise Refused(
-            f"{where} has DoRA magnitudes {tuple(magnitude.shape)}; only those of inputs mean one thing in UIs"
-        )
-    if dose.adapter.dialect == "peft" and magnitude.numel() != shape[0]:
-        raise Refused(f"{where} has {magnitude.numel()} DoRA magnitudes for {shape[0]} outputs")
+        check_fit(dose.name, dose.adapter, weights)
 
 
 def note(doses: Sequence[Dose]) -> str:

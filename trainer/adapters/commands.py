@@ -8,7 +8,7 @@ from cyclopts import App, Parameter
 
 from scumble.configs.errors import Refused
 
-from .commands_math import bake, extract, merge, resize
+from .commands_math import Force, bake, check_out, extract, merge, resize, tell
 
 adapter = App(name="adapter", help="Look into finished adapter files, and change them.", help_format="plaintext")
 
@@ -19,7 +19,9 @@ for command in (merge, resize, extract, bake):
 @adapter.command
 def inspect(
     *files: Annotated[Path, Parameter(help="Adapter files")],
-    json: Annotated[bool, Parameter(help="Print one JSON object a file, for programs", negative="")] = False,
+    json: Annotated[
+        bool, Parameter(help="Print one JSON object a file, for programs", negative="", show_default=False)
+    ] = False,
 ) -> None:
     """Tell what adapter files are: kind, ranks, words, strength by block, hashes, which UIs read them."""
     if not files:
@@ -40,18 +42,25 @@ def convert(
     file: Annotated[Path, Parameter(help="Adapter file")],
     /,
     *,
-    to: Annotated[Literal["kohya", "peft"], Parameter(help="Names of the keys: kohya's, for every UI, or PEFT's")],
+    to: Annotated[
+        Literal["kohya", "peft"], Parameter(help="Names of the keys: kohya's, for every UI, or PEFT's for diffusers")
+    ] = "kohya",
     dtype: Annotated[
         Literal["fp16", "bf16", "fp32"] | None, Parameter(help="Number format; none: the file's own")
     ] = None,
-    out: Annotated[Path | None, Parameter(help="File to write; none: FILE with the dialect in its name")] = None,
-    force: Annotated[bool, Parameter(help="Write over a file that is there", negative="")] = False,
+    out: Annotated[Path | None, Parameter(help="File to write; none: FILE-kohya or FILE-peft beside it")] = None,
+    force: Force = False,
 ) -> None:
-    """Write an adapter with other key names or in another number format; its metadata is kept."""
+    """Write an adapter with other key names or in another number format.
+
+    Its metadata is kept, but for paths of a disk.
+    """
+    target = out or file.with_name(f"{file.stem}-{to}.safetensors")
+    check_out(target, force, file)
     from .convert import convert as converted
 
-    written = converted(file, to, dtype or "", out or file.with_name(f"{file.stem}-{to}.safetensors"), force)
-    print(f"wrote {written}")
+    tell(converted(file, to, dtype or "", target, force))
+    print(f"wrote {target}")
 
 
 @adapter.command
@@ -60,7 +69,9 @@ def verify(
     /,
     *,
     base: Annotated[str, Parameter(help="Its base: sketch, a diffusers folder, a hub id or a .safetensors file")],
-    quick: Annotated[bool, Parameter(help="Leave out the trial by diffusers; no base is loaded", negative="")] = False,
+    quick: Annotated[
+        bool, Parameter(help="Leave out the trial on the base; nothing is loaded", negative="", show_default=False)
+    ] = False,
 ) -> None:
     """Check that every UI finds a home for every key, that numbers and shapes are right, and that diffusers agrees.
 
@@ -70,8 +81,10 @@ def verify(
     from .verify import verify as verdict_of
 
     verdict = verdict_of(file, base, quick)
-    trials = [tables.trial_line(trial.component, trial.difference, trial.effect) for trial in verdict.trials]
-    _print(tables.verdict_page(str(file), verdict.uis, verdict.dialect, verdict.faults, trials))
+    trials = [tables.trial_line(trial.component, trial.effect, trial.difference) for trial in verdict.trials]
+    poor = tables.not_whole(verdict.poor, verdict.dialect) if verdict.poor else ""
+    table = tables.ui_table(verdict.uis, verdict.beyond_diffusers)
+    _print(tables.verdict_page(str(file), table, trials, verdict.untried, verdict.faults, poor))
     if not verdict.is_sound:
         raise SystemExit(1)
 

@@ -9,7 +9,8 @@ from scumble.configs.errors import Refused
 
 Method = Literal["linear", "svd", "ties", "dare", "dare_ties"]
 OutFile = Annotated[Path, Parameter(help="File to write, .safetensors")]
-Force = Annotated[bool, Parameter(help="Write over what is there", negative="")]
+Force = Annotated[bool, Parameter(help="Write over what is there", negative="", show_default=False)]
+DoraBase = Annotated[str, Parameter(help="Only for DoRA: its base, a folder, a hub id, sketch or a .safetensors file")]
 Strengths = Annotated[
     list[float] | None,
     Parameter(help="Strength of each adapter, in their order; none: 1", consume_multiple=True, negative=""),
@@ -34,29 +35,31 @@ def merge(
     rank: Annotated[int, Parameter(help="Rank of the result, but for linear; 0: the largest of the files'")] = 0,
     density: Annotated[float, Parameter(help="Share of values that ties and dare keep")] = 0.5,
     seed: Annotated[int, Parameter(help="Draws of dare")] = 0,
-    rslora: Annotated[bool, Parameter(help="Read alphas as rank-stabilised: alpha / √rank", negative="")] = False,
+    rslora: Annotated[
+        bool, Parameter(help="Read alphas as rank-stabilised: alpha / √rank", negative="", show_default=False)
+    ] = False,
+    base: DoraBase = "",
     force: Force = False,
 ) -> None:
     """Merge adapters into one LoRA."""
     if not files:
         raise Refused("adapter merge: name at least one adapter file")
-    check_out(out, force)
+    check_out(out, force, *files)
     strengths = as_many(weights, files, "--weights")
     factors = block_factors(blocks or [], len(files))
     from .adapter import read_adapter
     from .merge import Input, Recipe, rank_stabilised
     from .merge import merge as merged
     from .provenance import write_result
+    from .weights import find_weights
 
     adapters = [rank_stabilised(read_adapter(file)) if rslora else read_adapter(file) for file in files]
     inputs = [Input(*one) for one in zip([file.stem for file in files], adapters, strengths, factors, strict=True)]
-    result = merged(inputs, Recipe(method, rank, density, seed))
+    result = merged(inputs, Recipe(method, rank, density, seed), find_weights(place_of_base(base)) if base else None)
     parts = zip(files, strengths, factors, strict=True)
     parents = ", ".join(f"{file.stem} x {weight:g}{_told(table)}" for file, weight, table in parts)
     how = method if method in ("linear", "svd") else f"{method}, density {density:g}"
-    write_result(result, adapters, out, f"merged with scumble ({how}): {parents}", force)
-    tell(result.errors)
-    print(f"wrote {out}: {len(result.adapter.modules)} layers, rank {result.rank}")
+    tell(write_result(result, adapters, out, f"merged with scumble ({how}): {parents}", force))
 
 
 def resize(
@@ -67,21 +70,22 @@ def resize(
     rank: Annotated[int, Parameter(help="The rank, or with --energy or --ratio the largest; 0: no limit")] = 0,
     energy: Annotated[float, Parameter(help="Share of each layer's squared norm to keep, such as 0.95")] = 0.0,
     ratio: Annotated[float, Parameter(help="Drop singular values below this share of a layer's largest")] = 0.0,
+    base: DoraBase = "",
     force: Force = False,
 ) -> None:
     """Give an adapter a smaller rank: one for all layers, or for each the least that keeps enough."""
-    check_out(out, force)
+    check_out(out, force, file)
     from .adapter import read_adapter
     from .lowrank import Rule
     from .provenance import write_result
     from .resize import resize as resized
+    from .weights import find_weights
 
     adapter = read_adapter(file)
-    result = resized(adapter, Rule(rank, energy, ratio), file.stem)
+    result = resized(adapter, Rule(rank, energy, ratio), file.stem, find_weights(place_of_base(base)) if base else None)
     told = [f"{name} {value:g}" for name, value in (("rank", rank), ("energy", energy), ("ratio", ratio)) if value]
-    write_result(result, [adapter], out, f"resized with scumble ({', '.join(told)}): {file.stem}", force)
-    tell(result.errors)
-    print(f"wrote {out}: {len(result.adapter.modules)} layers, rank {result.rank}")
+    comment = f"resized with scumble ({', '.join(told)}): {file.stem}"
+    tell(write_result(result, [adapter], out, comment, force))
 
 
 def extract(
@@ -93,12 +97,12 @@ def extract(
     rank: Annotated[int, Parameter(help="The rank, or with --energy the largest")] = 32,
     energy: Annotated[float, Parameter(help="Share of each layer's squared change to keep; 0: use the rank")] = 0.0,
     text: Annotated[bool, Parameter(help="Take the text encoders too", negative="--no-text")] = True,
-    convs: Annotated[bool, Parameter(help="Take the convolutions too", negative="")] = False,
+    convs: Annotated[bool, Parameter(help="Take the convolutions too", negative="", show_default=False)] = False,
     dtype: Annotated[Literal["fp16", "bf16", "fp32"], Parameter(help="Number format of the result")] = "fp16",
     force: Force = False,
 ) -> None:
     """Make a LoRA of what fine-tuning changed in a model."""
-    check_out(out, force)
+    check_out(out, force, tuned, Path(base))
     import torch
 
     from scumble.configs.options import Model
@@ -113,10 +117,9 @@ def extract(
     source = recognise(Model(base=base))
     result = extracted(Path(source.place), tuned, Rule(rank, energy), text, convs, dtypes[dtype])
     comment = f"extracted with scumble (rank {rank}{f', energy {energy:g}' if energy else ''}): {tuned.stem}"
-    parent = Adapter({}, metadata_of_base(source), source.family.name)
-    write_result(result, [parent], out, comment, force)
-    tell(result.errors)
-    print(f"wrote {out}: {len(result.adapter.modules)} layers, rank {result.rank}")
+    predicts_v = source.prediction == "v_prediction"
+    told = metadata_of_base(source.family.name, predicts_v, source.resolution_px, source.name)
+    tell(write_result(result, [Adapter({}, told, source.family.name)], out, comment, force))
 
 
 def bake(
@@ -124,7 +127,9 @@ def bake(
     base: Annotated[str, Parameter(help="Base: sketch, a diffusers folder, a hub id or a .safetensors file")],
     out: Annotated[Path, Parameter(help="Folder or .safetensors file to write, as the base is")],
     strengths: Strengths = None,
-    undo: Annotated[bool, Parameter(help="Take the adapters out of a baked base", negative="")] = False,
+    undo: Annotated[
+        bool, Parameter(help="Take the adapters out of a baked base", negative="", show_default=False)
+    ] = False,
     force: Force = False,
 ) -> None:
     """Add adapters into a base for good, or take them out again."""
@@ -136,14 +141,16 @@ def bake(
     from .bake import bake as baked
 
     doses = [Dose(file.stem, read_adapter(file), amount) for file, amount in zip(files, amounts, strict=True)]
-    baked(place_of_base(base), out, doses, undo, force)
+    tell(baked(place_of_base(base), out, doses, undo, force))
     print(f"wrote {out}")
 
 
-def check_out(out: Path, force: bool) -> None:
-    """Raises `Refused` for a place that would be refused after the work."""
+def check_out(out: Path, force: bool, *sources: Path) -> None:
+    """Raises `Refused` for a place that would be refused after the work, and for one of the files that are read."""
     if out.suffix != ".safetensors":
         raise Refused(f"--out {out}: give a name that ends in .safetensors")
+    if any(out.resolve() == source.resolve() for source in sources):
+        raise Refused(f"--out {out}: is a file that is read; choose another name")
     if out.exists() and not force:
         raise Refused(f"{out} exists: choose another --out, or --force to write over it")
 
@@ -186,11 +193,9 @@ def place_of_base(base: str) -> Path:
     return Path(recognise(Model(base=base)).place)
 
 
-def tell(errors: dict[str, float]) -> None:
-    """Print what each block loses, the most first."""
-    for block, error in sorted(errors.items(), key=lambda item: -item[1]):
-        if error > 0.0005:
-            print(f"{block:<16} {error:6.1%} of its change is lost")
+def tell(lines: list[str]) -> None:
+    for line in lines:
+        print(line)
 
 
 def _told(blocks: dict[str, float]) -> str:

@@ -3,8 +3,6 @@
 kohya's is what every UI reads; PEFT's is what `diffusers` saves. All arithmetic is in fp32, rounded once at the end.
 """
 
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,38 +10,32 @@ import torch
 
 from scumble.configs.errors import Refused
 
-from .adapter import FAMILY_OF_VERSION, NETWORK_MODULES, Adapter, read_adapter, to_tensors
+from .adapter import Adapter, read_adapter, to_tensors
+from .detection import detection, network
 from .files import write_adapter
+from .privacy import words_for_cut
 
 DIALECTS = ("kohya", "peft")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-ARCHITECTURES = {
-    "sd1": "stable-diffusion-v1/lora",
-    "sd2": "stable-diffusion-v2-512/lora",
-    "sdxl": "stable-diffusion-xl-v1-base/lora",
-}
-IMPLEMENTATIONS = {"sdxl": "https://github.com/Stability-AI/generative-models"}
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata", "format")  # no longer true, or harmful
 
 
-def convert(path: Path, dialect: str, dtype: str, out: Path, force: bool = False) -> Path:
-    """Write `path`'s adapter into `out`; `dtype` fp16, bf16, fp32, or empty for the file's own. Returns `out`.
+def convert(path: Path, dialect: str, dtype: str, out: Path, force: bool = False) -> list[str]:
+    """Write `path`'s adapter into `out`; `dtype` fp16, bf16, fp32, or empty for the file's own.
 
-    Raises `Refused` where a choice is unknown, `out` is `path`, or the adapter has no place in the dialect.
+    Returns what to say of paths that were cut out of its metadata. Raises `Refused` where a choice is unknown or
+    the adapter has no place in the dialect.
     """
     if dialect not in DIALECTS:
         raise Refused(f"--to {dialect}: must be {' | '.join(DIALECTS)}")
     if dtype and dtype not in DTYPES:
         raise Refused(f"--dtype {dtype}: must be {' | '.join(DTYPES)}")
-    if out.resolve() == path.resolve():
-        raise Refused(f"--out {out}: is the file that is read; choose another name")
     adapter = read_adapter(path)
     tensors = converted(adapter, dialect, DTYPES.get(dtype))
     overflown = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if overflown and dtype == "fp16":
         raise Refused(f"{out} was not written: {overflown[0]} has numbers that fp16 cannot hold; use --dtype bf16")
-    write_adapter(tensors, metadata_for(adapter, dialect), out, force)
-    return out
+    return words_for_cut(write_adapter(tensors, metadata_for(adapter, dialect), out, force))
 
 
 def converted(adapter: Adapter, dialect: str, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
@@ -69,30 +61,5 @@ def metadata_for(adapter: Adapter, dialect: str) -> dict[str, str]:
     kept = {name: text for name, text in adapter.metadata.items() if name not in STALE}
     if dialect == "peft":
         return kept | {"format": "pt"}
-    return _detection(adapter, kept) | kept | _network(adapter)
-
-
-def _detection(adapter: Adapter, told: Mapping[str, str]) -> dict[str, str]:
-    """What A1111, Forge and InvokeAI look at, told by the adapter itself."""
-    version = next(version for version, family in FAMILY_OF_VERSION.items() if family == adapter.family)
-    architecture = ARCHITECTURES[adapter.family]
-    if adapter.family == "sd2" and told.get("modelspec.prediction_type") == "v":
-        architecture = "stable-diffusion-v2-768-v/lora"
-    return {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": architecture,
-        "modelspec.implementation": IMPLEMENTATIONS.get(adapter.family, "diffusers"),
-        "ss_base_model_version": version,
-        "ss_v2": str(adapter.family == "sd2"),
-    }
-
-
-def _network(adapter: Adapter) -> dict[str, str]:
-    """kohya's settings of the network, those that most modules have."""
-    kinds = Counter(module.kind for module in adapter.modules.values())
-    pairs = Counter((module.rank, module.scale * module.rank) for module in adapter.modules.values() if module.rank)
-    told = {"ss_network_module": NETWORK_MODULES[kinds.most_common(1)[0][0]]}
-    if pairs:
-        (rank, alpha), _ = pairs.most_common(1)[0]
-        told |= {"ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
-    return told
+    predicts_v = kept.get("modelspec.prediction_type") == "v"
+    return detection(adapter.family, predicts_v) | kept | network(adapter.modules.values())

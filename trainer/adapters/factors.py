@@ -8,9 +8,24 @@ import torch
 
 from scumble.configs.errors import Refused
 
-from .adapter import Adapter, Module
+from .adapter import Adapter
+from .fit import check_fit
 from .keys import Place
-from .lowrank import Factors, Rule, Svd, chosen_rank, factors_from_svd, lost_energy
+from .lowrank import (
+    Factors,
+    Rule,
+    Svd,
+    chosen_rank,
+    factors_from_svd,
+    factors_of_hadamard,
+    factors_of_kronecker,
+    lost_energy,
+    svd_of_dense,
+    svd_of_factors,
+    svd_of_kronecker,
+)
+from .module import Module, kronecker_parts, pair
+from .weights import Weights
 
 CONV_3X3 = ("conv1", "conv2", "conv", "conv_in", "conv_out")
 CORES = ("lora_mid", "hada_t1", "lokr_t2", "lora_down", "diff", "lokr_w2")  # slots that tell a kernel, the first first
@@ -38,26 +53,58 @@ class Reduction:
         return max(module.rank for module in self.adapter.modules.values())
 
 
-def has_factors(module: Module) -> bool:
-    """Whether the module is a LoRA, whose two factors are known without a decomposition."""
-    return module.kind == "lora"
+def factors_of(module: Module) -> Factors | None:
+    """up (out, r) and down (r, in · h · w) in fp32, the scale in one of them: dW = up · down exactly.
+
+    None where they have no advantage over the whole matrix, where DoRA is, or where nothing is known of it.
+    """
+    if module.is_dora or module.kind == "full":
+        return None
+    if module.kind == "lora":
+        up, down = pair(module, "lora_up", "lora_down", "lora_mid")
+        return Factors(module.scale * up, down)
+    assert module.shape
+    if module.kind == "loha":
+        ones = pair(module, "hada_w1_a", "hada_w1_b", "hada_t1")
+        twos = pair(module, "hada_w2_a", "hada_w2_b", "hada_t2")
+        if len(ones[1]) * len(twos[1]) >= min(module.shape):
+            return None
+        return factors_of_hadamard(Factors(module.scale * ones[0], ones[1]), Factors(*twos))
+    if "lokr_w2" in module.tensors:
+        return None
+    first, second = kronecker_parts(module)[0], pair(module, "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    if first.shape[1] * len(second[1]) >= min(module.shape):
+        return None
+    return factors_of_kronecker(first, Factors(*second))
 
 
-def factors_of(module: Module) -> Factors:
-    """up (out, r) with the scale in it, and down (r, in · h · w) of a LoRA, in fp32; a Tucker core goes into down."""
-    up, down = module.tensors["lora_up"].float().flatten(1), module.tensors["lora_down"].float()
-    if "lora_mid" in module.tensors:
-        down = torch.einsum("ijhw,jr->irhw", module.tensors["lora_mid"].float(), down.flatten(1))
-    return Factors(module.scale * up, down.flatten(1))
+def change_of(place: Place, module: Module, base: Weights | None) -> torch.Tensor:
+    """W' - W as a matrix (out, in · h · w) in fp32; only DoRA reads `base`'s weight for it."""
+    if not module.is_dora:
+        return module.delta()
+    assert base
+    weight = base.read(place).float()
+    return (module.on(weight) - weight).flatten(1)
 
 
-def delta_shape(module: Module) -> tuple[int, int]:
-    """(out, in · h · w) of dW; of a LoRA without computing it."""
-    if not has_factors(module):
-        out, inputs = module.delta().shape
-        return out, inputs
-    kernel = module.tensors.get("lora_mid", module.tensors["lora_down"]).shape[2:]
-    return len(module.tensors["lora_up"]), module.tensors["lora_down"].shape[1] * math.prod(kernel)
+def reduced_change(
+    place: Place, module: Module, rule: Rule, kernel: tuple[int, ...], base: Weights | None
+) -> Reduced | None:
+    """The best LoRA that `rule` makes of one module; None where only a rank could bound it and `rule` has none."""
+    dtype = dtype_of(module)
+    if module.kind == "lokr" and not module.is_dora and "lokr_t2" not in module.tensors:
+        return reduced(svd_of_kronecker(*kronecker_parts(module)), rule, kernel, dtype)
+    if known := factors_of(module):
+        return reduced(svd_of_factors(*known), rule, kernel, dtype)
+    if not rule.rank:
+        return None
+    return reduced_dense(change_of(place, module, base), rule, kernel, dtype)
+
+
+def reduced_dense(delta: torch.Tensor, rule: Rule, kernel: tuple[int, ...], dtype: torch.dtype) -> Reduced:
+    """The best LoRA that `rule`, which has a rank, makes of a matrix (out, in · h · w)."""
+    total = float(delta.double().square().sum())
+    return reduced(svd_of_dense(delta, rule.rank), rule, kernel, dtype, total)
 
 
 def module_of(factors: Factors, kernel: tuple[int, ...], dtype: torch.dtype) -> Module:
@@ -81,7 +128,7 @@ def kernel_of(place: Place, module: Module, family: str) -> tuple[int, ...]:
     for slot in CORES:
         if slot in module.tensors and module.tensors[slot].dim() == 4:
             return tuple(module.tensors[slot].shape[2:])
-    if has_factors(module) or place.component != "unet":
+    if module.kind == "lora" or place.component != "unet":
         return ()
     last = place.path.rpartition(".")[2]
     if last in CONV_3X3:
@@ -91,8 +138,8 @@ def kernel_of(place: Place, module: Module, family: str) -> tuple[int, ...]:
 
 
 def dtype_of(module: Module) -> torch.dtype:
-    """The widest type of the module's tensors."""
-    dtypes = [tensor.dtype for tensor in module.tensors.values()]
+    """The widest type of the module's factors; magnitudes are kept in fp32 beside them."""
+    dtypes = [tensor.dtype for slot, tensor in module.tensors.items() if slot != "dora_scale"]
     found = dtypes[0]
     for dtype in dtypes[1:]:
         found = torch.promote_types(found, dtype)
@@ -110,11 +157,19 @@ def collect(modules: Mapping[Place, Reduced], like: Adapter) -> Reduction:
     return Reduction(Adapter({place: one.module for place, one in modules.items()}, {}, like.family), errors)
 
 
-def refuse_dora(name: str, adapter: Adapter) -> None:
-    """Raises `Refused` where a module is a DoRA, whose change depends on the base's weights."""
-    found = next((place for place, module in adapter.modules.items() if "dora_scale" in module.tensors), None)
-    if found:
+def check_dora(name: str, adapter: Adapter, base: Weights | None) -> None:
+    """Raises `Refused` where a module is a DoRA and there is no base, or one that it does not fit."""
+    found = next((place for place, module in adapter.modules.items() if module.is_dora), None)
+    if found and base is None:
         raise Refused(
-            f"{name}: {found.component} {found.path} is DoRA, which has no delta without its base; "
-            "bake it into the base and extract a LoRA from the two"
+            f"{name}: {found.component} {found.path} is DoRA, whose change depends on its base; name it: --base FILE"
         )
+    if found and base:
+        check_fit(name, adapter, base)
+
+
+def check_biases(name: str, adapter: Adapter) -> None:
+    """Raises `Refused` where a module changes a bias too, for which a LoRA has no place."""
+    found = next((place for place, module in adapter.modules.items() if "diff_b" in module.tensors), None)
+    if found:
+        raise Refused(f"{name}: {found.component} {found.path} changes a bias too (diff_b), which would be lost")

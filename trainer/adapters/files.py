@@ -18,6 +18,8 @@ from safetensors.torch import save
 
 from scumble.configs.errors import Refused
 
+from .privacy import without_paths
+
 MAX_HEADER_BYTES = 64 * 2**20  # an SDXL checkpoint's is 0.4 MiB
 MAX_METADATA_BYTES = 2**20  # above it, ComfyUI shows none; files of others may have more
 MAX_READ_METADATA_BYTES = 8 * 2**20
@@ -35,6 +37,10 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     end: int
+
+    def told(self) -> dict[str, object]:
+        """As the header writes it."""
+        return {"dtype": self.dtype, "shape": list(self.shape), "data_offsets": [self.start, self.end]}
 
 
 @dataclass(frozen=True)
@@ -94,29 +100,31 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 def write_adapter(
     tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: Path, force: bool = True
-) -> None:
+) -> list[str]:
     """Write a `.safetensors` through a temporary file that is synced and renamed; adds `sshs_model_hash`.
 
+    No path of a disk gets into the file: they are cut, and the names of the metadata that held one are returned.
     Raises `Refused` where a tensor is not finite, the metadata is larger than UIs read, the file exists and `force` is
     false, or (73) where the place cannot be written.
     """
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise Refused(f"{path} was not written: {len(broken)} tensors are not finite, first {broken[0]}")
-    if sum(len(key.encode()) + len(value.encode()) for key, value in metadata.items()) > MAX_METADATA_BYTES:
+    clean, cut = without_paths(metadata)
+    if sum(len(key.encode()) + len(value.encode()) for key, value in clean.items()) > MAX_METADATA_BYTES:
         raise Refused(f"{path} was not written: its metadata is larger than {MAX_METADATA_BYTES:,} bytes")
     if path.exists() and not force:
         raise Refused(f"{path} exists: choose another name, or --force to write over it")
-    contiguous = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    plain = save(contiguous)
+    plain = memoryview(save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}))
     header_length = int.from_bytes(plain[:8], "little") + 8
-    digest = hashlib.sha256(plain[header_length:]).hexdigest()
-    data = save(contiguous, dict(metadata) | {"sshs_model_hash": digest})
+    told, behind = json.loads(bytes(plain[8:header_length])), plain[header_length:]
+    header = header_bytes(told, clean | {"sshs_model_hash": hashlib.sha256(behind).hexdigest()})
     temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(data)
+            file.write(header)
+            file.write(behind)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -124,6 +132,15 @@ def write_adapter(
         with suppress(OSError):
             temporary.unlink()
         raise Refused(f"{path}: cannot be written ({error.strerror or error})", 73) from None
+    return cut
+
+
+def header_bytes(told: Mapping[str, object], metadata: Mapping[str, str]) -> bytes:
+    """The length and the JSON of a header that tells of tensors as `told` does, filled up to 8 bytes."""
+    table = ({"__metadata__": dict(metadata)} if metadata else {}) | dict(told)
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _entry(path: Path, name: str, told: object) -> Entry:

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import torch
 
-from .adapter import Adapter, Module, from_tensors
-from .files import read_header, read_tensors
+from .adapter import Adapter, from_tensors, read_named
+from .files import read_header
 from .keys import Place
+from .module import Module
+from .privacy import without_paths
 from .uis import Match, matches
 
 FAMILY_LABELS = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
 COMPONENT_LABELS = {"unet": "UNet", "text": "text encoder", "text2": "text encoder 2"}
+NETWORK_LABELS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "dora": "DoRA", "full": "full difference"}
 CONVS = ("conv", "conv1", "conv2", "conv_in", "conv_out", "conv_shortcut", "time_emb_proj")  # last words of their paths
 SETTINGS = {
     "ss_sd_model_name": "base", "ss_resolution": "resolution", "modelspec.prediction_type": "prediction",
@@ -75,11 +78,12 @@ class Report:
     zero: tuple[Place, ...]
     broken: tuple[Place, ...]  # with a number that is not finite
     uis: tuple[Match, ...]
+    paths: tuple[str, ...]  # entries of the metadata that tell paths of somebody's disk
 
 
 def inspect(path: Path) -> Report:
     """Look into an adapter of any dialect. Raises `Refused` where it is none."""
-    tensors, metadata = read_tensors(path)
+    tensors, metadata = read_named(path)
     adapter = from_tensors(tensors, metadata, str(path))
     broken = tuple(place for place, module in adapter.modules.items() if not is_finite(module))
     norms = {place: norm(module) for place, module in adapter.modules.items() if place not in broken}
@@ -100,6 +104,7 @@ def inspect(path: Path) -> Report:
         zero=tuple(place for place, size in norms.items() if size == 0),
         broken=broken,
         uis=tuple(matches(tensors, adapter.modules, adapter.family)),
+        paths=tuple(without_paths(metadata)[1]),
     )
 
 
@@ -147,9 +152,22 @@ def block_of(place: Place) -> str:
 
 def network_of(adapter: Adapter) -> str:
     kinds = set(adapter.kinds)
-    if any("dora_scale" in module.tensors for module in adapter.modules.values()):
+    if any(module.is_dora for module in adapter.modules.values()):
         kinds = (kinds - {"lora"}) | {"dora"}
     return "+".join(sorted(kinds))
+
+
+def beyond_diffusers(network: str) -> str:
+    """Why stock diffusers cannot do what an adapter of that kind says, or nothing: it knows LoRA alone."""
+    kinds = network.split("+")
+    others = " and ".join(NETWORK_LABELS[kind] for kind in kinds if kind not in ("lora", "dora"))
+    return f"it cannot read {others}" if others else "it leaves out DoRA's magnitudes" if "dora" in kinds else ""
+
+
+def poor_uis(uis: Iterable[Match], network: str) -> tuple[str, ...]:
+    """UIs that do not read a file whole; diffusers is excused where it does not know the kind of adapter."""
+    excused = "diffusers" if beyond_diffusers(network) else ""
+    return tuple(match.ui for match in uis if not match.is_whole and match.ui != excused)
 
 
 def groups_of(adapter: Adapter) -> Iterable[Group]:

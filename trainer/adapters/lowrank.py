@@ -66,6 +66,33 @@ def svd_of_dense(matrix: torch.Tensor, rank: int) -> Svd:
     return Svd(u[:, :rank], s[:rank], v.T[:rank])
 
 
+def svd_of_kronecker(first: torch.Tensor, second: torch.Tensor) -> Svd:
+    """SVD of kron(first, second) from those of the two: its values are all products of theirs (Van Loan 2000)."""
+    one, two = (torch.linalg.svd(_at_least_fp32(matrix), full_matrices=False) for matrix in (first, second))
+    s, order = torch.outer(one.S, two.S).flatten().sort(descending=True, stable=True)
+    i, j = order // len(two.S), order % len(two.S)
+    u = torch.einsum("ak,bk->abk", one.U[:, i], two.U[:, j]).flatten(0, 1)
+    vh = torch.einsum("ka,kb->kab", one.Vh[i], two.Vh[j]).flatten(1)
+    return Svd(u, s, vh)
+
+
+def factors_of_hadamard(one: Factors, two: Factors) -> Factors:
+    """Factors of (up₁ · down₁) ∘ (up₂ · down₂), of rank r₁ · r₂: all products of their columns, and of their rows."""
+    up = torch.einsum("ok,ol->okl", one.up, two.up).flatten(1)
+    return Factors(up, torch.einsum("ki,li->kli", one.down, two.down).flatten(0, 1))
+
+
+def factors_of_kronecker(first: torch.Tensor, second: Factors) -> Factors:
+    """Factors of kron(first, up · down) = kron(first, up) · kron(1, down), of rank columns(first) · r."""
+    return Factors(torch.kron(first, second.up), torch.kron(torch.eye(first.shape[1]), second.down))
+
+
+def exact_factors(matrix: torch.Tensor) -> Factors:
+    """The matrix (out, in) itself and a unit matrix of its shorter side: a LoRA of full rank that rounds nothing."""
+    out, inputs = matrix.shape
+    return Factors(matrix, torch.eye(inputs)) if inputs <= out else Factors(torch.eye(out), matrix)
+
+
 def factors_from_svd(svd: Svd, rank: int) -> Factors:
     """The best factors of that rank; each takes √S, so that neither leaves the range of half precision."""
     root = svd.s[:rank].sqrt()

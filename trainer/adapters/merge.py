@@ -1,6 +1,6 @@
 """Several adapters -> one LoRA: exact, truncated, or by a method against interference.
 
-linear: the ranks of all inputs one behind the other, so the delta is exactly the weighted sum. svd: that, truncated.
+linear: the ranks of all inputs one behind the other, so the change is exactly the weighted sum. svd: that, truncated.
 ties: trim, elect a sign, mean of those that agree (Yadav et al. 2023). dare: drop at random and rescale, then sum or
 ties (Yu et al. 2024). The last two work on whole deltas, and their result is truncated by SVD.
 """
@@ -14,22 +14,25 @@ import torch
 
 from scumble.configs.errors import Refused, nearest
 
-from .adapter import Adapter, Module
+from .adapter import Adapter
 from .factors import (
     Reduced,
     Reduction,
+    change_of,
+    check_biases,
+    check_dora,
     collect,
-    delta_shape,
     dtype_of,
     factors_of,
-    has_factors,
     kernel_of,
     module_of,
     reduced,
-    refuse_dora,
-)  # fmt: skip
+    reduced_dense,
+)
 from .keys import Place
-from .lowrank import Factors, Rule, svd_of_dense, svd_of_factors
+from .lowrank import Factors, Rule, exact_factors, svd_of_factors
+from .module import Module
+from .weights import Weights
 
 METHODS = ("linear", "svd", "ties", "dare", "dare_ties")
 
@@ -57,9 +60,12 @@ class Recipe:
     seed: int = 0
 
 
-def merge(inputs: Sequence[Input], recipe: Recipe) -> Reduction:
-    """Merge adapters of one family. Raises `Refused` for DoRA, for other families and shapes, for unknown blocks."""
-    check(inputs, recipe)
+def merge(inputs: Sequence[Input], recipe: Recipe, base: Weights | None = None) -> Reduction:
+    """Merge adapters of one family, DoRA by what it changes in `base`'s weights.
+
+    Raises `Refused` for DoRA without them, for other families and shapes, for unknown blocks.
+    """
+    check(inputs, recipe, base)
     places = sorted({place for one in inputs for place in one.adapter.modules})
     modules = {}
     for place in places:
@@ -70,13 +76,13 @@ def merge(inputs: Sequence[Input], recipe: Recipe) -> Reduction:
         ]
         if weighted:
             kernel = kernel_of(place, weighted[0][1], inputs[0].adapter.family)
-            modules[place] = _merged(place, weighted, recipe, kernel)
+            modules[place] = _merged(place, weighted, recipe, kernel, base)
     if not modules:
         raise Refused("nothing is left to write: every weight is 0")
     return collect(modules, inputs[0].adapter)
 
 
-def check(inputs: Sequence[Input], recipe: Recipe) -> None:
+def check(inputs: Sequence[Input], recipe: Recipe, base: Weights | None = None) -> None:
     """Raises `Refused` for what cannot be merged, before any number is computed."""
     if recipe.method not in METHODS:
         known = list(METHODS)
@@ -90,7 +96,8 @@ def check(inputs: Sequence[Input], recipe: Recipe) -> None:
     first = inputs[0]
     known = sorted({place.block for one in inputs for place in one.adapter.modules})
     for one in inputs:
-        refuse_dora(one.name, one.adapter)
+        check_biases(one.name, one.adapter)
+        check_dora(one.name, one.adapter, base)
         if one.adapter.family != first.adapter.family:
             raise Refused(f"{one.name} is for {one.adapter.family}, {first.name} for {first.adapter.family}")
         if not math.isfinite(one.weight) or not all(math.isfinite(factor) for factor in one.blocks.values()):
@@ -101,10 +108,10 @@ def check(inputs: Sequence[Input], recipe: Recipe) -> None:
                     f"--blocks {block}: no input has such a block{nearest(block, known)}; they have {', '.join(known)}"
                 )
         for place, module in one.adapter.modules.items():
-            if not has_factors(module) and not recipe.rank:
+            if not _is_plain_lora(module) and not recipe.rank and recipe.method != "linear":
+                kind = "DoRA" if module.is_dora else module.kind
                 raise Refused(
-                    f"{one.name}: {place.component} {place.path} is {module.kind}, which has no LoRA rank; "
-                    "give --method svd and --rank"
+                    f"{one.name}: {place.component} {place.path} is {kind}, which has no rank of a LoRA: give --rank"
                 )
 
 
@@ -112,17 +119,25 @@ def rank_stabilised(adapter: Adapter) -> Adapter:
     """The adapter with scales alpha / √rank, not alpha / rank, for files that mean it so (Kalajdzievski 2023)."""
     modules = {
         place: replace(module, alpha=module.scale * module.rank * math.sqrt(module.rank))
-        if has_factors(module)
+        if module.kind == "lora"
         else module
         for place, module in adapter.modules.items()
     }
     return replace(adapter, modules=modules)
 
 
-def concatenated(weighted: Sequence[tuple[float, Module]]) -> Factors:
-    """Factors of Σ w · dW, ranks one behind the other: [w₁ up₁, w₂ up₂] · [down₁; down₂]. LoRA modules only."""
-    pairs = [(weight, factors_of(module)) for weight, module in weighted]
-    return Factors(torch.cat([weight * pair.up for weight, pair in pairs], 1), torch.cat([p.down for _, p in pairs]))
+def concatenated(weighted: Sequence[tuple[float, Module]]) -> Factors | None:
+    """Factors of Σ w · dW, ranks one behind the other: [w₁ up₁, w₂ up₂] · [down₁; down₂].
+
+    None where those of a module are not known, or are together no fewer than the layer has inputs or outputs.
+    """
+    known = [(weight, factors) for weight, module in weighted if (factors := factors_of(module))]
+    shape = weighted[0][1].shape
+    assert shape
+    if len(known) < len(weighted) or sum(len(factors.down) for _, factors in known) >= min(shape):
+        return None
+    up = torch.cat([weight * factors.up for weight, factors in known], 1)
+    return Factors(up, torch.cat([factors.down for _, factors in known]))
 
 
 def trimmed(delta: torch.Tensor, density: float) -> torch.Tensor:
@@ -167,22 +182,33 @@ def seed_at(place: Place, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
 
 
-def _merged(place: Place, weighted: Sequence[tuple[float, Module]], recipe: Recipe, kernel: tuple[int, ...]) -> Reduced:
+def _merged(
+    place: Place,
+    weighted: Sequence[tuple[float, Module]],
+    recipe: Recipe,
+    kernel: tuple[int, ...],
+    base: Weights | None,
+) -> Reduced:
     dtype = dtype_of(weighted[0][1])
     rule = Rule(recipe.rank or max(module.rank for _, module in weighted))
-    _check_shapes(place, [delta_shape(module) for _, module in weighted])
-    if recipe.method in ("linear", "svd") and all(has_factors(module) for _, module in weighted):
-        factors = concatenated(weighted)
-        if recipe.method == "linear":
-            return Reduced(module_of(factors, kernel, dtype), 0.0, 1.0)
+    _check_shapes(place, [module.shape for _, module in weighted])
+    factors = concatenated(weighted) if recipe.method in ("linear", "svd") else None
+    if factors and recipe.method == "svd":
         return reduced(svd_of_factors(*factors), rule, kernel, dtype)
-    deltas = [module.delta() for _, module in weighted]
-    delta = fused(deltas, [weight for weight, _ in weighted], recipe, place)
-    total = float(delta.double().square().sum())
-    return reduced(svd_of_dense(delta, rule.rank), rule, kernel, dtype, total)
+    if not factors:
+        deltas = [change_of(place, module, base) for _, module in weighted]
+        delta = fused(deltas, [weight for weight, _ in weighted], recipe, place)
+        if recipe.method != "linear":
+            return reduced_dense(delta, rule, kernel, dtype)
+        factors = exact_factors(delta)
+    return Reduced(module_of(factors, kernel, dtype), 0.0, 1.0)
 
 
-def _check_shapes(place: Place, shapes: Sequence[tuple[int, ...]]) -> None:
+def _is_plain_lora(module: Module) -> bool:
+    return module.kind == "lora" and not module.is_dora
+
+
+def _check_shapes(place: Place, shapes: Sequence[tuple[int, int] | None]) -> None:
     if len(set(shapes)) > 1:
-        told = " and ".join(f"{shape[0]} x {shape[1]}" for shape in dict.fromkeys(shapes))
+        told = " and ".join(f"{shape[0]} x {shape[1]}" for shape in dict.fromkeys(shapes) if shape)
         raise Refused(f"{place.component} {place.path} has {told} in the inputs: they are of different bases")

@@ -1,18 +1,20 @@
-"""Metadata of a computed adapter: what base it is for, from its first parent, and how it was made; never a path."""
+"""Metadata of a computed adapter: what base it is for, from its first parent, and how it was made."""
 
 import json
 from collections.abc import Sequence
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
-from ..models import FAMILIES, Source
 from .adapter import Adapter, to_tensors
+from .detection import detection
 from .factors import Reduction
 from .files import write_adapter
+from .privacy import words_for_cut
 
 KEPT = (
     "modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation", "modelspec.resolution",
-    "modelspec.prediction_type", "ss_base_model_version", "ss_v2", "ss_clip_skip", "ss_resolution",
+    "modelspec.prediction_type", "ss_base_model_version", "ss_v2", "ss_clip_skip", "ss_resolution", "ss_sd_model_name",
 )  # fmt: skip
+LOSS_TOLD = 0.0005  # smaller losses are shown as none
 TRIGGER = "modelspec.trigger_phrase"
 
 
@@ -22,9 +24,8 @@ def metadata_of_result(parents: Sequence[Adapter], result: Adapter, title: str, 
     What is known only of one training (pictures, steps, rates) is left out; trigger phrases of all are joined.
     """
     told = parents[0].metadata if parents else {}
-    entries = for_family(result.family) | {name: told[name] for name in KEPT if name in told}
-    if told.get("ss_sd_model_name"):
-        entries["ss_sd_model_name"] = base_name(told["ss_sd_model_name"])
+    predicts_v = told.get("modelspec.prediction_type") == "v"
+    entries = detection(result.family, predicts_v) | {name: told[name] for name in KEPT if name in told}
     triggers = dict.fromkeys(parent.metadata[TRIGGER] for parent in parents if parent.metadata.get(TRIGGER))
     if triggers:
         entries[TRIGGER] = ", ".join(triggers)
@@ -40,42 +41,26 @@ def metadata_of_result(parents: Sequence[Adapter], result: Adapter, title: str, 
     }
 
 
-def write_result(result: Reduction, parents: Sequence[Adapter], out: Path, comment: str, force: bool) -> None:
-    """Write a computed adapter under kohya's names with its metadata. Raises `Refused` as `write_adapter` does."""
+def write_result(result: Reduction, parents: Sequence[Adapter], out: Path, comment: str, force: bool) -> list[str]:
+    """Write a computed adapter under kohya's names with its metadata, as `write_adapter` does.
+
+    Returns what to say of it, a line each: what every block loses, the most first, what was cut, what was written.
+    """
     metadata = metadata_of_result(parents, result.adapter, out.stem, comment)
-    write_adapter(to_tensors(result.adapter), metadata, out, force)
+    cut = write_adapter(to_tensors(result.adapter), metadata, out, force)
+    losses = sorted(result.errors.items(), key=lambda item: -item[1])
+    return [
+        *(f"{block:<16} {error:6.1%} of its change is lost" for block, error in losses if error > LOSS_TOLD),
+        *words_for_cut(cut),
+        f"wrote {out}: {len(result.adapter.modules)} layers, rank {result.rank}, {out.stat().st_size / 1e6:.1f} MB",
+    ]
 
 
-def metadata_of_base(source: Source) -> dict[str, str]:
-    """What an adapter that comes from no other one tells of its base."""
-    v = source.prediction == "v_prediction"
-    told = for_family(source.family.name)
-    if source.family.name == "sd2" and not v:
-        told["modelspec.architecture"] = "stable-diffusion-v2-512/lora"
-    side = source.resolution_px
-    return told | {
-        "modelspec.prediction_type": "v" if v else "epsilon",
-        "modelspec.resolution": f"{side}x{side}",
-        "ss_resolution": f"({side}, {side})",
-        "ss_sd_model_name": source.name,
+def metadata_of_base(family: str, predicts_v: bool, resolution_px: int, name: str) -> dict[str, str]:
+    """What an adapter that comes from no other one tells of its base, which people know by `name`."""
+    return detection(family, predicts_v) | {
+        "modelspec.prediction_type": "v" if predicts_v else "epsilon",
+        "modelspec.resolution": f"{resolution_px}x{resolution_px}",
+        "ss_resolution": f"({resolution_px}, {resolution_px})",
+        "ss_sd_model_name": name,
     }
-
-
-def for_family(family: str) -> dict[str, str]:
-    """What tells UIs the kind of base, for `family` sd1, sd2 or sdxl."""
-    one = FAMILIES[family]
-    sgm = family == "sdxl"
-    return {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": one.architecture,
-        "modelspec.implementation": (
-            "https://github.com/Stability-AI/generative-models" if sgm else "diffusers"
-        ),
-        "ss_base_model_version": one.version,
-        "ss_v2": str(family == "sd2"),
-    }  # fmt: skip
-
-
-def base_name(text: str) -> str:
-    """The last part of what may be a path of either kind."""
-    return PureWindowsPath(text).name or "unknown"

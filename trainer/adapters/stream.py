@@ -1,6 +1,5 @@
 """A checkpoint rewritten tensor by tensor: the layout stays, so only one tensor at a time is in memory."""
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -11,14 +10,14 @@ import torch
 
 from scumble.configs.errors import Refused
 
-from .files import Entry, Header, read_header
+from .files import Entry, header_bytes, read_header
 
 CHUNK_BYTES = 16 * 2**20
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-Change = Callable[[torch.Tensor], torch.Tensor]
+Change = Callable[[torch.Tensor], torch.Tensor]  # may work in place
 
 
 def rewrite(source: Path, target: Path, changes: Mapping[str, Change], metadata: Mapping[str, str]) -> None:
@@ -31,7 +30,7 @@ def rewrite(source: Path, target: Path, changes: Mapping[str, Change], metadata:
     temporary = target.with_name(target.name + ".part")
     try:
         with source.open("rb") as old, temporary.open("wb") as new:
-            new.write(header_bytes(header, metadata))
+            new.write(header_bytes({name: entry.told() for name, entry in header.entries.items()}, metadata))
             for name, entry in sorted(header.entries.items(), key=lambda item: (item[1].start, item[1].end)):
                 old.seek(header.size + entry.start)
                 if name in changes:
@@ -48,16 +47,6 @@ def rewrite(source: Path, target: Path, changes: Mapping[str, Change], metadata:
             temporary.unlink()
 
 
-def header_bytes(header: Header, metadata: Mapping[str, str]) -> bytes:
-    """The length and the JSON of a header with the same tensors at the same places, filled up to 8 bytes."""
-    told: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    for name, entry in header.entries.items():
-        told[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [entry.start, entry.end]}
-    text = json.dumps(told, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
 def changed(file: BinaryIO, entry: Entry, change: Change, where: str) -> bytes:
     """The bytes of the tensor that begins here, after `change`, which is given fp32."""
     if entry.dtype not in DTYPES:
@@ -65,7 +54,8 @@ def changed(file: BinaryIO, entry: Entry, change: Change, where: str) -> bytes:
     raw = bytearray(file.read(entry.end - entry.start))
     tensor = torch.frombuffer(raw, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
     result = change(tensor.float()).to(tensor.dtype)
-    if not torch.isfinite(result.float()).all():
+    checked = result.float() if result.dtype.itemsize == 1 else result  # isfinite does not know fp8
+    if not torch.isfinite(checked).all():
         raise Refused(f"{where} would not be finite in {entry.dtype}: use a smaller strength or a base in F32")
     return result.contiguous().view(torch.uint8).numpy().tobytes()
 

@@ -7,11 +7,18 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .inspect import COMPONENT_LABELS, FAMILY_LABELS, Report, block_norms
+from .inspect import (
+    COMPONENT_LABELS,
+    FAMILY_LABELS,
+    NETWORK_LABELS,
+    Report,
+    beyond_diffusers,
+    block_norms,
+    poor_uis,
+)
 from .keys import Place
 from .uis import Match
 
-NETWORK_LABELS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "dora": "DoRA", "full": "full difference"}
 DIALECT_LABELS = {"kohya": "kohya's", "peft": "PEFT's (diffusers)"}
 BAR_CELLS = 32
 EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -32,7 +39,7 @@ def report_page(report: Report) -> RenderableType:
         Text(""),
         _bars(report),
         Text(""),
-        ui_table(report.uis),
+        ui_table(report.uis, beyond_diffusers(report.network)),
         *[_line(f"! {trouble}", "bold red") for trouble in troubles(report)],
     )
 
@@ -54,9 +61,14 @@ def troubles(report: Report) -> Iterator[str]:
         yield f"{len(report.zero)} modules are zero and do nothing: {_named(report.zero)}"
     if report.hashes.stored and report.hashes.stored != report.hashes.model:
         yield "the hash in its metadata is not that of its tensors: the file was changed after it was written"
-    poor = [match.ui for match in report.uis if not match.is_whole]
+    if report.paths:
+        yield (
+            f"its metadata tells paths of a disk ({', '.join(report.paths)}): `scumble adapter convert` makes a file "
+            "without them"
+        )
+    poor = poor_uis(report.uis, report.network)
     if poor:
-        yield f"not read whole by {', '.join(poor)}{_cure(report.dialect)}"
+        yield not_whole(poor, report.dialect)
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -76,6 +88,7 @@ def as_json(report: Report) -> dict[str, Any]:
         },
         "blocks": {label: norm for label, (norm, _) in block_norms(report.norms).items()},
         "norms": {_name(place): norm for place, norm in report.norms.items()},
+        "paths_in_metadata": report.paths,
         "zero": [_name(place) for place in report.zero],
         "not_finite": [_name(place) for place in report.broken],
         "uis": {
@@ -85,32 +98,36 @@ def as_json(report: Report) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ui_table(uis: Sequence[Match]) -> Table:
-    """UI × matched/total, and what happens to the rest."""
+def ui_table(uis: Sequence[Match], beyond_diffusers: str) -> Table:
+    """UI × matched/total, and what happens to the rest; diffusers is not blamed for a kind that it does not know."""
     table = _table("UI", "modules read", "")
     for match in uis:
-        style = "green" if match.is_whole else "red"
-        table.add_row(match.ui, Text(f"{match.matched} / {match.total}", style), safe(_verdict(match)))
+        excused = match.ui == "diffusers" and beyond_diffusers
+        style = "green" if match.is_whole else "dim" if excused else "red"
+        table.add_row(match.ui, Text(f"{match.matched} / {match.total}", style), safe(excused or _verdict(match)))
     return table
 
 
 def verdict_page(
-    path: str, uis: Sequence[Match], dialect: str, faults: Sequence[str], trials: Sequence[str]
+    path: str, table: Table, trials: Sequence[str], untried: str, faults: Sequence[str], poor: str
 ) -> RenderableType:
-    """Of `verify`: the UIs' shares, what diffusers computes, every fault, and the verdict in one line."""
+    """Of `verify`: the UIs' shares, what the base computes, every fault, and the verdict in one line."""
     shown = [*faults[:MOST_FAULTS], *([f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else [])]
-    poor = [match.ui for match in uis if not match.is_whole]
-    lines = [_line(f"! {fault}", "bold red") for fault in shown]
-    if poor:
-        lines.append(_line(f"! not read whole by {', '.join(poor)}{_cure(dialect)}", "bold red"))
-    verdict = lines or [_line("nothing is wrong", "green")]
-    return Group(_line(path, "bold"), ui_table(uis), *map(_line, trials), *verdict)
+    lines = [_line(f"! {fault}", "bold red") for fault in [*shown, *([poor] if poor else [])]]
+    told = [*trials, *([f"not tried in diffusers: {untried}"] if untried else [])]
+    return Group(_line(path, "bold"), table, *map(_line, told), *(lines or [_line("nothing is wrong", "green")]))
 
 
-def trial_line(component: str, difference: float, effect: float) -> str:
-    """How far diffusers' output is from ours, beside how far the adapter moves it."""
-    label = COMPONENT_LABELS[component]
-    return f"{label}: the adapter moves its output by {effect:.2g}, diffusers differs from ours by {difference:.2g}"
+def trial_line(component: str, effect: float, difference: float | None) -> str:
+    """How far the adapter moves a component's output, beside how far diffusers' output differs from ours."""
+    beside = "" if difference is None else f", diffusers differs from ours by {difference:.2g}"
+    return f"{COMPONENT_LABELS[component]}: the adapter moves its output by {effect:.2g}{beside}"
+
+
+def not_whole(poor: Sequence[str], dialect: str) -> str:
+    """Which UIs do not read a file whole, and the cure where there is one."""
+    cure = ": `scumble adapter convert` makes a file that is" if dialect == "peft" else ""
+    return f"not read whole by {', '.join(poor)}{cure}"
 
 
 def safe(text: str, most: int = 400) -> Text:
@@ -123,10 +140,6 @@ def bar(share: float) -> str:
     """A bar of BAR_CELLS · share cells, to an eighth of a cell."""
     eighths = max(round(8 * BAR_CELLS * share), 1 if share > 0 else 0)
     return "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
-
-
-def _cure(dialect: str) -> str:
-    return ": `scumble adapter convert --to kohya` makes a file that is" if dialect == "peft" else ""
 
 
 def _verdict(match: Match) -> str:

@@ -15,9 +15,9 @@ from safetensors import safe_open
 
 from scumble.configs.errors import Refused
 
-from .adapter import FAMILY_OF_CONTEXT
-from .files import Entry, read_header
-from .keys import Place, diffusers_path
+from .detection import FAMILY_OF_CONTEXT
+from .files import read_header
+from .keys import UNET_LAYER, Place, diffusers_path
 
 FOLDERS = {"unet": "unet", "text_encoder": "text", "text_encoder_2": "text2"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".onnx", ".pb")
@@ -31,23 +31,25 @@ OPEN_CLIP = re.compile(
     r"transformer\.resblocks\.(\d+)\.(attn\.in_proj_weight|(attn\.out_proj|mlp\.c_fc|mlp\.c_proj)\.weight)"
 )
 OPEN_CLIP_LAYERS = {"attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-NORM = re.compile(
-    r"(^|\.)(norm\d?|in_layers\.0|out_layers\.0|out\.0|conv_norm_out|layer_norm\d|final_layer_norm|ln_\w+)$"
-)
+TEXT_LAYER = re.compile(r"encoder\.layers\.\d+\.(self_attn|mlp)\.\w+")
 
 
 @dataclass(frozen=True)
 class Spot:
-    """One layer's weight on disk: a tensor, or in a fused matrix the third number `third` (0, 1, 2) of its rows."""
+    """One layer's weight on disk: a tensor, or in a fused matrix the third number `third` (0, 1, 2) of its rows.
+
+    `shape` is that of the layer's own weight, (out, in) or (out, in, h, w).
+    """
 
     file: Path
     name: str
+    shape: tuple[int, ...]
     third: int | None = None
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A base on disk: its layers by place, in the files of a folder or in one file. Nothing is loaded."""
+    """A base on disk: the layers that an adapter may sit on, in a folder's files or in one; nothing is loaded."""
 
     path: Path
     spots: dict[Place, Spot]
@@ -83,9 +85,12 @@ def find_weights(path: Path) -> Weights:
     for file, component in files:
         for name, entry in read_header(file).entries.items():
             for place, third in places_of(name, component):
-                if len(entry.shape) >= 2:
-                    spots.setdefault(place, Spot(file, name, third))
-                    widths |= _context(place, entry)
+                if len(entry.shape) >= 2:  # a norm or a bias is no layer
+                    out, *inputs = entry.shape
+                    shape = (out if third is None else out // 3, *inputs)
+                    spots.setdefault(place, Spot(file, name, shape, third))
+                    if place.component == "unet" and place.path.endswith("attn2.to_k"):
+                        widths.add(shape[1])
             if name.startswith("cond_stage_model.model."):
                 family = "sd2"
     if not spots:
@@ -106,7 +111,7 @@ def weight_files(folder: Path, all_variants: bool = False) -> list[Path]:
 
 
 def places_of(name: str, component: str | None) -> Iterator[tuple[Place, int | None]]:
-    """The places whose weight a tensor is, three with their thirds for a fused one; none for biases, norms and the VAE.
+    """The places whose weight a tensor is, three with their thirds for a fused one; none where no adapter can sit.
 
     `component` is given for a file of a diffusers folder, None for one file that holds all.
     """
@@ -126,15 +131,9 @@ def places_of(name: str, component: str | None) -> Iterator[tuple[Place, int | N
     if not name.endswith(".weight"):
         return
     path = name.removesuffix(".weight")
-    if NORM.search(path) or (component != "unet" and "embedding" in path):
-        return
     try:
         path = diffusers_path(path) if component == "unet" else path.removeprefix("text_model.")
     except (KeyError, ValueError):  # under a name of the original code that no adapter can have
         return
-    yield Place(component, path), None
-
-
-def _context(place: Place, entry: Entry) -> set[int]:
-    hears = place.component == "unet" and place.path.endswith("attn2.to_k")
-    return {entry.shape[1]} if hears else set()
+    if (UNET_LAYER if component == "unet" else TEXT_LAYER).fullmatch(path):
+        yield Place(component, path), None
