@@ -127,8 +127,8 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
     )  # fmt: skip
     update = Update(
         job.accelerator, objectives, named, make_optimizer(wanted.optimizer, groups, wanted.weight_decay, magnitudes),
-        wanted.clip, wanted.ema, sum(job.repeats) / plan.steps_per_epoch,
-        say=lambda line: events.emit("note", text=f"  {line}"),
+        wanted.clip, wanted.ema, say=lambda line: events.emit("note", text=f"  {line}"),
+        looks_per_step=sum(job.repeats) / plan.steps_per_epoch,
     )  # fmt: skip
     for part in plan.parts:
         component_of(base, part.name).train()
