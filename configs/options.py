@@ -93,6 +93,7 @@ class Data(Captions):
     mask_floor: Share = option(0.0, "Weight of what a mask hides, beside 1 for what it shows")
     repeats: Count = option(1, "Times that each picture is seen in one epoch")
     flip: bool = option(False, "Mirror pictures at random (not for faces, letters, or one-sided things)")
+    cache: str = option("auto", "Folder that keeps latents for the next run; auto: the user's cache folder; off: none")
     prior: str = option("", "Folder of regularisation pictures (prior preservation)")
     prior_weight: Weight = option(1.0, "Weight of the loss on regularisation pictures")
 
@@ -259,7 +260,7 @@ def allowed(kind: Any, limits: Iterable[Any] = ()) -> str:
         return ", or ".join(allowed(part) for part in get_args(kind))
     if get_origin(kind) is tuple:
         inner = get_args(kind)[0]
-        return "a list of texts" if inner is str else f"a list of {allowed(inner).removeprefix('a ')}s"
+        return "a list of " + ("texts" if inner is str else allowed(inner).replace("a whole number", "whole numbers"))
     words = {bool: "true | false", int: "a whole number", float: "a number", str: "text"}[kind]
     if kind in (int, float):
         for limit in limits:

@@ -52,7 +52,11 @@ def make_buckets(
     """
     least = max(1, math.ceil(least_px / step_px)) * step_px
     most = (most_px or math.ceil(resolution_px * MAX_ASPECT**0.5)) // step_px * step_px
-    sizes = [size for size in bucket_sizes(resolution_px, step_px, most) if min(size.width, size.height) >= least]
+    sizes = [
+        size
+        for size in bucket_sizes(resolution_px, step_px, most)
+        if min(size.width, size.height) >= least and max(size.width, size.height) <= most
+    ]
     if not sizes:
         if resolution_px < step_px:
             raise Refused(f"--resolution {resolution_px}: sides are in steps of {step_px}, so it must be at least that")

@@ -17,6 +17,7 @@ from .images import Size, read_rgb
 from .masks import read_mask
 
 MAP_PX = 64  # Hou and Zhang's scale: of an object, not of its texture
+FLAT = 1 / 255
 FACE_PX = 640  # longest side in which faces are looked for
 LEAST_FACE = 0.04  # of the longest side: smaller finds are mostly no faces
 
@@ -37,8 +38,11 @@ def saliency(picture: Image.Image) -> np.ndarray:
     """The spectral residual (Hou and Zhang 2007, eq. 2 to 4) of the picture at 64 px: (h, w), its sum 1.
 
     The log spectrum less its own local mean is what is unlike most pictures; brought back, it lies on the things.
+    Zero for a flat picture.
     """
     grey = np.asarray(picture.convert("L").resize((MAP_PX, MAP_PX), Image.Resampling.BOX), dtype=np.float64) / 255
+    if grey.std() < FLAT:
+        return np.zeros_like(grey)
     spectrum = np.fft.fft2(grey)
     log_amplitude = np.log(np.abs(spectrum) + 1e-3)
     residual = log_amplitude - _mean3(log_amplitude)
@@ -46,8 +50,7 @@ def saliency(picture: Image.Image) -> np.ndarray:
     for _ in range(4):  # about a Gaussian of 2.5 px, as the paper smooths
         found = _mean3(_mean3(found))
     found -= found.min()
-    total = found.sum()
-    return found / total if total > 1e-12 else np.zeros_like(found)
+    return found / found.sum()
 
 
 def face_map(picture: Image.Image) -> np.ndarray:
@@ -67,7 +70,7 @@ def face_map(picture: Image.Image) -> np.ndarray:
 def best_share(weights: np.ndarray, original: Size, target: Size) -> float:
     """The share of what is cut that goes off the left (or top), so that the crop keeps the most weight; 0.5 for none.
 
-    Of places that keep equally much, the one with the kept weight nearest to its middle is taken.
+    Of places that keep equally much, the one with the kept weight nearest to its middle is taken, then the middle one.
     """
     across = original.width * target.height > target.width * original.height
     line = weights.sum(0 if across else 1)
@@ -83,7 +86,7 @@ def best_share(weights: np.ndarray, original: Size, target: Size) -> float:
     weight = np.interp(starts + window, places, before) - np.interp(starts, places, before)
     mean = (np.interp(starts + window, places, moment) - np.interp(starts, places, moment)) / np.maximum(weight, 1e-12)
     off_centre = np.abs(mean - starts - window / 2) / len(line)
-    score = weight / line.sum() - 1e-2 * off_centre
+    score = weight / line.sum() - 1e-2 * off_centre - 1e-4 * np.abs(np.linspace(-1, 1, len(starts)))
     return float(np.argmax(score)) / (len(starts) - 1)
 
 
@@ -103,6 +106,7 @@ def _cascade() -> Any:
     """OpenCV's frontal faces. Raises `Refused` (69) where it is not installed."""
     try:
         import cv2
+        import cv2.data
     except ImportError:
         raise Refused("--crop faces needs OpenCV: pip install 'scumble[faces]', or take --crop focus", 69) from None
     return cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / "haarcascade_frontalface_default.xml"))

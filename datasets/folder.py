@@ -98,8 +98,8 @@ def read_set(
         tables: list[Table] = []
         for listing in listings(own_name(place), set(outer)):
             _add(found, listing, tables, masks)
-        found.left_out += [
-            LeftOut(table.path, text) for table in tables for text in [*table.troubles, *map(_gone, table.missing())]
+        found.remarks += [
+            Remark(table.path, text) for table in tables for text in [*table.troubles, *map(_gone, table.missing())]
         ]
         if len(places) > 1 and before == (len(found.examples), len(found.left_out)):
             found.left_out.append(LeftOut(place.folder, "no pictures in it", True))

@@ -40,7 +40,8 @@ TURNS = {
 
 T = TypeVar("T")
 ORIENTATION = 0x0112
-ENOUGH = 3  # a JPEG halved to no less than this many times what is wanted gives the same picture after Lanczos
+ENOUGH = 3  # a picture reduced to no less than this many times what is wanted is the same after Lanczos
+REDUCED_MODES = ("L", "LA", "RGB", "RGBA", "CMYK")
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of broken remarks in whole pictures; what matters is an error
 _large = threading.Lock()
@@ -101,10 +102,10 @@ def read_size(path: Path) -> Size:
 def read_rgb(path: Path, at_least: Size | None = None) -> Image.Image:
     """The picture upright in 8-bit sRGB, transparency laid over white; of an animation, the first frame.
 
-    A JPEG may come halved one to three times where it stays larger than `at_least`, which saves memory and time.
-    Raises `Refused` naming a file whose pixels cannot be decoded, and why.
+    A JPEG, and any picture over 40 million pixels, may come smaller by a whole factor where it stays larger than
+    `at_least`, which saves memory and time. Raises `Refused` naming a file whose pixels cannot be decoded, and why.
     """
-    return read_picture(path, to_rgb, at_least)
+    return read_picture(path, lambda picture: to_rgb(_reduced(picture, at_least)), at_least)
 
 
 def read_alpha(path: Path) -> Image.Image | None:
@@ -225,6 +226,18 @@ def _orientation(picture: Image.Image) -> int:
     except Exception:  # noqa: BLE001  (the picture is whole where its remarks are not)
         return 1
     return orientation if orientation in TURNS else 1
+
+
+def _reduced(picture: Image.Image, at_least: Size | None) -> Image.Image:
+    """A huge picture as means of square blocks of its pixels."""
+    if at_least is None or picture.width * picture.height <= ONE_AT_A_TIME or picture.mode not in REDUCED_MODES:
+        return picture
+    factor = min(picture.width // at_least.width, picture.height // at_least.height)
+    if factor < 2:
+        return picture
+    smaller = picture.reduce(factor)
+    smaller.info = picture.info
+    return smaller
 
 
 def _convertible(picture: Image.Image) -> None:

@@ -1,5 +1,6 @@
 """Where pictures lie: the folders under a source, what holds for the files in each, and what is passed over."""
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,10 @@ MASK_FOLDERS = {"masks", "mask"}
 TRAIN_SPLITS = {"train", "training"}
 TEST_SPLITS = {"test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev"}
 TABLES = {"metadata.jsonl", "metadata.csv"}
+OTHER_PICTURES = {
+    ".psd", ".psb", ".xcf", ".kra", ".clip", ".svg", ".jxl", ".jp2", ".tga", ".exr", ".hdr", ".ico", ".pdf",
+    ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".mp4", ".mov", ".webm", ".mkv", ".avi",
+}  # fmt: skip
 SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
 
 
@@ -70,30 +75,34 @@ def listings(place: Place, seen: set[tuple[int, int]]) -> Iterator[Listing]:
     `seen` holds the (device, inode) of folders that are not to be entered, and is added to. Hidden folders and the
     files that systems strew about are passed over; all else that is no picture, text or table is left out by name.
     """
-    listing = listed(place)
-    inner: list[Place] = []
-    has_train = any(path.name.lower() in TRAIN_SPLITS for path in listing.folders)
-    for path in listing.folders:
-        named = KOHYA_FOLDER.fullmatch(path.name)
-        name, status = path.name.lower(), path.stat()
-        if name in MASK_FOLDERS and listing.pictures:
-            inside = listed(replace(place, folder=path))
-            listing.masks += inside.pictures + inside.masks
-            listing.left_out += inside.left_out
-        elif has_train and name in TEST_SPLITS:
-            listing.left_out.append(LeftOut(path, "a split for tests beside train: not learned from"))
-        elif (status.st_dev, status.st_ino) in seen:
-            listing.left_out.append(LeftOut(path, "leads to a folder that is read already"))
-        elif named and int(named[1]) < 1:
-            listing.left_out.append(LeftOut(path, "repeats must be at least 1; rename the folder or take it out", True))
-        elif place.deep:
-            seen.add((status.st_dev, status.st_ino))
-            inner.append(_inside(place, path))
-        else:
-            listing.left_out.append(LeftOut(path, "a folder inside, which a kohya subset does not enter"))
-    yield listing
-    for one in sorted(inner, key=lambda one: one.folder):
-        yield from listings(one, seen)
+    places = [place]
+    while places:
+        place = places.pop()
+        listing, inner = listed(place), []
+        has_train = any(path.name.lower() in TRAIN_SPLITS for path in listing.folders)
+        for path in listing.folders:
+            named = KOHYA_FOLDER.fullmatch(path.name)
+            name, status = path.name.lower(), path.stat()
+            reason = ""
+            if name in MASK_FOLDERS and listing.pictures:
+                inside = listed(replace(place, folder=path))
+                listing.masks += inside.pictures + inside.masks
+                listing.left_out += inside.left_out
+            elif has_train and name in TEST_SPLITS:
+                reason = "a split for tests beside train: not learned from"
+            elif (status.st_dev, status.st_ino) in seen:
+                reason = "leads to a folder that is read already"
+            elif named and int(named[1]) < 1:
+                reason = "repeats must be at least 1; rename the folder or take it out"
+            elif not place.deep:
+                reason = "a folder inside, which a subset of kohya's does not enter"
+            else:
+                seen.add((status.st_dev, status.st_ino))
+                inner.append(_inside(place, path))
+            if reason:
+                listing.left_out.append(LeftOut(path, reason, bool(named)))
+        yield listing
+        places += sorted(inner, key=lambda one: one.folder, reverse=True)
 
 
 def own_name(place: Place) -> Place:
@@ -123,31 +132,41 @@ def listed(place: Place) -> Listing:
         listing.left_out.append(LeftOut(place.folder, f"cannot be opened ({error.strerror})", True))
         return listing
     for path in entries:
-        suffix = path.suffix.lower()
-        pictured = suffix in SUFFIXES
-        if not _printable(path.name):
-            shown = path.name.encode("utf-8", "backslashreplace").decode()
-            listing.left_out.append(LeftOut(place.folder / shown, "its name is not UTF-8: rename it", True))
-        elif path.name.startswith("."):
-            if pictured:
-                listing.left_out.append(LeftOut(path, "a hidden file"))
-        elif path.is_dir():
-            listing.folders.append(path)
-        elif path.is_symlink() and not path.exists():
-            listing.left_out.append(LeftOut(path, "a link that leads nowhere", pictured))
-        elif not path.is_file():
-            listing.left_out.append(LeftOut(path, "not a file", pictured))
-        elif pictured and path.stem.lower().endswith(MASK_ENDING):
-            listing.masks.append(path)
-        elif pictured:
-            listing.pictures.append(path)
-        elif suffix in place.suffixes or suffix in CAPTION_SUFFIXES:
-            listing.texts.append(path)
-        elif path.name.lower() in TABLES:
-            listing.tables.append(path)
-        elif path.name.lower() not in SYSTEM_FILES:
-            listing.left_out.append(LeftOut(path, "not a picture"))
+        try:
+            _sort(path, listing)
+        except OSError as error:
+            listing.left_out.append(LeftOut(path, f"cannot be opened ({error.strerror})", True))
     return listing
+
+
+def _sort(path: Path, listing: Listing) -> None:
+    """Put one entry of a folder where it belongs."""
+    suffix = path.suffix.lower()
+    pictured = suffix in SUFFIXES
+    if not _printable(path.name):
+        shown = os.fsencode(path.name).decode("utf-8", "backslashreplace")
+        listing.left_out.append(LeftOut(path.with_name(shown), "its name is not UTF-8: rename it", True))
+    elif path.name.startswith("."):
+        if pictured:
+            listing.left_out.append(LeftOut(path, "a hidden file"))
+    elif path.is_dir():
+        listing.folders.append(path)
+    elif path.is_symlink() and not path.exists():
+        listing.left_out.append(LeftOut(path, "a link that leads nowhere", pictured))
+    elif not path.is_file():
+        listing.left_out.append(LeftOut(path, "not a file", pictured))
+    elif pictured and path.stem.lower().endswith(MASK_ENDING):
+        listing.masks.append(path)
+    elif pictured:
+        listing.pictures.append(path)
+    elif suffix in listing.place.suffixes or suffix in CAPTION_SUFFIXES:
+        listing.texts.append(path)
+    elif path.name.lower() in TABLES:
+        listing.tables.append(path)
+    elif suffix in OTHER_PICTURES:
+        listing.left_out.append(LeftOut(path, f"{suffix[1:]} is not read; save it as PNG", True))
+    elif path.name.lower() not in SYSTEM_FILES:
+        listing.left_out.append(LeftOut(path, "not a picture"))
 
 
 def _printable(name: str) -> bool:

@@ -20,7 +20,7 @@ from scumble.trainer.adapters.module import Module
 from scumble.trainer.export import export
 from scumble.trainer.latents import Latents, encode_set
 from scumble.trainer.lora import Part, Trained, attach, component_of
-from scumble.trainer.models import EMBEDDED, Base, Pipeline, load, recognise
+from scumble.trainer.models import EMBEDDED, PIPELINES, Base, Pipeline, load, recognise
 from scumble.trainer.optimizers import make_optimizer
 from scumble.trainer.step import Look, Objectives
 
@@ -54,7 +54,7 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = EMBEDDED if kind == "sketch" else tiny_base(kind, tmp_path_factory.mktemp(kind))
     model = Model(base="sketch" if kind == "sketch" else str(folder))
     base = load(model, recognise(model), torch.device("cpu"), torch.float32)
-    stock = base.family.pipeline.from_pretrained(folder)
+    stock = PIPELINES[base.family.name].from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)
     examples = read_set(SAMPLES).examples[:2]
     crops = [[centre_crop(read_size(example.image), Size(64, 64))] for example in examples]

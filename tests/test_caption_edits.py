@@ -274,3 +274,12 @@ def test_captions_of_a_table_are_edited_in_files_of_their_own_and_a_list_of_fold
     assert (tmp_path / "one/metadata.jsonl").read_bytes() == table
     scumble("captions", "undo", folders)
     assert files(tmp_path) == {"two/c.txt": b"a cat"}
+
+
+def test_a_caption_that_cannot_be_read_is_named_and_left_as_it_is(photos: Path, capsys: pytest.CaptureFixture[str]):
+    broken = "ein Bär".encode("latin-1")
+    (photos / "a.txt").write_bytes(broken)
+    for command in (["list", str(photos)], ["replace", str(photos), "cat", "dog"]):
+        scumble("captions", *command)
+        assert "a.txt is not UTF-8: save it as UTF-8 or delete it" in capsys.readouterr().err
+    assert files(photos)["a.txt"] == broken

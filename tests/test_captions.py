@@ -146,8 +146,8 @@ def test_training_hears_the_rules_regularisation_pictures_without_the_trigger_an
     base = load(Model(), recognise(Model()), torch.device("cpu"), torch.float32)
     samples = read_set(Path(__file__).parent.parent / "datasets/samples/clay-style").examples[:2]
     examples = [replace(samples[0], lines=("{red|blue} cat", "dog")), replace(samples[1], lines=("owl",), prior=True)]
-    crops = [centre_crop(read_size(example.image), Size(64, 64)) for example in examples]
-    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)], mirror=False)
+    crops = [[centre_crop(read_size(example.image), Size(64, 64))] for example in examples]
+    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)])
     rules = {"caption_dropout": 0.0, "trigger": "zwx", "prefix": "p", "caption_lines": "pick"}
     data = Options().data.model_copy(update=rules)
     objectives = step.Objectives(base, examples, crops, latents, data, Objective(), seed=0, text_is_trained=False)

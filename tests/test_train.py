@@ -131,7 +131,7 @@ def test_a_second_run_of_one_name_gets_a_folder_of_its_own(run: Run):
 
 def test_a_dry_run_writes_nothing_and_says_what_would_happen(tmp_path: Path):
     plan = ran(tmp_path, dry_run=True, optimization={"steps": "auto"}).of("plan")[0]
-    assert plan["steps"] == 320 and plan["epochs"] == 64
+    assert plan["steps"] == 160 and plan["epochs"] == 32
     assert any("20 pictures" in line for line in plan["why"]) and any("embedded base" in line for line in plan["why"])
     assert not list(tmp_path.iterdir())
 

@@ -11,12 +11,15 @@ from typing import Annotated
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError, ValidationError
 from pydantic import ValidationError as PydanticError
 
-from scumble.captioning.commands import caption, captions
+from scumble.captioning.commands import caption
+from scumble.captioning.commands_edit import captions
 from scumble.configs import files, reference
 from scumble.configs.errors import Refused, nearest
 from scumble.configs.options import Model, Options, Previews, section
 
+from . import check
 from .adapters.commands import adapter
+from .cache_commands import cache
 from .run_commands import register
 from .run_folder import OPTIONS, is_run, name_of_set, status_of
 
@@ -28,7 +31,9 @@ app = App(
 )
 for command in (adapter, caption, captions):
     app.command(command)
+check.register(app)
 register(app)
+app.command(cache)
 app["--help"].group = app["--version"].group = "Other"
 
 DEFAULTS = Options()

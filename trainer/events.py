@@ -95,6 +95,8 @@ class Terminal:
         if event["text"]:
             self._note(event)
 
+    _checked = _pictures
+
     def _encoded(self, event: Event) -> None:
         if self.encoding is None:
             self.progress.start()

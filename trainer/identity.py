@@ -9,7 +9,7 @@ from scumble.configs.options import Options
 from scumble.datasets.folder import Example
 from scumble.datasets.images import Crop
 
-from .models import Source
+from .bases import Source
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 20
 FREE = {"model.base", "model.vae", "data.images", "data.prior"}  # where things lie; their content is compared

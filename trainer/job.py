@@ -1,26 +1,26 @@
 """What a run will do, looked at and planned before a weight is loaded."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from scumble.configs.errors import Refused
 from scumble.configs.options import Options
-from scumble.datasets.captions import with_trigger
-from scumble.datasets.folder import Example, PictureSet, read_set
+from scumble.datasets.folder import Example, PictureSet
 from scumble.datasets.images import Crop, Size
 from scumble.datasets.order import batches_per_epoch, told_batches
-from scumble.datasets.views import View, tables, views_of, weights_of
+from scumble.datasets.views import View, weights_of
 from scumble.datasets.waste import bucket_uses, told_waste
 
+from .bases import Source, recognise
 from .events import Events
+from .findings import as_json, told_findings
 from .machine import check_attention, make_accelerator
-from .models import Source, recognise
 from .optimizers import check_optimizer
-from .plan import Plan, batch_of, make_plan, resolution_of, settled
+from .pictures import checked, read_examples, read_views, resolution_of
+from .plan import Plan, batch_of, make_plan, settled
 from .preview import default_cfg
 from .prompts import Shot, shots_of
 from .run_folder import name_of_set
@@ -63,14 +63,10 @@ def look(options: Options) -> Job:
     check_optimizer(options.optimization.optimizer)
     check_attention(options.machine.attention)
     found = read_examples(options)
-    resolution_px = resolution_of(options, source)
-    step_px = source.step_px if options.data.bucket_step == "auto" else options.data.bucket_step
-    if step_px % source.whole_px:
-        raise Refused(f"--bucket-step {step_px}: must be a multiple of {source.whole_px} for {source.label}")
-    views = views_of(found.examples, tables(options.data, resolution_px, step_px), options.data, options.output.seed)
+    views = read_views(found, options, source)
     masks = [weights_of(view, source.latent_px, options.data.mask_floor) for view in views]
     captions = [example.caption for example in found.examples if not example.prior]
-    shots = shots_of(options.previews, resolution_px, captions, default_cfg(source.name))
+    shots = shots_of(options.previews, resolution_of(options, source), captions, default_cfg(source.name))
     buckets, repeats = [view.size for view in views], [view.example.repeats for view in views]
     per_epoch = batches_per_epoch(buckets, repeats, batch_of(options, source))
     plan = make_plan(options, source, per_epoch, len(captions), sum(repeats))
@@ -98,26 +94,8 @@ def announce(job: Job, events: Events, notes: Sequence[str] = ()) -> None:
         buckets=[asdict(use) for use in bucket_uses(job.views)],
         text="\n".join(filter(None, told)),
     )  # fmt: skip
-
-
-def read_examples(options: Options) -> PictureSet:
-    """The pictures, the trigger in their captions; regularisation pictures are repeated to be about as many."""
-    if not options.data.images:
-        raise Refused("train: name a folder of pictures, as in `scumble train photos/`")
-    found = read_set(Path(options.data.images), options.data.repeats, masks=options.data.masks)
-    if options.data.prior:
-        found += read_set(Path(options.data.prior), prior=True, masks=options.data.masks)
-    prior = sum(example.repeats for example in found.examples if example.prior)
-    times = max(1, round(sum(example.repeats for example in found.examples if not example.prior) / max(1, prior)))
-    found.examples = [
-        replace(example, repeats=example.repeats * times)
-        if example.prior
-        else replace(example, caption=with_trigger(example.caption, options.data.trigger))
-        for example in found.examples
-    ]
-    if all(example.prior for example in found.examples):
-        raise Refused(f"{options.data.images}: every picture there is for regularisation, none is left to learn from")
-    return found
+    done = checked(job.options, job.source, job.pictures, job.views, with_thumbs=False)
+    events.emit("checked", **as_json(done), text=told_findings(done))
 
 
 def free_folder(options: Options) -> Path:

@@ -1,23 +1,36 @@
-"""Pictures -> latents, encoded once: the posterior's mean and std of each picture, all of them on the device."""
+"""Pictures -> latents, encoded once: the posterior's mean and std of each picture.
 
-from collections.abc import Callable, Sequence
+A set as artists have it stays on the device as a whole; one that is larger than `MAX_RESIDENT_BYTES` is read from the
+cache as it is needed, with flat memory.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import overload
 
 import torch
 
 from scumble.configs.errors import Refused
+from scumble.datasets.cache import Cache, digest_of_file, digest_of_tensors, key_of
 from scumble.datasets.images import Crop, all_cropped
 
 from .models import Base
+
+VERSION = 1  # of what an entry holds and how it is computed
+MAX_RESIDENT_BYTES = 2 * 2**30
+PASS = 8  # pictures in one pass of the VAE on CUDA
+View = tuple[Path, Sequence[Crop]]
+Entry = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Latents:
     """`mean[i][c]` and `std[i][c]` are (4, H/8, W/8) fp32 of crop c of picture i."""
 
-    mean: list[list[torch.Tensor]]
-    std: list[list[torch.Tensor]]
+    mean: Sequence[Sequence[torch.Tensor]]
+    std: Sequence[Sequence[torch.Tensor]]
     scale: float
 
     def sample(self, index: int, crop: int, noise: torch.Tensor) -> torch.Tensor:
@@ -25,20 +38,110 @@ class Latents:
         return (self.mean[index][crop] + self.std[index][crop] * noise) * self.scale
 
 
-@torch.no_grad()
+class Streamed(Sequence[Sequence[torch.Tensor]]):
+    """One slot of many entries, read from the cache when asked for."""
+
+    def __init__(self, keys: Sequence[str], read: Callable[[str], Entry], slot: str, device: torch.device):
+        self.keys, self.read, self.slot, self.device = keys, read, slot, device
+
+    @overload
+    def __getitem__(self, index: int) -> Sequence[torch.Tensor]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sequence[torch.Tensor]]: ...
+    def __getitem__(self, index: int | slice) -> Sequence[torch.Tensor] | Sequence[Sequence[torch.Tensor]]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        return list(self.read(self.keys[index])[self.slot].to(self.device))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
 def encode_set(
-    base: Base, images: Sequence[tuple[Path, Sequence[Crop]]], tell: Callable[[int], None] = lambda done: None
+    base: Base,
+    views: Sequence[View],
+    tell: Callable[[int], None] = lambda done: None,
+    cache: Cache | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    max_resident_bytes: int = MAX_RESIDENT_BYTES,
 ) -> Latents:
-    """Encode every picture with the base's VAE. Raises `Refused` where the VAE gives numbers that are not finite."""
-    device, dtype = base.vae.device, base.vae.dtype
-    means, stds = [], []
-    for done, (path, crops) in enumerate(images):
-        posteriors = [base.vae.encode(one[None].to(device, dtype)).latent_dist for one in all_cropped(path, crops)]
-        mean = torch.cat([posterior.mean for posterior in posteriors]).float()
-        std = torch.cat([posterior.std for posterior in posteriors]).float()
-        if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
+    """Encode every picture with the base's VAE, or take it from the cache; `tell` counts, `say` is told of trouble.
+
+    Raises `Refused` where the VAE gives numbers that are not finite, and (73) where a set that is too large for the
+    memory cannot be written into the cache, or there is none.
+    """
+    device, scale = base.vae.device, float(base.vae.config["scaling_factor"])
+    shrink = 2 ** (len(base.vae.config["block_out_channels"]) - 1)
+    pixels = sum(crop.target.width * crop.target.height for _, crops in views for crop in crops)
+    large = pixels // shrink**2 * 2 * 4 * 4 > max_resident_bytes
+    if large and cache is None:
+        raise Refused(f"--cache off: {len(views)} pictures do not stay in memory; leave the cache on", 73)
+    vae = digest_of_tensors(base.vae.state_dict()) if cache else ""
+    keys: list[str] = []
+    kept: list[Entry] = []
+    for group in _groups(views, PASS if device.type == "cuda" else 1):
+        names = [key_of(VERSION, digest_of_file(path), vae, *crops, device.type) for path, crops in group if cache]
+        found = [cache.get(name) for name in names] if cache else []
+        entries = [entry for entry in found if entry is not None]
+        if len(entries) < len(group):  # a group is encoded as a whole, so that its numbers never depend on the cache
+            entries = encode(base, group)
+            if cache and (trouble := _put(cache, dict(zip(names, entries, strict=True)))):
+                if large:
+                    raise Refused(trouble, 73)
+                say(f"{trouble}; goes on without")
+                cache = None
+        if large:
+            keys += names
+        else:
+            kept += [{slot: tensor.to(device) for slot, tensor in entry.items()} for entry in entries]
+        tell(len(keys) + len(kept))
+    if large:
+        assert cache
+        read = lru_cache(maxsize=64)(lambda key: _present(cache, key))
+        return Latents(Streamed(keys, read, "mean", device), Streamed(keys, read, "std", device), scale)
+    return Latents([list(entry["mean"]) for entry in kept], [list(entry["std"]) for entry in kept], scale)
+
+
+@torch.no_grad()
+def encode(base: Base, views: Sequence[View]) -> list[Entry]:
+    """`mean` and `std` (crops, 4, H/8, W/8), fp32, of views whose crops have one size."""
+    pixels = [torch.stack(list(all_cropped(path, crops))) for path, crops in views]
+    counts = [len(one) for one in pixels]
+    at_once = PASS if base.vae.device.type == "cuda" else 1
+    parts = torch.cat(pixels).to(base.vae.device, base.vae.dtype).split(at_once)
+    posteriors = [base.vae.encode(part).latent_dist for part in parts]
+    mean = torch.cat([posterior.mean for posterior in posteriors]).float().split(counts)
+    std = torch.cat([posterior.std for posterior in posteriors]).float().split(counts)
+    for (path, _), *numbers in zip(views, mean, std, strict=True):
+        if not all(tensor.isfinite().all() for tensor in numbers):
             raise Refused(f"{path}: the VAE gives numbers that are not finite; name another with --vae")
-        means.append(list(mean))
-        stds.append(list(std))
-        tell(done + 1)
-    return Latents(means, stds, float(base.vae.config["scaling_factor"]))
+    return [{"mean": one, "std": other} for one, other in zip(mean, std, strict=True)]
+
+
+def _groups(views: Sequence[View], most: int) -> Iterator[list[View]]:
+    """Neighbours whose crops have one size, at most so many."""
+    group: list[View] = []
+    for view in views:
+        if group and (len(group) == most or view[1][0].target != group[0][1][0].target):
+            yield group
+            group = []
+        group.append(view)
+    if group:
+        yield group
+
+
+def _put(cache: Cache, entries: dict[str, Entry]) -> str:
+    """Write entries; what went wrong, or nothing."""
+    try:
+        for key, entry in entries.items():
+            cache.put(key, entry)
+    except OSError as error:
+        return f"--cache: {cache.folder} cannot be written ({error.strerror or error})"
+    return ""
+
+
+def _present(cache: Cache, key: str) -> Entry:
+    entry = cache.get(key)
+    if entry is None:
+        raise Refused(f"{cache.folder}: an entry has gone while the run reads it; begin again, it is made anew", 75)
+    return entry

@@ -8,9 +8,10 @@ from pathlib import Path
 from scumble.configs.errors import Refused
 from scumble.configs.options import Options
 
+from .bases import Source
 from .lora import Part
-from .models import Source
 from .optimizers import KINDS
+from .pictures import resolution_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Defaults:
 
 DEFAULTS = {
     "sketch": Defaults(
-        4, 16, {"style": 8, "character": 8}, 2e-3, 1e-3, {"style": 64, "character": 64}, 640, 4000
+        4, 16, {"style": 8, "character": 8}, 2e-3, 1e-3, {"style": 32, "character": 32}, 320, 1600
     ),
     "sd1": Defaults(4, 16, {"style": 8, "character": 8}, 1e-4, 5e-5, {"style": 120, "character": 100}, 1500, 8000),
     "sd2": Defaults(4, 16, {"style": 8, "character": 8}, 1e-4, 5e-5, {"style": 120, "character": 100}, 1500, 8000),
@@ -71,11 +72,6 @@ class Plan:
 def defaults_for(source: Source) -> Defaults:
     """By the base's family, or those of the embedded base."""
     return DEFAULTS["sketch" if source.name == "sketch" else source.family.name]
-
-
-def resolution_of(options: Options, source: Source) -> int:
-    """Side of the square whose area pictures are brought to."""
-    return source.resolution_px if options.data.resolution == "auto" else options.data.resolution
 
 
 def batch_of(options: Options, source: Source) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from scumble.configs import files
 from scumble.configs.errors import Refused
 from scumble.configs.options import Options
+from scumble.datasets.cache import cache_in
 from scumble.datasets.images import Size
 from scumble.datasets.order import epoch_batches
 
@@ -99,9 +100,11 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
     options, plan, device = job.options, job.plan, job.accelerator.device
     wanted = options.optimization
     base = load(options.model, job.source, device, job.dtype)
+    cache = None if options.data.cache == "off" else cache_in(options.data.cache)
     latents = encode_set(
         base, [(view.example.image, view.crops) for view in job.views],
-        tell=lambda done: events.emit("encoded", done=done, total=len(job.views)),
+        tell=lambda done: events.emit("encoded", done=done, total=len(job.views)), cache=cache,
+        say=lambda line: events.emit("note", text=f"  {line}"),
     )  # fmt: skip
     trained = attach(base, options.network, plan.parts, options.output.seed)
     if options.machine.attention == "xformers":

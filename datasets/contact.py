@@ -1,0 +1,128 @@
+"""The check-up as one picture: every picture with the crop that training sees, its caption, and what was found."""
+
+import io
+from collections.abc import Sequence
+from math import ceil, sqrt
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .checkup import Checkup, Finding, verdict
+from .look import Look, thumb_of
+from .page import Frame, frames_of, shown_of, tint_of
+
+SHOWN = 120
+MOST_FINDINGS = 8
+CELL_PX, GAP_PX, EDGE_PX, LINES = 280, 22, 44, 5
+PAPER, MAT, INK, SOFT = (246, 243, 238), (236, 230, 221), (43, 38, 34), (117, 105, 95)
+TONES = {"serious": (179, 38, 30), "warning": (154, 98, 0), "note": (85, 103, 122), "good": (51, 112, 74)}
+VEIL = 0.78  # how far what is cut off fades into the mat
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def sheet(done: Checkup, name: str, base: str) -> Image.Image:
+    """The contact sheet. Of a large set it shows 120 pictures, first those with findings."""
+    shown = shown_of(done, SHOWN)
+    columns = max(3, min(8, ceil(sqrt(len(shown) * 1.5))))
+    title, text, small = (ImageFont.load_default(size) for size in (40, 19, 16))
+    line_px = 24
+    told = [finding for finding in done.findings if finding.severity != "note"]
+    lines = [(finding.what, TONES[finding.severity]) for finding in told[:MOST_FINDINGS]]
+    if len(told) > MOST_FINDINGS:
+        lines.append((f"and {len(told) - MOST_FINDINGS} more, on the page", TONES["note"]))
+    top = EDGE_PX + 54 + 34 + 30 * len(lines) + 30
+    cell_height = CELL_PX + LINES * line_px + GAP_PX
+    width = 2 * EDGE_PX + columns * (CELL_PX + GAP_PX) - GAP_PX
+    paper = Image.new("RGB", (width, top + ceil(len(shown) / columns) * cell_height + EDGE_PX - GAP_PX), PAPER)
+    pen = ImageDraw.Draw(paper)
+    pen.text((EDGE_PX, EDGE_PX - 8), fitted(name, title, width - 2 * EDGE_PX), INK, title)
+    tone = told[0].severity if told else "good"
+    pen.text((EDGE_PX, EDGE_PX + 46), _headline(done, base, len(shown)), TONES[tone], text)
+    for row, (line, colour) in enumerate(lines):
+        y = EDGE_PX + 92 + 30 * row
+        pen.ellipse([EDGE_PX, y + 4, EDGE_PX + 12, y + 16], colour)
+        pen.text((EDGE_PX + 24, y), fitted(line, text, width - 2 * EDGE_PX - 24), INK, text)
+    for place, (number, look) in enumerate(shown):
+        x = EDGE_PX + place % columns * (CELL_PX + GAP_PX)
+        y = top + place // columns * cell_height
+        findings = [one for one in done.of(str(look.path)) if one.severity != "note"]
+        paper.paste(_cell(look, findings), (x, y))
+        _say(pen, look, done.heard[number], findings, (x, y + CELL_PX + 8), text, small)
+    return paper
+
+
+def fitted(text: str, font: Font, width_px: int) -> str:
+    """The text on one line, cut with … where it is too long."""
+    if font.getlength(text) <= width_px:
+        return text
+    low, high = 0, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if font.getlength(text[:middle].rstrip() + "…") <= width_px else (low, middle - 1)
+    return text[:low].rstrip() + "…"
+
+
+def wrapped(text: str, font: Font, width_px: int, lines: int) -> list[str]:
+    """The text in at most so many lines, broken between words, the last cut where it is too long."""
+    found: list[str] = []
+    words = text.split()
+    while words and len(found) < lines - 1:
+        count = 1
+        while count < len(words) and font.getlength(" ".join(words[: count + 1])) <= width_px:
+            count += 1
+        found.append(fitted(" ".join(words[:count]), font, width_px))
+        words = words[count:]
+    return [*found, fitted(" ".join(words), font, width_px)] if words else found
+
+
+def _headline(done: Checkup, base: str, shown: int) -> str:
+    count = f"{shown} of {len(done.looks)} pictures" if shown < len(done.looks) else f"{shown} pictures"
+    return f"{verdict(done)}.  {count} for {base}, {done.facts.variety} variety"
+
+
+def _cell(look: Look, findings: Sequence[Finding]) -> Image.Image:
+    """A square with the picture in it, faded where it is cut off; its border tells the gravest finding."""
+    thumb = look.thumb or thumb_of(look.subject.example)
+    picture = Image.open(io.BytesIO(thumb.jpeg)).convert("RGB")
+    film = tint_of(thumb)
+    if film:
+        picture.paste(film, mask=film.getchannel("A"))
+    picture.thumbnail((CELL_PX - 20, CELL_PX - 20), Image.Resampling.LANCZOS)
+    first, *others = frames_of(look.subject.crops)
+    if not first.whole and not others:
+        box = _box(first, picture)
+        inner = picture.crop(box)
+        picture = Image.blend(picture, Image.new("RGB", picture.size, MAT), VEIL)
+        picture.paste(inner, box[:2])
+    pen = ImageDraw.Draw(picture)
+    for frame in (first, *others):
+        if not frame.whole:
+            left, top, right, bottom = _box(frame, picture)
+            pen.rectangle([left, top, right - 1, bottom - 1], outline=INK, width=1)
+    cell = Image.new("RGB", (CELL_PX, CELL_PX), MAT)
+    cell.paste(picture, ((CELL_PX - picture.width) // 2, (CELL_PX - picture.height) // 2))
+    if findings:
+        tone = TONES[findings[0].severity]
+        ImageDraw.Draw(cell).rectangle([0, 0, CELL_PX - 1, CELL_PX - 1], outline=tone, width=4)
+    return cell
+
+
+def _box(frame: Frame, picture: Image.Image) -> tuple[int, int, int, int]:
+    left, top = round(frame.left * picture.width / 100), round(frame.top * picture.height / 100)
+    right = round((frame.left + frame.width) * picture.width / 100)
+    return left, top, right, round((frame.top + frame.height) * picture.height / 100)
+
+
+def _say(
+    pen: ImageDraw.ImageDraw, look: Look, heard: tuple[str, str], findings: Sequence[Finding],
+    place: tuple[int, int], text: Font, small: Font,
+) -> None:  # fmt: skip
+    """Caption, findings and file name below a picture."""
+    x, y = place
+    lines = [(fitted(f"{look.path.name}   {look.size}", small, CELL_PX), SOFT, small)]
+    room = max(1, LINES - 1 - min(2, len(findings)))
+    lines += [(line, INK, text) for line in wrapped(heard[0] or "no caption", text, CELL_PX, min(2, room))]
+    for finding in findings[:2]:
+        lines.append((fitted(finding.details[str(look.path)], small, CELL_PX), TONES[finding.severity], small))
+    for row, (line, colour, font) in enumerate(lines[:LINES]):
+        pen.text((x, y + 23 * row), line, colour, font)

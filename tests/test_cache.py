@@ -1,0 +1,154 @@
+"""Latents that are kept on the disk: never stale, whole or made anew, the same as without."""
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageOps
+from test_train import SAMPLES, ran
+
+from scumble.configs.errors import Refused
+from scumble.configs.options import Model
+from scumble.datasets.cache import Cache
+from scumble.datasets.images import Crop, Size, centre_crop, read_size
+from scumble.trainer import cli
+from scumble.trainer.latents import MAX_RESIDENT_BYTES, Latents, encode_set
+from scumble.trainer.models import Base, load, recognise
+
+View = tuple[Path, Sequence[Crop]]
+
+
+@pytest.fixture(scope="module")
+def base() -> Base:
+    return load(Model(), recognise(Model()), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def views(tmp_path: Path) -> list[View]:
+    """Three pictures of our own, upright and mirrored."""
+    found = []
+    for path in sorted(SAMPLES.glob("*.webp"))[:3]:
+        own = Path(shutil.copy(path, tmp_path))
+        crop = centre_crop(read_size(own), Size(64, 64))
+        found.append((own, (crop, replace(crop, mirrored=True))))
+    return found
+
+
+def encoded(
+    base: Base, views: Sequence[View], cache: Cache | None, max_resident_bytes: int = MAX_RESIDENT_BYTES
+) -> tuple[Latents, int]:
+    """The latents, and how many passes the VAE's encoder took for them."""
+    passes = []
+    hook = base.vae.encoder.register_forward_pre_hook(lambda module, inputs: passes.append(1))
+    try:
+        return encode_set(base, views, cache=cache, max_resident_bytes=max_resident_bytes), len(passes)
+    finally:
+        hook.remove()
+
+
+def assert_same(ours: Latents, theirs: Latents) -> None:
+    for one, other in ((ours.mean, theirs.mean), (ours.std, theirs.std)):
+        for mine, yours in zip(one, other, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(mine, yours, strict=True))
+
+
+def test_latents_from_the_cache_are_those_without_it_and_diffusers_own(base: Base, views: list[View], tmp_path: Path):
+    cache = Cache(tmp_path / "cache")
+    plain, passes = encoded(base, views, None)
+    first, written = encoded(base, views, cache)
+    second, read = encoded(base, views, cache)
+    assert (passes, written, read) == (6, 6, 0)
+    assert_same(first, plain)
+    assert_same(second, plain)
+    assert len(cache.sizes()) == 3
+
+
+@pytest.mark.parametrize("change", ["the picture", "the crop", "the VAE", "the mirrored one"])
+def test_what_changes_the_latents_is_encoded_again(change: str, base: Base, views: list[View], tmp_path: Path):
+    cache = Cache(tmp_path / "cache")
+    encoded(base, views, cache)
+    path, crops = views[0]
+    weight = base.vae.encoder.conv_in.weight
+    try:
+        if change == "the picture":
+            ImageOps.flip(Image.open(path)).save(path, lossless=True)
+        elif change == "the crop":
+            views[0] = (path, tuple(replace(crop, left=crop.left + 1) for crop in crops))
+        elif change == "the VAE":
+            weight.data[0, 0, 0, 0] += 1e-3
+        else:
+            views[0] = (path, crops[:1])
+        _, passes = encoded(base, views, cache)
+        assert passes == {"the picture": 2, "the crop": 2, "the VAE": 6, "the mirrored one": 1}[change]
+    finally:
+        if change == "the VAE":
+            weight.data[0, 0, 0, 0] -= 1e-3
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_entry_is_made_anew(damage: str, base: Base, views: list[View], tmp_path: Path):
+    cache = Cache(tmp_path / "cache")
+    plain, _ = encoded(base, views, cache)
+    entry = next((tmp_path / "cache").glob("??/*"))
+    content = bytearray(entry.read_bytes())
+    content[-3] ^= 1
+    entry.write_bytes({"cut": content[: len(content) // 2], "flipped": content, "empty": b""}[damage])
+    again, passes = encoded(base, views, cache)
+    assert passes == 2
+    assert_same(again, plain)
+    assert encoded(base, views, cache)[1] == 0
+
+
+def test_numbers_that_are_not_finite_never_reach_the_cache(base: Base, views: list[View], tmp_path: Path):
+    weight = base.vae.encoder.conv_in.weight
+    before = weight.data.clone()
+    weight.data[0] = math.nan
+    try:
+        with pytest.raises(Refused, match=rf"{views[0][0].name}: the VAE gives numbers that are not finite; name"):
+            encoded(base, views, Cache(tmp_path / "cache"))
+    finally:
+        weight.data.copy_(before)
+    assert not list((tmp_path / "cache").rglob("*.*"))
+
+
+def test_a_set_that_is_too_large_for_the_memory_is_read_as_it_is_needed(base: Base, views: list[View], tmp_path: Path):
+    plain, _ = encoded(base, views, None)
+    streamed, _ = encoded(base, views, Cache(tmp_path / "cache"), max_resident_bytes=1000)
+    assert not isinstance(streamed.mean, list) and len(streamed.mean) == 3
+    assert_same(streamed, plain)
+    noise = torch.randn(4, 16, 16)
+    assert torch.equal(streamed.sample(1, 1, noise), plain.sample(1, 1, noise))
+    with pytest.raises(Refused, match="--cache off: 3 pictures do not stay in memory"):
+        encoded(base, views, None, max_resident_bytes=1000)
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_training_goes_on_without(
+    base: Base, views: list[View], tmp_path: Path
+):
+    (tmp_path / "file").touch()
+    said: list[str] = []
+    found = encode_set(base, views, cache=Cache(tmp_path / "file"), say=said.append)
+    assert_same(found, encoded(base, views, None)[0])
+    assert len(said) == 1 and "cannot be written (Not a directory); goes on without" in said[0]
+    with pytest.raises(Refused, match=r"cannot be written \(Not a directory\)") as error:
+        encode_set(base, views, cache=Cache(tmp_path / "file"), max_resident_bytes=1000)
+    assert error.value.exit_code == 73
+
+
+def test_a_second_run_takes_its_latents_from_the_cache_which_can_be_listed_and_cleared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    cache = str(tmp_path / "cache")
+    first, second = (ran(tmp_path, data={"images": str(SAMPLES), "cache": cache}, output={"preview_every": 0})
+                     for _ in range(2))  # fmt: skip
+    assert first.losses == second.losses
+    cli.main(["cache", "list", "--folder", cache])
+    assert f"{cache}: 20 entries, 0." in capsys.readouterr().out
+    cli.main(["cache", "clear", "--folder", cache, "--older-than", "1"])
+    assert "0 entries deleted" in capsys.readouterr().out
+    cli.main(["cache", "clear", "--folder", cache])
+    assert "20 entries deleted" in capsys.readouterr().out and not list(Path(cache).glob("??/*"))

@@ -1,0 +1,348 @@
+"""Any folder that an artist has: each file in it is used, or named with the reason why not."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from odd_pictures import DAMAGES, FORMATS, plain, write_corpus
+from PIL import Image
+
+from scumble.configs.errors import Refused
+from scumble.configs.options import declared
+from scumble.datasets.dataset_toml import BY_FLAG
+from scumble.datasets.folder import PictureSet, read_set
+from scumble.datasets.images import Size, centre_crop, cropped, read_size
+from scumble.trainer import cli
+
+
+def put(path: Path, caption: str | bytes = "") -> Path:
+    """A small picture, with a text beside it where one is given."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain().save(path)
+    if caption:
+        path.with_suffix(".txt").write_bytes(caption if isinstance(caption, bytes) else caption.encode())
+    return path
+
+
+def captions(found: PictureSet) -> dict[str, str]:
+    return {example.image.name: example.caption for example in found.examples}
+
+
+def left_out(found: PictureSet) -> dict[str, str]:
+    return {one.path.name: one.reason for one in found.left_out}
+
+
+def test_of_400_good_odd_and_damaged_files_each_is_used_or_named_and_what_is_used_can_be_cropped(tmp_path: Path):
+    paths = write_corpus(tmp_path)
+    assert len(paths) == len(FORMATS) * len(DAMAGES) >= 400
+    found = read_set(tmp_path)
+    used, named = {example.image for example in found.examples}, {one.path for one in found.left_out}
+    assert used | named == set(paths) and not used & named
+    assert all(one.reason and one.picture for one in found.left_out)
+    for damage, is_used in {
+        "whole": True,
+        "text-behind": True,
+        "empty": False,
+        "header-only": False,
+        "half": False,
+    }.items():
+        assert {path in used for path in paths if path.parent.name == damage} == {is_used}, damage
+    for image in used:
+        assert cropped(image, centre_crop(read_size(image), Size(32, 32))).isfinite().all()
+
+
+def test_a_dry_run_on_the_corpus_names_all_that_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    paths = write_corpus(tmp_path)
+    cli.main(["train", str(tmp_path), "--dry-run", "--json"])
+    events = {event["kind"]: event for event in map(json.loads, capsys.readouterr().out.splitlines())}
+    names = [path for path in paths if any(line.startswith(f"{path}: ") for line in events["pictures"]["left_out"])]
+    used = sum(bucket["pictures"] for bucket in events["pictures"]["buckets"])
+    assert len(names) == len(events["pictures"]["left_out"]) and used + len(names) == len(paths)
+    cli.main(["train", str(tmp_path), "--dry-run"])
+    shown = capsys.readouterr().out
+    assert "left out: " in shown and f"and {len(names) - 20} more" in shown
+
+
+def test_folders_may_be_nested_and_kohyas_set_repeats_and_words_for_all_inside(tmp_path: Path):
+    for name in ("a.png", "deep/er/b.png", "10_zwx cat/c.png", "10_zwx cat/sitting/d.png", "2023_trip/e.png"):
+        put(tmp_path / name)
+    put(tmp_path / "3_dog/f.png", "a dog that runs")
+    put(tmp_path / "reg/1_cat/g.png")
+    found = read_set(tmp_path, repeats=2)
+    told = {example.image.name: (example.caption, example.repeats, example.prior) for example in found.examples}
+    assert told == {
+        "a.png": ("", 2, False), "b.png": ("", 2, False), "c.png": ("zwx cat", 20, False),
+        "d.png": ("zwx cat", 20, False), "e.png": ("", 2, False), "f.png": ("a dog that runs", 6, False),
+        "g.png": ("cat", 2, True),
+    }  # fmt: skip
+    (inside,) = [example for example in read_set(tmp_path / "10_zwx cat").examples if example.image.name == "c.png"]
+    assert (inside.repeats, inside.words, inside.sidecar) == (10, "zwx cat", None)
+    put(tmp_path / "0_none/h.png")
+    assert "repeats must be at least 1" in left_out(read_set(tmp_path))["0_none"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_captions_are_read_in_every_unicode_encoding(encoding: str, tmp_path: Path):
+    text = "a bear, zwölf Äste"
+    data = text.encode(encoding)
+    if encoding == "utf-16-be":
+        data = b"\xfe\xff" + data
+    put(tmp_path / "a.png", data)
+    (example,) = read_set(tmp_path).examples
+    assert example.caption == text and example.lines == (text,) and example.sidecar == tmp_path / "a.txt"
+
+
+def test_other_encodings_are_named_and_the_picture_left_out(tmp_path: Path):
+    put(tmp_path / "a.png", "Bär".encode("latin-1"))
+    put(tmp_path / "b.png", "熊の絵、かわいい".encode("shift-jis"))
+    put(tmp_path / "c.png", "fine")
+    (tmp_path / "d.txt").write_bytes(b"x" * 1_000_001)
+    put(tmp_path / "d.png")
+    found = read_set(tmp_path)
+    assert captions(found) == {"c.png": "fine"}
+    for name in "ab":
+        assert f"{name}.txt is not UTF-8: save it as UTF-8 or delete it" in left_out(found)[f"{name}.png"]
+    assert "longer than 1 MB" in left_out(found)["d.png"]
+
+
+def test_texts_find_their_pictures_whatever_the_case_and_the_form_of_letters(tmp_path: Path):
+    for name in ("A.PNG", "b.jpeg", "cafe\u0301.png", "d.png"):
+        put(tmp_path / name)
+    (tmp_path / "a.TXT").write_text("upper")
+    (tmp_path / "b.Caption").write_text("caption")
+    (tmp_path / "caf\u00e9.txt").write_text("composed")
+    (tmp_path / "d.txt").write_text("\n one \n\n  two\tthree \n")
+    (tmp_path / "stray.txt").write_text("nobody's")
+    found = read_set(tmp_path)
+    assert captions(found) == {
+        "A.PNG": "upper", "b.jpeg": "caption", "cafe\u0301.png": "composed", "d.png": "one two three"
+    }  # fmt: skip
+    assert next(example.lines for example in found.examples if example.image.name == "d.png") == ("one", "two three")
+    assert left_out(found) == {"stray.txt": "no picture of that name"}
+
+
+def test_two_pictures_of_one_stem_share_a_text_unless_each_has_its_own(tmp_path: Path):
+    put(tmp_path / "a.png", "both")
+    put(tmp_path / "a.jpg")
+    put(tmp_path / "b.png", "one")
+    (tmp_path / "b.caption").write_text("another")
+    found = read_set(tmp_path)
+    assert captions(found) == {"a.png": "both", "a.jpg": "both", "b.png": "one"}
+    assert [str(remark).removeprefix(f"{tmp_path}/") for remark in found.remarks] == [
+        "a.png: shares its caption a.txt with a.jpg"
+    ]
+    assert left_out(found) == {"b.caption": "b.txt is read instead"}
+    (tmp_path / "a.jpg.txt").write_text("mine")
+    assert captions(read_set(tmp_path))["a.jpg"] == "mine"
+
+
+def test_links_are_followed_once_and_those_that_lead_nowhere_named(tmp_path: Path):
+    put(tmp_path / "set/real/a.png")
+    put(tmp_path / "elsewhere/b.png")
+    (tmp_path / "set/b.png").symlink_to(tmp_path / "elsewhere/b.png")
+    (tmp_path / "set/more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/also-real").symlink_to(tmp_path / "set/real")
+    (tmp_path / "set/real/loop").symlink_to(tmp_path / "set")
+    (tmp_path / "set/dead.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "set/self.png").symlink_to("self.png")
+    found = read_set(tmp_path / "set")
+    assert [str(example.image.relative_to(tmp_path / "set")) for example in found.examples] == [
+        "b.png", "more/b.png", "real/a.png"
+    ]  # fmt: skip
+    assert left_out(found) == {
+        "also-real": "leads to a folder that is read already", "loop": "leads to a folder that is read already",
+        "dead.png": "a link that leads nowhere", "self.png": "a link that leads nowhere",
+    }  # fmt: skip
+
+
+def test_names_in_any_script_length_or_bytes_do_not_stop_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    long = "n" * (255 - len(".png"))
+    for name in ("絵 🐱", "[red]x[/red]", "a\nb", long, "'quote\"", "-rf"):
+        put(tmp_path / f"{name}.png")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes((tmp_path / "-rf.png").read_bytes())
+    (tmp_path / "[b]x.psd").write_bytes(b"8BPS")
+    os.mkfifo(tmp_path / "pipe.png")
+    found = read_set(tmp_path)
+    assert len(found.examples) == 6
+    assert left_out(found) == {
+        "caf\\xe9.png": "its name is not UTF-8: rename it", "[b]x.psd": "psd is not read; save it as PNG",
+        "pipe.png": "not a file",
+    }  # fmt: skip
+    cli.main(["train", str(tmp_path), "--dry-run"])
+    assert "[b]x.psd: psd is not read" in capsys.readouterr().out
+
+
+def test_what_systems_strew_about_is_passed_over_and_all_else_is_named(tmp_path: Path):
+    put(tmp_path / "a.png")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "notes.md", "._a.png"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / ".git").mkdir()
+    assert left_out(read_set(tmp_path)) == {"notes.md": "not a picture", "._a.png": "a hidden file"}
+
+
+def test_tables_of_captions_are_read_as_hugging_face_reads_them(tmp_path: Path):
+    for name in ("a.png", "train/b.png", "train/c.png", "test/d.png"):
+        put(tmp_path / name)
+    rows = [
+        {"file_name": "a.png", "text": "an a"}, {"file_name": "train/b.png", "text": "a b"},
+        {"file_name": "train/b.png", "text": "again b"}, {"file_name": "gone.png", "text": "gone"}, {"text": "nobody"},
+    ]  # fmt: skip
+    lines = "\n".join([*map(json.dumps, rows), "{broken"])
+    (tmp_path / "metadata.jsonl").write_text(lines)
+    (tmp_path / "train/metadata.csv").write_text('file_name,text\nc.png,"a c, with a comma"\n')
+    found = read_set(tmp_path)
+    assert captions(found) == {"a.png": "an a", "b.png": "a b again b", "c.png": "a c, with a comma"}
+    assert next(example for example in found.examples if example.image.name == "b.png").lines == ("a b", "again b")
+    assert left_out(found) == {"test": "a split for tests beside train: not learned from"}
+    assert [remark.text for remark in found.remarks] == [
+        "row 5 has no file_name", "row 6 is not a JSON object", "names gone.png, which is not there"
+    ]  # fmt: skip
+    (tmp_path / "a.txt").write_text("by hand")
+    assert captions(read_set(tmp_path))["a.png"] == "by hand"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"file_name;caption\r\na.png;semicolons\r\n", "\ufefffile_name,caption\na.png,semicolons\n".encode(),
+     "file_name\tcaption\na.png\tsemicolons\n".encode("utf-16")],
+)  # fmt: skip
+def test_tables_of_any_spreadsheet_are_read(data: bytes, tmp_path: Path):
+    put(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_bytes(data)
+    assert captions(read_set(tmp_path)) == {"a.png": "semicolons"}
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [(b"", "it is empty"), (b"a,b\n1,2\n", "row 2 has no file_name"), (b"\xff\xff\xff", "is not UTF-8"),
+     (b"file_name,x\na.png,1\n", "row 2 has no caption")],
+)  # fmt: skip
+def test_a_table_that_says_nothing_is_named_and_the_pictures_are_used(data: bytes, reason: str, tmp_path: Path):
+    put(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_bytes(data)
+    found = read_set(tmp_path)
+    assert captions(found) == {"a.png": ""} and reason in left_out(found)["metadata.csv"]
+
+
+def test_a_list_of_folders_gives_each_its_repeats_words_and_place(tmp_path: Path):
+    put(tmp_path / "photos/cat/a.png")
+    put(tmp_path / "photos/b.png", "a b")
+    put(tmp_path / "class/c.png")
+    listing = tmp_path / "set.toml"
+    listing.write_text(
+        '[[folders]]\npath = "photos/cat"\nrepeats = 3\nwords = "zwx cat"\n[[folders]]\npath = "photos"\n'
+        '[[folders]]\npath = "class"\nprior = true\n'
+    )
+    found = read_set(listing, repeats=2)
+    told = [(example.image.name, example.caption, example.repeats, example.prior) for example in found.examples]
+    assert told == [("a.png", "zwx cat", 6, False), ("b.png", "a b", 2, False), ("c.png", "", 2, True)]
+
+
+KOHYA = """
+[general]
+shuffle_caption = true
+keep_tokens = 1
+caption_extension = ".tags"
+enable_bucket = true
+
+[[datasets]]
+resolution = 512
+batch_size = 4
+
+  [[datasets.subsets]]
+  image_dir = "cat"
+  class_tokens = "zwx cat"
+  num_repeats = 5
+  caption_prefix = "photo of"
+  color_aug = false
+
+  [[datasets.subsets]]
+  image_dir = "reg"
+  is_reg = true
+  caption_dropout_rate = 0.1
+"""
+
+
+def test_kohyas_dataset_file_is_read_and_what_is_not_followed_is_named(tmp_path: Path):
+    put(tmp_path / "cat/a.png")
+    put(tmp_path / "cat/b.png")
+    put(tmp_path / "cat/deeper/c.png")
+    (tmp_path / "cat/a.tags").write_text("on a mat")
+    put(tmp_path / "reg/r.png")
+    (tmp_path / "kohya.toml").write_text(KOHYA)
+    found = read_set(tmp_path / "kohya.toml")
+    told = [(example.image.name, example.caption, example.repeats, example.prior) for example in found.examples]
+    assert told == [
+        ("a.png", "photo of on a mat", 5, False), ("b.png", "photo of zwx cat", 5, False), ("r.png", "", 1, True)
+    ]  # fmt: skip
+    assert [remark.text for remark in found.remarks] == [
+        "shuffle_caption = True is not followed: give --shuffle-tags instead",
+        "keep_tokens = 1 is not followed: give --keep-tags instead",
+        "resolution = 512 is not followed: give --resolution instead",
+        "batch_size = 4 is not followed: give --batch instead",
+        "caption_dropout_rate = 0.1 is not followed: give --caption-dropout instead",
+    ]
+    assert left_out(found) == {"deeper": "a folder inside, which a subset of kohya's does not enter"}
+
+
+def test_flags_that_stand_for_kohyas_keys_exist():
+    known = {entry.flag for entry in declared()}
+    assert {flag.split()[0].replace("--no-", "--") for flag in BY_FLAG.values()} <= known
+
+
+@pytest.mark.parametrize(
+    ("text", "refusal"),
+    [
+        ("[[folders]]\npth = 'a'\n", "no such key pth in [[folders]] (did you mean path?)"),
+        ("[[folders]]\nrepeats = 2\n", "[[folders]] without path; name the folder"),
+        ("[[folders]]\npath = 'a'\nrepeats = '2'\n", "repeats = 2: must be a whole number"),
+        ("[[folders]]\npath = 'a'\nrepeats = 0\n", "repeats = 0: must be a whole number from 1 to 10000"),
+        ("[[folders]]\npath = 'none'\n", "none: no such folder"),
+        ("[[folder]]\npath = 'a'\n", "no such table [folder] (did you mean folders?)"),
+        ("[[datasets]]\n[[datasets.subsets]]\nimage_dirr = 'a'\n", "no such key image_dirr in kohya's subsets"),
+        ("folders = 3\n", "folders must be tables, each under [[folders]]"),
+        ("[general]\n", "it lists no folders"),
+        ("[[folders]\n", "is not TOML"),
+    ],
+)  # fmt: skip
+def test_what_a_list_cannot_mean_is_refused_by_key(text: str, refusal: str, tmp_path: Path):
+    put(tmp_path / "a/x.png")
+    (tmp_path / "set.toml").write_text(text)
+    with pytest.raises(Refused) as refused:
+        read_set(tmp_path / "set.toml")
+    assert refusal in str(refused.value) and "set.toml" in str(refused.value)
+
+
+def test_train_takes_a_list_of_folders_where_it_takes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    put(tmp_path / "a/x.png", "an x")
+    (tmp_path / "mine.toml").write_text("[[folders]]\npath = 'a'\n")
+    for arguments in ([str(tmp_path / "mine.toml")], ["--images", str(tmp_path / "mine.toml")]):
+        cli.main(["train", *arguments, "--dry-run", "--json"])
+        plan = json.loads(capsys.readouterr().out.partition("\n")[0])
+        assert plan["name"] == "mine" and plan["why"][0].startswith("1 pictures")
+
+
+def test_a_set_of_which_nothing_can_be_used_is_refused_with_the_first_reason(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(
+        Refused, match=r"none of its pictures can be used \(1 left out\); the first is .*a\.png: .*empty"
+    ):
+        read_set(tmp_path)
+
+
+def test_reading_without_decoding_leaves_pixels_alone(tmp_path: Path):
+    put(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"broken")
+    assert [example.image.name for example in read_set(tmp_path, decode=False).examples] == ["a.png", "b.png"]
+
+
+def test_folders_may_be_very_deep(tmp_path: Path):
+    put(tmp_path.joinpath(*["d"] * 400, "a.png"))
+    assert len(read_set(tmp_path).examples) == 1
+
+
+def test_a_picture_of_one_pixel_and_one_of_many_are_both_read(tmp_path: Path):
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    Image.new("RGB", (3000, 1)).save(tmp_path / "thread.png")
+    assert [read_size(example.image) for example in read_set(tmp_path).examples] == [Size(1, 1), Size(3000, 1)]

@@ -1,0 +1,193 @@
+"""Masks: found, brought through the crop, and weighed so that what counts, counts alone and fully."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from odd_pictures import plain
+from PIL import Image
+from test_train import CPU, SAMPLES, ran
+
+from scumble.configs.errors import Refused
+from scumble.configs.options import Data, Model, Objective
+from scumble.datasets.folder import Masks, read_set
+from scumble.datasets.images import Size, centre_crop, crop_at, read_size
+from scumble.datasets.masks import cropped_masks, read_mask, weights
+from scumble.datasets.views import tables, views_of, weights_of
+from scumble.trainer.latents import encode_set
+from scumble.trainer.models import load, recognise
+from scumble.trainer.step import Look, Objectives, generator_for
+
+
+def halves(size: tuple[int, int] = (40, 28)) -> Image.Image:
+    """White on the left, black on the right."""
+    mask = Image.new("L", size, 0)
+    mask.paste(255, (0, 0, size[0] // 2, size[1]))
+    return mask
+
+
+def test_masks_are_found_in_their_folder_by_their_ending_and_in_the_alpha_channel(tmp_path: Path):
+    for name in "abcd":
+        plain().save(tmp_path / f"{name}.png")
+    (tmp_path / "masks").mkdir()
+    halves().save(tmp_path / "masks/a.jpg")
+    halves().save(tmp_path / "masks/stray.png")
+    halves().save(tmp_path / "b-masklabel.PNG")
+    clear = plain().convert("RGBA")
+    clear.putalpha(halves())
+    clear.save(tmp_path / "c.png")
+
+    def masks(how: Masks) -> dict[str, str]:
+        examples = read_set(tmp_path, masks=how).examples
+        return {example.image.name: example.mask.name for example in examples if example.mask}
+
+    assert masks("auto") == {"a.png": "a.jpg", "b.png": "b-masklabel.PNG"}
+    assert masks("alpha") == {"a.png": "a.jpg", "b.png": "b-masklabel.PNG", "c.png": "c.png"}
+    assert masks("off") == {}
+    assert [str(one) for one in read_set(tmp_path).left_out] == [
+        f"{tmp_path}/masks/stray.png: a mask of no picture here"
+    ]
+
+
+def test_a_folder_called_masks_without_pictures_beside_it_holds_pictures(tmp_path: Path):
+    (tmp_path / "masks").mkdir()
+    plain().save(tmp_path / "masks/carnival.png")
+    assert [example.image.name for example in read_set(tmp_path).examples] == ["carnival.png"]
+
+
+def test_a_list_of_folders_names_a_folder_of_masks_or_alpha(tmp_path: Path):
+    (tmp_path / "photos/inner").mkdir(parents=True)
+    (tmp_path / "shown/inner").mkdir(parents=True)
+    for name in ("a.png", "inner/b.png"):
+        plain().save(tmp_path / "photos" / name)
+        halves().save(tmp_path / "shown" / name)
+    (tmp_path / "set.toml").write_text("[[folders]]\npath = 'photos'\nmasks = 'shown'\n")
+    found = read_set(tmp_path / "set.toml").examples
+    assert [example.mask for example in found] == [tmp_path / "shown/a.png", tmp_path / "shown/inner/b.png"]
+    clear = plain().convert("RGBA")
+    clear.putalpha(halves())
+    clear.save(tmp_path / "photos/a.png")
+    (tmp_path / "set.toml").write_text("[[folders]]\npath = 'photos'\nmasks = 'alpha'\n")
+    assert [example.mask for example in read_set(tmp_path / "set.toml").examples] == [tmp_path / "photos/a.png", None]
+
+
+def test_masks_that_cannot_be_used_are_named_and_their_pictures_left_out(tmp_path: Path):
+    for name in ("black", "shape", "broken", "clear", "good"):
+        plain().save(tmp_path / f"{name}.png")
+    Image.new("L", (40, 28), 0).save(tmp_path / "black-masklabel.png")
+    Image.new("L", (40, 40), 255).save(tmp_path / "shape-masklabel.png")
+    halves((40, 40)).save(tmp_path / "shape-masklabel.png")
+    (tmp_path / "broken-masklabel.png").write_bytes(b"no")
+    plain().convert("RGBA").save(tmp_path / "clear.png")
+    with Image.open(tmp_path / "clear.png") as opened:
+        opened.putalpha(0)
+        opened.save(tmp_path / "clear.png")
+    found = read_set(tmp_path, masks="alpha")
+    reasons = {one.path.name: one.reason for one in found.left_out}
+    assert [example.image.name for example in found.examples] == ["good.png"]
+    assert "black-masklabel.png: the mask is black all over" in reasons["black.png"]
+    assert "is 40x40, another shape than the picture's 40x28; draw it over the picture" in reasons["shape.png"]
+    assert "broken-masklabel.png: cannot be read as a picture" in reasons["broken.png"]
+    assert reasons["clear.png"].startswith("it is transparent all over, so nothing of the picture would count")
+
+
+def test_white_on_transparent_is_white_on_black_and_profiles_do_not_change_a_mask(tmp_path: Path):
+    from icc import grey_gamma
+
+    plain().save(tmp_path / "a.png")
+    drawn = Image.new("RGBA", (40, 28), (255, 255, 255, 0))
+    drawn.paste((255, 255, 255, 255), (0, 0, 20, 28))
+    drawn.save(tmp_path / "a-masklabel.png")
+    mask = read_mask(tmp_path / "a.png", tmp_path / "a-masklabel.png")
+    assert mask and np.array_equal(np.asarray(mask), np.asarray(halves()))
+    Image.new("L", (40, 28), 100).save(tmp_path / "grey.png", icc_profile=grey_gamma(1.0))
+    mask = read_mask(tmp_path / "a.png", tmp_path / "grey.png")
+    assert mask and mask.getextrema() == (100, 100)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_mask_goes_through_the_crop_of_its_picture_as_means_over_latents(mirrored: bool, tmp_path: Path):
+    draw = np.random.default_rng(0)
+    values = draw.integers(0, 256, (64, 128), dtype=np.uint8)
+    Image.fromarray(values).convert("RGB").save(tmp_path / "a.png")
+    Image.fromarray(values).save(tmp_path / "mask.png")
+    crop = crop_at(Size(128, 64), Size(64, 64), 0.25, mirrored)
+    (mask,) = cropped_masks(tmp_path / "a.png", tmp_path / "mask.png", [crop], Size(8, 8))
+    blocks = values[:, 16:80].reshape(8, 8, 8, 8).mean((1, 3)) / 255
+    np.testing.assert_allclose(mask, blocks[:, ::-1] if mirrored else blocks, atol=1 / 255)
+
+
+def test_weights_have_mean_one_and_black_parts_weigh_the_floor():
+    mask = torch.tensor([[1.0, 0.5], [0.0, 0.0]])
+    torch.testing.assert_close(weights(mask), torch.tensor([[8 / 3, 4 / 3], [0.0, 0.0]]))
+    lifted = weights(mask, floor=0.1)
+    assert float(lifted.mean()) == pytest.approx(1) and float(lifted[1, 0] / lifted[0, 0]) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="black all over"):
+        weights(torch.zeros(2, 2))
+
+
+def test_a_mask_that_is_black_in_the_crop_is_refused_by_name_before_anything_is_loaded(tmp_path: Path):
+    Image.new("RGB", (256, 64), "red").save(tmp_path / "wide.png")
+    mask = Image.new("L", (256, 64), 0)
+    mask.paste(255, (0, 0, 12, 64))
+    mask.save(tmp_path / "wide-masklabel.png")
+    data = {"images": str(tmp_path), "max_side": 64}
+    with pytest.raises(Refused, match=r"wide\.png: its mask is black in the crop that is seen; .*--crop focus"):
+        ran(tmp_path / "runs", dry_run=True, data=data)
+    ran(tmp_path / "runs", dry_run=True, data=data | {"crop": "focus"})
+    ran(tmp_path / "runs", dry_run=True, data=data | {"masks": "off"})
+
+
+def test_a_masked_loss_is_the_plain_loss_of_what_the_mask_shows():
+    base = load(Model(), recognise(Model()), CPU, torch.float32)
+    examples = read_set(SAMPLES).examples[:2]
+    crops = [[centre_crop(read_size(example.image), Size(64, 64))] for example in examples]
+    latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)])
+    half = torch.zeros(16, 16)
+    half[:, :5] = 1
+    masks: list[tuple[torch.Tensor, ...]] = [(weights(half),), ()]  # the second picture has none
+    data = Data(caption_dropout=0.0)
+    looks = [Look(0, 3, 0), Look(1, 3, 1)]
+
+    def losses(masks: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+        objectives = Objectives(
+            base, examples, crops, latents, data, Objective(weighting="none"), 5, text_is_trained=False, masks=masks
+        )
+        with torch.no_grad():
+            return objectives.losses(looks)
+
+    generator = generator_for(5, 3, 0)
+    posterior, noise = torch.randn(2, 4, 16, 16, generator=generator)
+    timestep = torch.randint(0, 1000, (1,), generator=generator)
+    clean = (latents.mean[0][0] + latents.std[0][0] * posterior) * base.vae.config["scaling_factor"]
+    ids = base.tokenizers[0](examples[0].caption, padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        noisy = base.pipeline.scheduler.add_noise(clean[None], noise[None], timestep)
+        prediction = base.unet(noisy, timestep, base.text_encoders[0](ids)[0]).sample
+    by_hand = ((prediction[0] - noise)[:, :, :5] ** 2).mean()
+    masked, plain_loss = losses(masks), losses([(), ()])
+    torch.testing.assert_close(masked[0], by_hand, rtol=1e-4, atol=1e-6)
+    assert float(masked[1]) == pytest.approx(float(plain_loss[1]), rel=1e-5) and masked[0] != plain_loss[0]
+
+
+def test_a_mask_reaches_the_training_of_a_folder(tmp_path: Path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in ("fox", "panda"):
+        data = (SAMPLES / f"{name}.webp").read_bytes()
+        (folder / f"{name}.webp").write_bytes(data)
+    size = read_size(folder / "fox.webp")
+    halves((size.width, size.height)).save(folder / "fox-masklabel.png")
+
+    def losses(masks: str) -> list[float]:
+        data = {"images": str(folder), "masks": masks}
+        return ran(tmp_path / masks, data=data, optimization={"steps": 2}, output={"preview_every": 0}).losses
+
+    assert losses("auto") != losses("off") and all(loss > 0 for loss in losses("alpha"))
+
+
+def test_a_view_without_a_mask_has_no_weights(tmp_path: Path):
+    plain().save(tmp_path / "a.png")
+    (view,) = views_of(read_set(tmp_path).examples, tables(Data(), 64, 16), Data(), 0)
+    assert weights_of(view, 4, 0.0) == ()

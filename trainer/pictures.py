@@ -1,0 +1,68 @@
+"""The pictures of a run as its options want them: which, with what captions, in which crops."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from scumble.configs.errors import Refused
+from scumble.configs.options import Options
+from scumble.datasets.captions import said, with_trigger
+from scumble.datasets.checkup import Checkup, check
+from scumble.datasets.folder import PictureSet, read_set
+from scumble.datasets.tokens import read_window, vocabulary_of
+from scumble.datasets.views import View, tables, views_of
+
+from .bases import Source
+
+
+def resolution_of(options: Options, source: Source) -> int:
+    """Side of the square whose area pictures are brought to."""
+    return source.resolution_px if options.data.resolution == "auto" else options.data.resolution
+
+
+def read_examples(options: Options) -> PictureSet:
+    """The pictures, the trigger in their captions; regularisation pictures are repeated to be about as many."""
+    if not options.data.images:
+        raise Refused("train: name a folder of pictures, as in `scumble train photos/`")
+    found = read_set(Path(options.data.images), options.data.repeats, masks=options.data.masks)
+    if options.data.prior:
+        found += read_set(Path(options.data.prior), prior=True, masks=options.data.masks)
+    prior = sum(example.repeats for example in found.examples if example.prior)
+    times = max(1, round(sum(example.repeats for example in found.examples if not example.prior) / max(1, prior)))
+    found.examples = [
+        replace(example, repeats=example.repeats * times)
+        if example.prior
+        else replace(example, caption=with_trigger(example.caption, options.data.trigger))
+        for example in found.examples
+    ]
+    if all(example.prior for example in found.examples):
+        raise Refused(f"{options.data.images}: every picture there is for regularisation, none is left to learn from")
+    return found
+
+
+def read_views(found: PictureSet, options: Options, source: Source) -> list[View]:
+    """The crops of each picture at each resolution. Raises `Refused` for a step that the base cannot do."""
+    step_px = source.step_px if options.data.bucket_step == "auto" else options.data.bucket_step
+    if step_px % source.whole_px:
+        raise Refused(f"--bucket-step {step_px}: must be a multiple of {source.whole_px} for {source.label}")
+    buckets = tables(options.data, resolution_of(options, source), step_px)
+    return views_of(found.examples, buckets, options.data, options.output.seed)
+
+
+def checked(
+    options: Options,
+    source: Source,
+    found: PictureSet,
+    views: list[View],
+    with_thumbs: bool,
+    tell: Callable[[int], None] = lambda done: None,
+) -> Checkup:
+    """The check-up of a run's pictures and captions, by what the base hears of them."""
+    certain = options.data.model_copy(update={"caption_dropout": 0.0, "tag_dropout": 0.0, "shuffle_tags": False})
+    tokenizers = {vocabulary_of(folder): folder for folder in source.tokenizers}  # SDXL's two are one
+    return check(
+        found, views, kind=options.data.kind, trigger=options.data.trigger,
+        windows=[read_window(folder) for folder in tokenizers.values()],
+        heard=lambda example: said(example.lines, certain, seed=options.output.seed, step=0, index=0),
+        with_thumbs=with_thumbs, tell=tell,
+    )  # fmt: skip
