@@ -59,7 +59,7 @@ def update_of(broken: Sequence[int] = (), fits: int = 1000) -> tuple[Update, Lin
     weight, said = torch.nn.Parameter(torch.tensor(0.1)), []
     line = Line(weight, broken, fits)
     optimizer = make_optimizer("adamw", [(0.01, [weight])], 0.0)
-    update = Update(Accelerator(cpu=True), line, {"w": weight}, optimizer, 1.0, 0.0, 6, said.append)  # ty: ignore
+    update = Update(Accelerator(cpu=True), line, {"w": weight}, optimizer, 1.0, 0.0, said.append)  # ty: ignore
     return update, line, said
 
 
