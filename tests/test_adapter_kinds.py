@@ -180,6 +180,8 @@ def test_dora_is_merged_and_resized_by_what_it_changes_in_its_base(base: Weights
     other, deltas = of_peft("lora", 4)
     merged = merge([Input("a", adapter, 0.7), Input("b", other)], Recipe(), base).adapter
     small = resize(adapter, Rule(4), "x", base).adapter
+    kept = resize(adapter, Rule(energy=0.9), "x", base)
+    assert 0.2 < kept.errors["mid_block"] <= 0.1**0.5 + 1e-4
     for place, change in changes.items():
         expected = (0.7 * change + deltas[place]).flatten(1)
         torch.testing.assert_close(merged.modules[place].delta(), expected, rtol=1e-4, atol=1e-5)
@@ -199,17 +201,14 @@ def test_what_cannot_be_known_is_one_line(base: Weights):
     foreign = Adapter({Place("unet", "conv_in"): adapter.modules[TO_Q]})
     wrong = Adapter({TO_Q: Module("lora", adapter.modules[TO_Q].tensors | {"dora_scale": torch.ones(9, 1)}, 1.0)})
     lora, _ = of_peft("lora", 1)
+    halves = {f"hada_w{n}_{letter}": torch.ones(600, 30) for n in (1, 2) for letter in "ab"}
+    wide = Adapter({TO_Q: Module("loha", {n: t.T if n.endswith("b") else t for n, t in halves.items()}, 30.0)})
     biased = Adapter({TO_Q: Module("lora", lora.modules[TO_Q].tensors | {"diff_b": torch.ones(64)}, 1.0)})
     for one, rule, where, line in (
         (adapter, Rule(4), None, "x: unet mid_block.* is DoRA, whose change depends on its base; name it: --base FILE"),
-        (
-            foreign,
-            Rule(4),
-            base,
-            r"x: unet conv_in is not in the base; it is for another base than .*base\.safetensors",
-        ),
+        (foreign, Rule(4), base, r"x: unet conv_in is not in the base; it is for another base than .*\.safetensors"),
         (wrong, Rule(4), base, r"DoRA magnitudes \(9, 1\), neither one for each input nor for each output"),
-        (adapter, Rule(energy=0.9), base, "is DoRA, whose rank has no bound of its own: give --rank too"),
+        (wide, Rule(energy=0.9), None, "is LoHa, whose rank has no bound of its own: give --rank"),
         (biased, Rule(4), base, r"x: unet .*to_q changes a bias too \(diff_b\), which would be lost"),
     ):
         with pytest.raises(Refused, match=line) as error:

@@ -145,7 +145,7 @@ def test_a_loha_is_merged_by_its_dense_delta_with_the_kernel_of_its_layer():
     alone = merge([Input("b", Adapter({CONV: loha(3)}))], Recipe("svd", rank=4)).adapter.modules[CONV]
     assert alone.tensors["lora_down"].shape == (4, 10, 3, 3)
     torch.testing.assert_close(alone.delta(), loha(3).delta(), rtol=1e-3, atol=1e-3)
-    with pytest.raises(Refused, match=r"b: unet .*conv1 is loha, which has no rank of a LoRA: give --rank"):
+    with pytest.raises(Refused, match=r"b: unet .*conv1 is LoHa, which has no rank of a LoRA: give --rank"):
         merge(inputs, Recipe("svd"))
 
 

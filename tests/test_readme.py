@@ -46,7 +46,7 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         capsys.readouterr()
         try:
             words = shlex.split(command)
-            training = words[0] == "train" and "--dry-run" not in words and not words[1].endswith(".toml")
+            training = words[0] == "train" and "--dry-run" not in words and words[1] == "photos/"
             cli.main(words + (quick if training else []))
         except SystemExit as stop:
             line = capsys.readouterr().err.strip()

@@ -40,11 +40,15 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-KINDS_OF_ADAPTER = {
-    "lora": ("LoRA", ""),
-    "dora": ("DoRA", "its file is exact in ComfyUI, A1111 and InvokeAI; diffusers warns and leaves its magnitudes out"),
-    "loha": ("LoHa", "its file loads in ComfyUI, A1111 and Forge; diffusers cannot read it"),
-    "lokr": ("LoKr", "its file loads in ComfyUI, A1111 and Forge; diffusers cannot read it"),
+KINDS_OF_ADAPTER = {  # name, what to know of its file, and its best rate against LoRA's (tests/benchmarks/rates.py)
+    "lora": ("LoRA", "", 1.0),
+    "dora": (
+        "DoRA",
+        "its file is exact in ComfyUI, A1111 and InvokeAI; diffusers warns and leaves its magnitudes out",
+        1.0,
+    ),
+    "loha": ("LoHa", "its file loads in ComfyUI, A1111 and Forge; diffusers cannot read it", 4.0),
+    "lokr": ("LoKr", "its file loads in ComfyUI, A1111 and Forge; diffusers cannot read it", 8.0),
 }
 
 
@@ -100,7 +104,7 @@ def make_plan(options: Options, source: Source, batches_per_epoch: int, num_pict
     wanted, defaults = options.optimization, defaults_for(source)
     parts = parts_of(options, source)
     steps_per_epoch = ceil(batches_per_epoch / wanted.accumulate)
-    name, note = KINDS_OF_ADAPTER[options.network.network]
+    name, note, times = KINDS_OF_ADAPTER[options.network.network]
     reasons = [f"{name} on {_words_for_parts(parts, options)}", *([f"{name}: {note}"] if note else [])]
     low, high = options.objective.min_timestep, options.objective.max_timestep
     if low > high:
@@ -125,7 +129,7 @@ def make_plan(options: Options, source: Source, batches_per_epoch: int, num_pict
     tenth = ceil(num_epochs / 10)  # rather a divisor near it, so that the last two rows of previews are not alike
     tenth = next((every for every in range(tenth, 2 * tenth) if num_epochs % every == 0), tenth) * steps_per_epoch
     kind = KINDS[wanted.optimizer]
-    own_rates = (1.0, 1.0) if kind.finds_rate else (defaults.rate * kind.rate, defaults.text_rate * kind.rate)
+    own_rates = [1.0 if kind.finds_rate else own * kind.rate * times for own in (defaults.rate, defaults.text_rate)]
     rate, text_rate = (
         own if asked == "auto" else asked for own, asked in zip(own_rates, (wanted.rate, wanted.text_rate), strict=True)
     )
@@ -141,6 +145,8 @@ def make_plan(options: Options, source: Source, batches_per_epoch: int, num_pict
         f"{wanted.optimizer}, {schedule} rate of "
         + ", ".join(f"{value:g}{found} ({name})" for name, value in shown.items())
     )
+    if times != 1 and not kind.finds_rate and "auto" in (wanted.rate, wanted.text_rate):
+        reasons.append(f"the rate is {times:g} times LoRA's, at which {name} learns as fast")
     return Plan(
         parts=parts,
         rates=rates,

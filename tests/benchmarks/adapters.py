@@ -49,10 +49,14 @@ TASKS = {
 }
 
 
+def config(part: str) -> dict[str, Any]:
+    return json.loads((CONFIGS / part / "config.json").read_text())
+
+
 def shapes() -> dict[str, torch.Size]:
     """Shapes of all weights of SDXL's UNet; nothing is allocated."""
     with torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(json.loads((CONFIGS / "unet/config.json").read_text()))
+        unet: Any = UNet2DConditionModel.from_config(config("unet"))
     return {name: tensor.shape for name, tensor in unet.state_dict().items()}
 
 
@@ -64,7 +68,7 @@ def other_shapes() -> dict[str, torch.Size]:
                 CLIPTextConfig.from_pretrained(CONFIGS / "text_encoder")
             ),
             "conditioner.embedders.1.model": CLIPTextModel(CLIPTextConfig.from_pretrained(CONFIGS / "text_encoder_2")),
-            "first_stage_model": AutoencoderKL.from_config(json.loads((CONFIGS / "vae/config.json").read_text())),
+            "first_stage_model": AutoencoderKL.from_config(config("vae")),
         }
     return {f"{prefix}.{name}": one.shape for prefix, part in parts.items() for name, one in part.state_dict().items()}
 

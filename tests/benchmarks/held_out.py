@@ -19,7 +19,7 @@ from plain_loop import Pictures, Timed, train_plainly
 
 from scumble.configs import files
 from scumble.datasets.samples.fetch_held_out import fetch, prepare, write
-from scumble.trainer.models import EMBEDDED
+from scumble.trainer.models import EMBEDDED, Pipeline
 from scumble.trainer.train import train
 
 HERE = Path(__file__).parent
@@ -29,7 +29,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @torch.no_grad()
-def losses_of(pipeline: StableDiffusionPipeline, pictures: Pictures, draws: int) -> torch.Tensor:
+def losses_of(pipeline: Pipeline, pictures: Pictures, draws: int) -> torch.Tensor:
     """Squared error on epsilon of each picture (N,), the mean over `draws` timesteps spread over the schedule."""
     pixels, captions = zip(*(pictures[index] for index in range(len(pictures))), strict=True)
     scale = pipeline.vae.config["scaling_factor"]

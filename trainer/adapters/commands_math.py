@@ -60,6 +60,8 @@ def merge(
     parents = ", ".join(f"{file.stem} x {weight:g}{_told(table)}" for file, weight, table in parts)
     how = method if method in ("linear", "svd") else f"{method}, density {density:g}"
     tell(write_result(result, adapters, out, f"merged with scumble ({how}): {parents}", force))
+    if method == "linear" and any(module.label != "LoRA" for one in adapters for module in one.modules.values()):
+        print("kinds other than LoRA need a high rank to be exact; --method svd --rank 32 makes a small file")
 
 
 def resize(

@@ -12,6 +12,7 @@ from .adapter import Adapter
 from .fit import check_fit
 from .keys import Place
 from .lowrank import (
+    DENSE_SIDE,
     Factors,
     Rule,
     Svd,
@@ -90,21 +91,22 @@ def change_of(place: Place, module: Module, base: Weights | None) -> torch.Tenso
 def reduced_change(
     place: Place, module: Module, rule: Rule, kernel: tuple[int, ...], base: Weights | None
 ) -> Reduced | None:
-    """The best LoRA that `rule` makes of one module; None where only a rank could bound it and `rule` has none."""
+    """The best LoRA that `rule` makes of one module; None where it needs a rank, lest the SVD take minutes a layer."""
     dtype = dtype_of(module)
     if module.kind == "lokr" and not module.is_dora and "lokr_t2" not in module.tensors:
         return reduced(svd_of_kronecker(*kronecker_parts(module)), rule, kernel, dtype)
     if known := factors_of(module):
         return reduced(svd_of_factors(*known), rule, kernel, dtype)
-    if not rule.rank:
+    assert module.shape
+    if not rule.rank and min(module.shape) > DENSE_SIDE:
         return None
     return reduced_dense(change_of(place, module, base), rule, kernel, dtype)
 
 
 def reduced_dense(delta: torch.Tensor, rule: Rule, kernel: tuple[int, ...], dtype: torch.dtype) -> Reduced:
-    """The best LoRA that `rule`, which has a rank, makes of a matrix (out, in · h · w)."""
+    """The best LoRA that `rule` makes of a matrix (out, in · h · w)."""
     total = float(delta.double().square().sum())
-    return reduced(svd_of_dense(delta, rule.rank), rule, kernel, dtype, total)
+    return reduced(svd_of_dense(delta, rule.rank or min(delta.shape)), rule, kernel, dtype, total)
 
 
 def module_of(factors: Factors, kernel: tuple[int, ...], dtype: torch.dtype) -> Module:

@@ -12,13 +12,12 @@ import torch
 from .adapter import Adapter, from_tensors, read_named
 from .files import read_header
 from .keys import Place
-from .module import Module
+from .module import LABELS, Module
 from .privacy import without_paths
 from .uis import Match, matches
 
 FAMILY_LABELS = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
 COMPONENT_LABELS = {"unet": "UNet", "text": "text encoder", "text2": "text encoder 2"}
-NETWORK_LABELS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "dora": "DoRA", "full": "full difference"}
 CONVS = ("conv", "conv1", "conv2", "conv_in", "conv_out", "conv_shortcut", "time_emb_proj")  # last words of their paths
 SETTINGS = {
     "ss_sd_model_name": "base", "ss_resolution": "resolution", "modelspec.prediction_type": "prediction",
@@ -160,7 +159,7 @@ def network_of(adapter: Adapter) -> str:
 def beyond_diffusers(network: str) -> str:
     """Why stock diffusers cannot do what an adapter of that kind says, or nothing: it knows LoRA alone."""
     kinds = network.split("+")
-    others = " and ".join(NETWORK_LABELS[kind] for kind in kinds if kind not in ("lora", "dora"))
+    others = " and ".join(LABELS[kind] for kind in kinds if kind not in ("lora", "dora"))
     return f"it cannot read {others}" if others else "it leaves out DoRA's magnitudes" if "dora" in kinds else ""
 
 

@@ -108,10 +108,10 @@ def check(inputs: Sequence[Input], recipe: Recipe, base: Weights | None = None) 
                     f"--blocks {block}: no input has such a block{nearest(block, known)}; they have {', '.join(known)}"
                 )
         for place, module in one.adapter.modules.items():
-            if not _is_plain_lora(module) and not recipe.rank and recipe.method != "linear":
-                kind = "DoRA" if module.is_dora else module.kind
+            if module.label != "LoRA" and not recipe.rank and recipe.method != "linear":
                 raise Refused(
-                    f"{one.name}: {place.component} {place.path} is {kind}, which has no rank of a LoRA: give --rank"
+                    f"{one.name}: {place.component} {place.path} is {module.label}, which has no rank of a LoRA: "
+                    "give --rank"
                 )
 
 
@@ -202,10 +202,6 @@ def _merged(
             return reduced_dense(delta, rule, kernel, dtype)
         factors = exact_factors(delta)
     return Reduced(module_of(factors, kernel, dtype), 0.0, 1.0)
-
-
-def _is_plain_lora(module: Module) -> bool:
-    return module.kind == "lora" and not module.is_dora
 
 
 def _check_shapes(place: Place, shapes: Sequence[tuple[int, int] | None]) -> None:

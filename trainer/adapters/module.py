@@ -10,6 +10,8 @@ from math import prod
 
 import torch
 
+LABELS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "dora": "DoRA", "full": "full difference"}
+
 
 @dataclass(frozen=True)
 class Module:
@@ -40,6 +42,11 @@ class Module:
     def is_dora(self) -> bool:
         """Whether its change depends on the base's weight too."""
         return "dora_scale" in self.tensors
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return LABELS["dora" if self.is_dora else self.kind]
 
     @property
     def shape(self) -> tuple[int, int] | None:

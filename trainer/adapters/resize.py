@@ -30,8 +30,7 @@ def resize(
     for number, (place, module) in enumerate(adapter.modules.items(), 1):
         found = reduced_change(place, module, rule, kernel_of(place, module, adapter.family), base)
         if not found:
-            kind = "DoRA" if module.is_dora else module.kind
-            raise Refused(f"{name}: {place.path} is {kind}, whose rank has no bound of its own: give --rank too")
+            raise Refused(f"{name}: {place.path} is {module.label}, whose rank has no bound of its own: give --rank")
         modules[place] = found
         progress(number, len(adapter.modules))
     return collect(modules, adapter)

@@ -10,17 +10,18 @@ from rich.text import Text
 from .inspect import (
     COMPONENT_LABELS,
     FAMILY_LABELS,
-    NETWORK_LABELS,
     Report,
     beyond_diffusers,
     block_norms,
     poor_uis,
 )
 from .keys import Place
+from .module import LABELS
 from .uis import Match
 
 DIALECT_LABELS = {"kohya": "kohya's", "peft": "PEFT's (diffusers)"}
 BAR_CELLS = 32
+DORA_NOTE = "without DoRA's magnitudes, whose effect depends on the base"
 EIGHTHS = " ▏▎▍▌▋▊▉"
 MOST_FAULTS = 20
 NAMED = 3  # modules named where many have the same trouble
@@ -38,6 +39,7 @@ def report_page(report: Report) -> RenderableType:
         _parts(report),
         Text(""),
         _bars(report),
+        *([_line(DORA_NOTE, "dim")] if "dora" in report.network else []),
         Text(""),
         ui_table(report.uis, beyond_diffusers(report.network)),
         *[_line(f"! {trouble}", "bold red") for trouble in troubles(report)],
@@ -46,7 +48,7 @@ def report_page(report: Report) -> RenderableType:
 
 def headline(report: Report) -> str:
     """`LoRA for Stable Diffusion 1, 144 modules, 1.2 MB, float16`."""
-    network = " + ".join(NETWORK_LABELS.get(name, name) for name in report.network.split("+"))
+    network = " + ".join(LABELS[name] for name in report.network.split("+"))
     count = sum(group.modules for group in report.groups)
     size = f"{report.bytes / 1e6:.1f} MB" if report.bytes >= 1e6 else f"{report.bytes / 1e3:.0f} kB"
     base = "sketch" if report.settings.get("base") == "sketch" else FAMILY_LABELS[report.family]
@@ -120,8 +122,8 @@ def verdict_page(
 
 def trial_line(component: str, effect: float, difference: float | None) -> str:
     """How far the adapter moves a component's output, beside how far diffusers' output differs from ours."""
-    beside = "" if difference is None else f", diffusers differs from ours by {difference:.2g}"
-    return f"{COMPONENT_LABELS[component]}: the adapter moves its output by {effect:.2g}{beside}"
+    beside = "" if difference is None else f"; diffusers differs from ours by {difference:.2g}"
+    return f"{COMPONENT_LABELS[component]}: its output moves by {effect:.2g}{beside}"
 
 
 def not_whole(poor: Sequence[str], dialect: str) -> str:
