@@ -129,7 +129,8 @@ def _finding(finding: Finding, numbers: dict[str, int]) -> dict:
     more = len(finding.details) - len(links)
     return {
         "severity": finding.severity, "what": _sentence(finding.what), "why": _sentence(finding.why),
-        "cure": finding.cure.replace("`", ""), "reasons": list(finding.details.items()) if is_beside else [], "links": links,
+        "cure": finding.cure.replace("`", ""), "links": links,
+        "reasons": list(finding.details.items()) if is_beside else [],
         "more": f" and {more} more" if more and not is_beside else "",
     }  # fmt: skip
 

@@ -151,6 +151,7 @@ def test_blurred_samples_are_told_from_sharp_ones(pictures: list[Image.Image]):
     blurred = [picture.filter(ImageFilter.GaussianBlur(2)) for picture in pictures]
     assert all(edge_blur(grey(picture)) < SOFT_PX / 2 for picture in pictures)
     assert all(edge_blur(grey(picture)) > SOFT_PX for picture in blurred)
+    assert all(edge_blur(grey(picture.filter(ImageFilter.GaussianBlur(12)))) > 3 * SOFT_PX for picture in pictures)
     worse = [jpeg(picture.filter(ImageFilter.GaussianBlur(3)), 75) for picture in pictures]
     assert all(edge_blur(grey(picture)) > SOFT_PX for picture in worse)
 
