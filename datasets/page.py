@@ -63,15 +63,16 @@ def page(done: Checkup, name: str, base: str, trigger: str) -> str:
 
 
 def shown_of(done: Checkup, most: int = SHOWN) -> list[tuple[int, Look]]:
-    """The pictures that are shown, with their places in the set: all, or those of the gravest findings."""
+    """The pictures that are shown, with their places in the set: all, or those of the rarest findings."""
     numbered = list(enumerate(done.looks))
     if len(numbered) <= most:
         return numbered
-    rank: dict[str, int] = {}
+    rarest: dict[str, int] = {}  # what few pictures have is shown before what all have
     for finding in done.findings:
-        for path in finding.details:
-            rank[path] = min(rank.get(path, len(SEVERITIES)), SEVERITIES.index(finding.severity))
-    first = sorted(numbered, key=lambda one: (rank.get(str(one[1].path), len(SEVERITIES)), one[0]))
+        if finding.severity != "note":
+            for path in finding.details:
+                rarest[path] = min(rarest.get(path, len(numbered)), len(finding.details))
+    first = sorted(numbered, key=lambda one: (rarest.get(str(one[1].path), len(numbered) + 1), one[0]))
     return sorted(first[:most])
 
 
@@ -123,13 +124,13 @@ def parts_of(kept: str, lost: str, trigger: str) -> list[Part]:
 
 
 def _finding(finding: Finding, numbers: dict[str, int]) -> dict:
-    links = [{"number": numbers[path], "name": Path(path).name} for path in finding.details if path in numbers]
-    beside = [(path, text) for path, text in finding.details.items() if path not in numbers]
     is_beside = finding.check == "left out"
-    more = len(finding.details) - min(len(links), NAMED)
+    links = [{"number": numbers.get(path), "name": Path(path).name} for path in list(finding.details)[:NAMED]]
+    more = len(finding.details) - len(links)
     return {
         "severity": finding.severity, "what": _sentence(finding.what), "why": _sentence(finding.why),
-        "cure": finding.cure.replace("`", ""), "reasons": beside if is_beside else [], "links": links[:NAMED],
+        "cure": finding.cure.replace("`", ""), "links": links,
+        "reasons": list(finding.details.items()) if is_beside else [],
         "more": f" and {more} more" if more and not is_beside else "",
     }  # fmt: skip
 

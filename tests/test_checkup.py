@@ -22,7 +22,7 @@ from scumble.datasets.contact import sheet, wrapped
 from scumble.datasets.images import read_rgb
 from scumble.datasets.jpeg import block_steps, quality_of
 from scumble.datasets.likeness import difference, likeness_of, look_alike, same_picture
-from scumble.datasets.page import frame_of, page
+from scumble.datasets.page import frame_of, page, shown_of
 from scumble.datasets.picture_checks import HIGH_STEPS, SOFT_PX
 from scumble.datasets.sharpness import edge_blur
 from scumble.datasets.stamp import corners_of, stamps_in
@@ -151,6 +151,7 @@ def test_blurred_samples_are_told_from_sharp_ones(pictures: list[Image.Image]):
     blurred = [picture.filter(ImageFilter.GaussianBlur(2)) for picture in pictures]
     assert all(edge_blur(grey(picture)) < SOFT_PX / 2 for picture in pictures)
     assert all(edge_blur(grey(picture)) > SOFT_PX for picture in blurred)
+    assert all(edge_blur(grey(picture.filter(ImageFilter.GaussianBlur(12)))) > 3 * SOFT_PX for picture in pictures)
     worse = [jpeg(picture.filter(ImageFilter.GaussianBlur(3)), 75) for picture in pictures]
     assert all(edge_blur(grey(picture)) > SOFT_PX for picture in worse)
 
@@ -362,6 +363,14 @@ def test_the_page_stands_alone_and_takes_no_orders_from_names_and_captions(tmp_p
     assert not re.search(r"url\(|@import|https?:", text.replace("http-equiv", ""))
     assert "<mark>zwx</mark>" in text and "&lt;b&gt;set" in text
     assert text.count("data:image/png") == 1  # the mask that hides something
+
+
+def test_of_a_large_set_pictures_with_rare_faults_are_shown(tmp_path: Path):
+    folder = copied(tmp_path / "set", STYLE)
+    read_rgb(STYLE[15]).filter(ImageFilter.GaussianBlur(12)).save(folder / STYLE[15].name)
+    done = checkup_of(folder, resolution=512)
+    assert grave(done) == {"too small": "serious", "blurred": "warning"}
+    assert [number for number, _ in shown_of(done, 4)] == [0, 1, 2, 15]
 
 
 def test_the_command_writes_page_and_picture_and_says_by_its_exit_code_what_it_found(

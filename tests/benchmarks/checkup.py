@@ -120,6 +120,7 @@ COPIES: dict[str, Damage] = {
 BLURS: dict[str, Damage] = {
     "as it is": as_it_is, "noise of 10 levels": noise(10), "JPEG 30": jpeg(30), "blur of 1 px": blur(1),
     "blur of 1.5 px": blur(1.5), "blur of 2 px": blur(2), "blur of 3 px": blur(3), "blur of 4 px": blur(4),
+    "blur of 12 px": blur(12),
     "blur of 3 px, JPEG 75": chain(blur(3), jpeg(75)), "blur of 3 px, noise of 5": chain(blur(3), noise(5)),
     "enlarged 3 times": chain(resized(1 / 3), resized(3)),
 }  # fmt: skip
