@@ -5,7 +5,7 @@ the set has it: what a third of the pictures show is learned.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from . import caption_checks, picture_checks
@@ -13,11 +13,12 @@ from .folder import Example, PictureSet
 from .likeness import nearest
 from .look import Look, Subject, looks_at
 from .material import Found, Material, Severity, counted
+from .stamp import Corners
 from .tokens import Window
 from .views import View
 from .waste import BucketUse, bucket_uses
 
-FEW = 1000  # thumbs that are kept: about 20 MB
+FEW = 1000  # pictures of which thumbs and corners are kept: about 45 MB
 SEVERITIES: tuple[Severity, ...] = ("serious", "warning", "note")
 
 
@@ -198,7 +199,7 @@ def check(
     looks = []
     with_thumbs = with_thumbs and len(subjects) <= FEW  # of a large set those that are shown are read again
     for look in looks_at(subjects, with_thumbs):
-        looks.append(look)
+        looks.append(look if len(looks) < FEW else replace(look, corners=Corners(None)))
         tell(len(looks))
     spoken = [heard(subject.example) for subject in subjects]
     material = Material(tuple(looks), tuple(found.left_out), kind, trigger, tuple(windows), tuple(spoken))

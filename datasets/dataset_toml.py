@@ -29,12 +29,13 @@ FOLLOWED: dict[str, type] = {
 BY_FLAG = {
     "resolution": "--resolution", "batch_size": "--batch", "shuffle_caption": "--shuffle-tags",
     "keep_tokens": "--keep-tags", "flip_aug": "--flip", "random_crop": "--crop random",
-    "caption_dropout_rate": "--caption-dropout", "bucket_no_upscale": "--no-upscale",
+    "caption_dropout_rate": "--caption-dropout", "caption_tag_dropout_rate": "--tag-dropout",
+    "enable_wildcard": "--caption-lines pick", "bucket_no_upscale": "--no-upscale",
     "bucket_reso_steps": "--bucket-step", "min_bucket_reso": "--min-side", "max_bucket_reso": "--max-side",
 }  # fmt: skip
 NOT_FOLLOWED = {
-    "cache_info", "caption_dropout_every_n_epochs", "caption_separator", "caption_tag_dropout_rate", "color_aug",
-    "custom_attributes", "enable_bucket", "enable_wildcard", "face_crop_aug_range", "keep_tokens_separator",
+    "cache_info", "caption_dropout_every_n_epochs", "caption_separator", "color_aug",
+    "custom_attributes", "enable_bucket", "face_crop_aug_range", "keep_tokens_separator",
     "metadata_file", "network_multiplier", "resize_interpolation", "secondary_separator", "skip_image_resolution",
     "token_warmup_min", "token_warmup_step", "validation_seed", "validation_split",
 }  # fmt: skip

@@ -18,8 +18,8 @@ from .masks import read_mask
 
 MAP_PX = 64  # Hou and Zhang's scale: of an object, not of its texture
 FLAT = 1 / 255
-FACE_PX = 640  # longest side in which faces are looked for
-LEAST_FACE = 0.04  # of the longest side: smaller finds are mostly no faces
+FACE_PX = 400  # longest side in which faces are looked for
+LEAST_FACE = 0.06  # of the longest side: smaller finds are mostly no faces
 
 
 def focus_map(image: Path, mask: Path | None, faces: bool) -> np.ndarray:
@@ -61,7 +61,7 @@ def face_map(picture: Image.Image) -> np.ndarray:
     weights = np.zeros(grey.shape)
     least = max(20, round(LEAST_FACE * max(small.size)))
     rows, columns = np.mgrid[: grey.shape[0], : grey.shape[1]]
-    for left, top, width, height in _cascade().detectMultiScale(grey, 1.1, 5, minSize=(least, least)):
+    for left, top, width, height in _cascade().detectMultiScale(grey, 1.15, 5, minSize=(least, least)):
         across, down = (columns - left - width / 2) / width, (rows - top - height / 2) / height
         weights += width * height * np.exp(-2 * (across**2 + down**2))
     return weights

@@ -18,6 +18,7 @@ from PIL import Image
 HASH_SIDE, SMALL_SIDE, TINY_SIDE = 8, 32, 8
 NEAR_BITS = 12  # of 64: the same picture in poor light or as a poor JPEG keeps within 12
 SAME_PICTURE = 0.10  # largest local difference, of the whole range
+SAME_CONTRAST = 0.75  # and in standard deviations of the picture: two skies, two lawns are not one
 LOOK_ALIKE = 0.9  # correlation of tiny copies
 ROWS = 256
 WORTH_A_LOOK = 0.6  # correlation of tiny copies under which two pictures are not laid over each other
@@ -67,7 +68,8 @@ def same_picture(pictures: Sequence[Likeness]) -> list[list[int]]:
 
     def same(row: int, other: int) -> bool:
         one, two = pictures[row], pictures[other].small
-        return any(_correlation(one, way) > WORTH_A_LOOK and difference(one.small, way) < SAME_PICTURE
+        most = min(SAME_PICTURE, SAME_CONTRAST * float(one.small.std()) / 255)
+        return any(_correlation(one, way) > WORTH_A_LOOK and difference(one.small, way) < most
                    for way in (two, two[:, ::-1]))  # fmt: skip
 
     return _groups(len(pictures), near, same)

@@ -1,6 +1,7 @@
 """How much of a caption a base hears: its own tokenizer, read from its files without the model or transformers."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from tokenizers.models import BPE
 
 from scumble.configs.errors import Refused
 
+NAMES = ("merges.txt", "tokenizer.json")
 ENDS = 2  # the marks of begin and end stand in the window too
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -36,10 +38,11 @@ class Window:
         return Heard(len(spans), text[:end].rstrip(), text[end:].strip())
 
 
-def vocabulary_of(folder: Path) -> bytes:
-    """What tells a tokenizer from others; empty where the folder has none."""
-    files = [folder / name for name in ("merges.txt", "tokenizer.json")]
-    return next((file.read_bytes() for file in files if file.is_file()), b"")
+def read_windows(folders: Sequence[Path]) -> list[Window]:
+    """The windows of a base's tokenizers, of those alike one: SDXL's two differ in what they pad with."""
+    files = {folder: next((one for name in NAMES if (one := folder / name).is_file()), None) for folder in folders}
+    distinct = {file.read_bytes() if file else b"": folder for folder, file in reversed(files.items())}
+    return [read_window(folder) for folder in distinct.values()]
 
 
 def read_window(folder: Path) -> Window:
@@ -51,8 +54,11 @@ def read_window(folder: Path) -> Window:
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         size = int(config.get("model_max_length", 77)) - ENDS
-        if not (folder / "vocab.json").is_file():
-            return Window(Tokenizer.from_file(str(folder / "tokenizer.json")), size)
+        if not (folder / "merges.txt").is_file():
+            whole = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            whole.no_truncation()
+            whole.no_padding()
+            return Window(whole, size)
         vocab, merges = BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     except Exception as error:  # noqa: BLE001  (tokenizers raises Exception itself)
         raise Refused(f"{folder}: its tokenizer cannot be read ({error})") from None

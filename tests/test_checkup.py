@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from transformers import CLIPTokenizer
 
 from scumble.configs import files
+from scumble.configs.errors import Refused
 from scumble.datasets.borders import Borders, borders_of
 from scumble.datasets.checkup import CHECKS, Checkup
 from scumble.datasets.contact import sheet, wrapped
@@ -25,7 +26,7 @@ from scumble.datasets.page import frame_of, page
 from scumble.datasets.picture_checks import HIGH_STEPS, SOFT_PX
 from scumble.datasets.sharpness import edge_blur
 from scumble.datasets.stamp import corners_of, stamps_in
-from scumble.datasets.tokens import read_window
+from scumble.datasets.tokens import read_window, read_windows
 from scumble.trainer import cli
 from scumble.trainer.bases import BASES, recognise
 from scumble.trainer.pictures import checked, read_examples, read_views
@@ -220,6 +221,16 @@ def test_tokens_are_those_of_transformers_and_the_cut_is_where_it_cuts(base: str
         if text.isascii():  # else the cut may lie in a character; the last token may be the start of a word
             assert reference(heard.kept, add_special_tokens=False).input_ids[:-1] == cut[:-1]
         assert (heard.lost != "") == (len(ids) > window.size)
+
+
+def test_a_tokenizer_in_one_file_is_the_same_and_two_alike_are_read_once(tmp_path: Path):
+    CLIPTokenizer.from_pretrained(BASES / "sd15/tokenizer").save_pretrained(tmp_path)
+    assert not (tmp_path / "merges.txt").exists()
+    text = "zwx, naïve café, " * 30
+    assert read_window(tmp_path).hears(text) == read_window(BASES / "sd15/tokenizer").hears(text)
+    assert len(read_windows([BASES / "sdxl/tokenizer", BASES / "sdxl/tokenizer_2"])) == 1
+    with pytest.raises(Refused, match="its tokenizer cannot be read"):
+        read_windows([tmp_path / "none"])
 
 
 def test_each_fault_of_a_picture_is_found_and_named(tmp_path: Path, sd15: Path):

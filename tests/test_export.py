@@ -20,14 +20,14 @@ PERSON = "annabel"
 def test_what_is_written_tells_no_path_and_no_user(pictures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     home = tmp_path / "home" / PERSON
     (home / pictures).mkdir(parents=True)
-    (home / "models").mkdir()
-    (home / "models/my base").symlink_to(EMBEDDED)
+    (home / ".models").mkdir()
+    (home / ".models/my base").symlink_to(EMBEDDED)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("USERPROFILE", str(home))
     for name in ("fox.webp", "fox.txt"):
         shutil.copy(SAMPLES / name, home / pictures / name)
     flags = {
-        "model": {"base": str(home / "models/my base")},
+        "model": {"base": str(home / ".models/my base")},
         "data": {"images": str(home / pictures)},
         "optimization": {"steps": 1},
         "previews": {"prompts": ("owl",), "preview_steps": 1},

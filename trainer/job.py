@@ -57,7 +57,7 @@ class Job:
         return [example.repeats for example in self.examples]
 
 
-def look(options: Options) -> Job:
+def look(options: Options, goes_on: bool = False) -> Job:
     """Everything that can be wrong is looked at: base, pictures, optimiser, prompts; every "auto" becomes a number."""
     source = recognise(options.model)
     check_optimizer(options.optimization.optimizer)
@@ -70,7 +70,7 @@ def look(options: Options) -> Job:
     buckets, repeats = [view.size for view in views], [view.example.repeats for view in views]
     per_epoch = batches_per_epoch(buckets, repeats, batch_of(options, source))
     plan = make_plan(options, source, per_epoch, len(captions), sum(repeats))
-    name = options.output.name or free_folder(options).name
+    name = options.output.name if goes_on else free_folder(options).name
     accelerator, dtype = make_accelerator(options.machine)
     return Job(settled(options, plan, name), source, found, views, masks, shots, plan, accelerator, dtype)
 

@@ -9,7 +9,7 @@ from scumble.configs.options import Options
 from scumble.datasets.captions import said, with_trigger
 from scumble.datasets.checkup import Checkup, check
 from scumble.datasets.folder import PictureSet, read_set
-from scumble.datasets.tokens import read_window, vocabulary_of
+from scumble.datasets.tokens import read_windows
 from scumble.datasets.views import View, tables, views_of
 
 from .bases import Source
@@ -59,10 +59,9 @@ def checked(
 ) -> Checkup:
     """The check-up of a run's pictures and captions, by what the base hears of them."""
     certain = options.data.model_copy(update={"caption_dropout": 0.0, "tag_dropout": 0.0, "shuffle_tags": False})
-    tokenizers = {vocabulary_of(folder): folder for folder in source.tokenizers}  # SDXL's two are one
     return check(
         found, views, kind=options.data.kind, trigger=options.data.trigger,
-        windows=[read_window(folder) for folder in tokenizers.values()],
+        windows=read_windows(source.tokenizers),
         heard=lambda example: said(example.lines, certain, seed=options.output.seed, step=0, index=0),
         with_thumbs=with_thumbs, tell=tell,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from scumble.datasets.order import epoch_batches
 from .events import Events, Reader, file_reader
 from .export import Progress, export, metadata_of
 from .identity import allowed_changes, doubtful_changes, identity_of, refused_changes
-from .job import Job, announce, free_folder, look
+from .job import Job, announce, look
 from .keeping import check_disk, disk_needed, in_words, surplus
 from .latents import encode_set
 from .lora import Trained, attach, component_of, num_parameters, recompute_activations
@@ -67,14 +67,14 @@ def train(
     `dry_run` stops after the plan, `measured` with it after a measured step. `force` goes on with another base or other
     pictures. Raises `Refused` for what a person can mend, before anything slow starts.
     """
-    job = look(options)
+    job = look(options, goes_on=go_on is not None)
     if dry_run:
         events = Events(readers)
         announce(job, events)
         if measured:
             make_ready(job, events)
         return None
-    folder = go_on or free_folder(job.options)
+    folder = go_on or Path(job.options.output.runs) / job.options.output.name
     notes: list[str] = []
     identity = identity_of(job.source, job.options, job.examples, job.crops)
     kept = newest_state(folder, notes.append)
@@ -127,8 +127,8 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
     )  # fmt: skip
     update = Update(
         job.accelerator, objectives, named, make_optimizer(wanted.optimizer, groups, wanted.weight_decay, magnitudes),
-        wanted.clip, wanted.ema, sum(job.repeats) / plan.steps_per_epoch,
-        say=lambda line: events.emit("note", text=f"  {line}"),
+        wanted.clip, wanted.ema, say=lambda line: events.emit("note", text=f"  {line}"),
+        looks_per_step=sum(job.repeats) / plan.steps_per_epoch,
     )  # fmt: skip
     for part in plan.parts:
         component_of(base, part.name).train()

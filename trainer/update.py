@@ -35,8 +35,8 @@ class Outcome:
 class Update:
     """Trained parameters by name, with their optimiser and, where `ema` is not 0, their moving average.
 
-    `looks_per_step` is the mean number of looks in a step. `recompute` turns gradient checkpointing on, or is None
-    where that is done or forbidden; `say` is told what was changed to go on.
+    `looks_per_step` is the mean number of looks in a step; 0 divides by those of each step. `recompute` turns gradient
+    checkpointing on, or is None where that is done or forbidden; `say` is told what was changed to go on.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class Update:
         optimizer: torch.optim.Optimizer,
         clip: float,
         ema: float,
-        looks_per_step: float,
         say: Callable[[str], None] = lambda line: None,
+        looks_per_step: float = 0.0,
     ):
         self.accelerator, self.objectives, self.clip, self.ema, self.say = accelerator, objectives, clip, ema, say
         self.named = dict(parameters)
@@ -104,7 +104,7 @@ class Update:
             for start in range(0, len(looks), at_once):
                 with self.accelerator.autocast():
                     loss = self.objectives.losses(looks[start : start + at_once]).sum()
-                self.accelerator.backward(loss / self.looks_per_step)
+                self.accelerator.backward(loss / (self.looks_per_step or num_looks))
                 total += loss.detach() / num_looks
         return total
 
