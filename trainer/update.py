@@ -35,8 +35,8 @@ class Outcome:
 class Update:
     """Trained parameters by name, with their optimiser and, where `ema` is not 0, their moving average.
 
-    `looks_per_step` is the mean number of looks in a step; 0 divides by those of each step. `recompute` turns gradient checkpointing on, or is None
-    where that is done or forbidden; `say` is told what was changed to go on.
+    `looks_per_step` is the mean number of looks in a step; 0 divides by those of each step. `recompute` turns
+    gradient checkpointing on, or is None where that is done or forbidden; `say` is told what was changed to go on.
     """
 
     def __init__(
