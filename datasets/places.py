@@ -20,6 +20,7 @@ OTHER_PICTURES = {
     ".psd", ".psb", ".xcf", ".kra", ".clip", ".svg", ".jxl", ".jp2", ".tga", ".exr", ".hdr", ".ico", ".pdf",
     ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".mp4", ".mov", ".webm", ".mkv", ".avi",
 }  # fmt: skip
+MADE_FOLDERS = {"events.jsonl": "a run", "model_index.json": "a model", "*-check.html": "a check of pictures"}
 SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
 
 
@@ -88,6 +89,8 @@ def listings(place: Place, seen: set[tuple[int, int]]) -> Iterator[Listing]:
                 inside = listed(replace(place, folder=path))
                 listing.masks += inside.pictures + inside.masks
                 listing.left_out += inside.left_out
+            elif made := next((what for file, what in MADE_FOLDERS.items() if any(path.glob(file))), ""):
+                reason = f"{made}, not pictures to learn from"
             elif has_train and name in TEST_SPLITS:
                 reason = "a split for tests beside train: not learned from"
             elif (status.st_dev, status.st_ino) in seen:

@@ -181,6 +181,21 @@ def test_what_systems_strew_about_is_passed_over_and_all_else_is_named(tmp_path:
     assert left_out(read_set(tmp_path)) == {"notes.md": "not a picture", "._a.png": "a hidden file"}
 
 
+def test_what_was_made_from_pictures_is_not_learned_from(tmp_path: Path):
+    put(tmp_path / "a.png")
+    put(tmp_path / "runs/a/previews/step000000-00.png")
+    put(tmp_path / "check/a-check.jpg")
+    put(tmp_path / "base/picture.png")
+    for name in ("runs/a/events.jsonl", "check/a-check.html", "base/model_index.json"):
+        (tmp_path / name).touch()
+    found = read_set(tmp_path)
+    assert list(captions(found)) == ["a.png"]
+    assert left_out(found) == {
+        "a": "a run, not pictures to learn from", "base": "a model, not pictures to learn from",
+        "check": "a check of pictures, not pictures to learn from",
+    }  # fmt: skip
+
+
 def test_tables_of_captions_are_read_as_hugging_face_reads_them(tmp_path: Path):
     for name in ("a.png", "train/b.png", "train/c.png", "test/d.png"):
         put(tmp_path / name)
