@@ -108,6 +108,16 @@ def test_what_is_told_wrongly_is_one_line_before_a_file_is_read(arguments: list[
         run(*arguments)
 
 
+def test_files_are_worked_on_without_diffusers(folder: Path):
+    clay, out = folder / "clay.safetensors", folder / "quick.safetensors"
+    script = "import sys\nfrom scumble.trainer import cli\n"
+    for arguments in (["convert", clay], ["merge", clay, clay], ["resize", clay, "--rank", "1"]):
+        script += f"cli.main({['adapter', *map(str, arguments), '--out', str(out), '--force']})\n"
+    script += f"cli.main({['adapter', 'bake', str(clay), '--base', str(EMBEDDED), '--out', str(folder / 'quick')]})\n"
+    script += "sys.exit(str([name for name in ('diffusers', 'transformers', 'peft') if name in sys.modules]) != '[]')"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_the_commands_are_there_without_torch():
     script = "import sys, scumble.trainer.adapters.commands_math; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -30,6 +30,7 @@ from scumble.trainer.events import Event, Reader
 from scumble.trainer.latents import encode_set
 from scumble.trainer.lora import Part, attach
 from scumble.trainer.models import EMBEDDED, load, recognise
+from scumble.trainer.plan import DEFAULTS
 from scumble.trainer.state import ADAPTER, NUMBERS, OPTIMIZER
 from scumble.trainer.step import Look, Objectives, generator_for
 from scumble.trainer.train import steps_of, train
@@ -224,15 +225,15 @@ def test_every_family_trains_and_writes_its_label(kind: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("network", "module", "arguments", "note"),
+    ("network", "times", "module", "arguments", "note"),
     [
-        ("dora", "networks.lora", {"dora_wd": True}, "DoRA: its file is exact in ComfyUI, A1111 and InvokeAI"),
-        ("loha", "lycoris.kohya", {"algo": "loha"}, "LoHa: its file loads in ComfyUI, A1111 and Forge"),
-        ("lokr", "lycoris.kohya", {"algo": "lokr", "factor": 8}, "LoKr: its file loads in ComfyUI, A1111 and Forge"),
+        ("dora", 1, "networks.lora", {"dora_wd": True}, "DoRA: its file is exact in ComfyUI, A1111 and InvokeAI"),
+        ("loha", 4, "lycoris.kohya", {"algo": "loha"}, "LoHa: its file loads in ComfyUI, A1111 and Forge"),
+        ("lokr", 8, "lycoris.kohya", {"algo": "lokr", "factor": 8}, "LoKr: its file loads in ComfyUI, A1111 and Forge"),
     ],
 )
 def test_every_kind_of_adapter_trains_and_says_who_reads_its_file(
-    network: str, module: str, arguments: dict, note: str, tmp_path: Path
+    network: str, times: int, module: str, arguments: dict, note: str, tmp_path: Path
 ):
     run = ran(
         tmp_path, network={"network": network}, optimization={"steps": 4, "ema": 0.5},
@@ -245,6 +246,10 @@ def test_every_kind_of_adapter_trains_and_says_who_reads_its_file(
     assert any(part.delta().abs().max() > 0 for part in adapter.modules.values())
     assert adapter.metadata["ss_network_module"] == module
     assert json.loads(adapter.metadata["ss_network_args"]) == arguments
+    own = DEFAULTS["sketch"]
+    rates = [float(adapter.metadata[name]) for name in ("ss_unet_lr", "ss_text_encoder_lr")]
+    assert rates == [times * own.rate, times * own.text_rate]
+    assert (f"the rate is {times} times LoRA's, at which {note[:4]} learns as fast" in plan["why"]) == (times > 1)
 
 
 def test_regularisation_pictures_are_as_many_as_pictures_and_weighted(tmp_path: Path):

@@ -4,7 +4,6 @@ Both models stay on disk; one layer of each is read at a time. Folder or one fil
 """
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,9 +12,10 @@ from scumble.configs.errors import Refused
 
 from ..lora import CONVS, FULL, TEXT
 from .adapter import Adapter
-from .factors import Reduced, Reduction, collect, reduced
+from .factors import Reduced, Reduction, collect, reduced_dense
 from .keys import Place
-from .lowrank import Rule, svd_of_dense
+from .lowrank import Rule
+from .progress import with_bar
 from .weights import Weights, find_weights
 
 SD2_UNUSED = "encoder.layers.23."  # the last layer of SD 2's text encoder is in its files, but no program runs it
@@ -28,7 +28,6 @@ def extract(
     text: bool = True,
     convs: bool = False,
     dtype: torch.dtype = torch.float16,
-    progress: Callable[[int, int], None] = lambda _done, _all: None,
 ) -> Reduction:
     """The LoRA that turns `base` into `tuned` at attention and feed-forward layers, with its error by block.
 
@@ -45,11 +44,10 @@ def extract(
         raise Refused(f"{tuned} is a base of {second.family}, {base} of {first.family}")
     places = shared_places(first, second, text, convs)
     modules = {}
-    for number, place in enumerate(places, 1):
+    for place in with_bar(places, "extracting"):
         found = difference(first, second, place, rule, dtype)
         if found:
             modules[place] = found
-        progress(number, len(places))
     if not modules:
         raise Refused(f"{tuned} and {base} do not differ in any layer that an adapter can have")
     return collect(modules, Adapter({}, {}, first.family))
@@ -83,9 +81,8 @@ def difference(first: Weights, second: Weights, place: Place, rule: Rule, dtype:
         shapes = f"{tuple(tuned.shape)} in {second.path}, {tuple(base.shape)} in {first.path}"
         raise Refused(f"{place.component} {place.path} is {shapes}: they are of different kinds")
     delta = tuned.float().flatten(1) - base.float().flatten(1)
-    total = float(delta.double().square().sum())
-    if not total:
+    if not delta.any():
         return None
     if not torch.isfinite(delta).all():
         raise Refused(f"{place.component} {place.path} is not finite in {second.path} or {first.path}")
-    return reduced(svd_of_dense(delta, rule.rank), rule, tuple(base.shape[2:]), dtype, total)
+    return reduced_dense(delta, rule, tuple(base.shape[2:]), dtype)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .adapter import Adapter, from_tensors, read_named
+from .factors import factors_of
 from .files import read_header
 from .keys import Place
 from .module import LABELS, Module
@@ -111,13 +112,15 @@ def norm(module: Module) -> float:
     """Frobenius norm of dW = s · up @ down (without DoRA's magnitudes).
 
     ||up @ down||² = sum(upᵀ up ∘ down downᵀ), so the (out, in) product is never made; ||kron(a, b)|| = ||a|| · ||b||.
-    LoHa's elementwise product and Tucker cores have no such shortcut.
+    LoHa of a small rank has such factors too.
     """
     parts = {name: tensor.double() for name, tensor in module.tensors.items()}
     if module.kind == "lora" and "lora_mid" not in parts:
         return abs(module.scale) * _product_norm(parts["lora_up"], parts["lora_down"])
     if module.kind == "lokr" and "lokr_t2" not in parts:
         return abs(module.scale) * _factor_norm(parts, "lokr_w1") * _factor_norm(parts, "lokr_w2")
+    if known := factors_of(module):
+        return _product_norm(known.up.double(), known.down.double())
     return float(module.delta().norm())
 
 

@@ -32,6 +32,7 @@ from .factors import (
 from .keys import Place
 from .lowrank import Factors, Rule, exact_factors, svd_of_factors
 from .module import Module
+from .progress import with_bar
 from .weights import Weights
 
 METHODS = ("linear", "svd", "ties", "dare", "dare_ties")
@@ -68,7 +69,7 @@ def merge(inputs: Sequence[Input], recipe: Recipe, base: Weights | None = None) 
     check(inputs, recipe, base)
     places = sorted({place for one in inputs for place in one.adapter.modules})
     modules = {}
-    for place in places:
+    for place in with_bar(places, "merging"):
         weighted = [
             (one.weight_at(place), one.adapter.modules[place])
             for one in inputs

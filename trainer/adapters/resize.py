@@ -1,23 +1,16 @@
 """An adapter of another rank: the same for every layer, or for each the one that keeps enough of it."""
 
-from collections.abc import Callable
-
 from scumble.configs.errors import Refused
 
 from .adapter import Adapter
 from .factors import Reduced, Reduction, check_biases, check_dora, collect, kernel_of, reduced_change
 from .keys import Place
 from .lowrank import Rule
+from .progress import with_bar
 from .weights import Weights
 
 
-def resize(
-    adapter: Adapter,
-    rule: Rule,
-    name: str,
-    base: Weights | None = None,
-    progress: Callable[[int, int], None] = lambda _done, _all: None,
-) -> Reduction:
+def resize(adapter: Adapter, rule: Rule, name: str, base: Weights | None = None) -> Reduction:
     """A LoRA of the ranks that `rule` gives, with the error of each block; other kinds become LoRA.
 
     A rank is never made larger than the layer's own. DoRA is computed on `base`'s weights. Raises `Refused` for DoRA
@@ -27,12 +20,11 @@ def resize(
     check_biases(name, adapter)
     check_dora(name, adapter, base)
     modules: dict[Place, Reduced] = {}
-    for number, (place, module) in enumerate(adapter.modules.items(), 1):
+    for place, module in with_bar(list(adapter.modules.items()), "resizing"):
         found = reduced_change(place, module, rule, kernel_of(place, module, adapter.family), base)
         if not found:
             raise Refused(f"{name}: {place.path} is {module.label}, whose rank has no bound of its own: give --rank")
         modules[place] = found
-        progress(number, len(adapter.modules))
     return collect(modules, adapter)
 
 

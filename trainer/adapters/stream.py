@@ -11,6 +11,7 @@ import torch
 from scumble.configs.errors import Refused
 
 from .files import Entry, header_bytes, read_header
+from .progress import with_bar
 
 CHUNK_BYTES = 16 * 2**20
 DTYPES = {
@@ -31,7 +32,8 @@ def rewrite(source: Path, target: Path, changes: Mapping[str, Change], metadata:
     try:
         with source.open("rb") as old, temporary.open("wb") as new:
             new.write(header_bytes({name: entry.told() for name, entry in header.entries.items()}, metadata))
-            for name, entry in sorted(header.entries.items(), key=lambda item: (item[1].start, item[1].end)):
+            in_order = sorted(header.entries.items(), key=lambda item: (item[1].start, item[1].end))
+            for name, entry in with_bar(in_order, f"writing {target.name}"):
                 old.seek(header.size + entry.start)
                 if name in changes:
                     new.write(changed(old, entry, changes[name], f"{target.name}: {name}"))
