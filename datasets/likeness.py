@@ -4,8 +4,8 @@ The hash is pHash (Zauner 2010, "Implementation and Benchmarking of Perceptual I
 bit for bit that of the library ImageHash. It sees shapes, not details: two faces of one cat have the same hash. So
 candidates are laid over each other, their tones matched, and the largest difference in any one place counts.
 
-Distinct pictures of 583 in one style differ by 0.12 or more in some place; the same picture resized to an eighth,
-saved as JPEG of quality 10, with noise, in other light or mirrored by 0.10 or less (tests/benchmarks/checkup.py).
+Of 583 pictures in one style no two differ by less than 0.12 in every place; copies at half the size, as JPEG of quality
+10, with noise, in other light or mirrored differ by less than 0.10 in 99 of 100 (tests/benchmarks/checkup.py).
 A copy cropped by a twentieth or more, or turned, is another picture here: a detail beside the whole is good to have.
 """
 
