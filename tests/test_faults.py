@@ -3,6 +3,7 @@
 The long form of the kills, for every optimiser: `python tests/faults/kills.py --kills 20`.
 """
 
+import json
 import math
 import resource
 import signal
@@ -72,7 +73,9 @@ def test_a_step_that_is_not_finite_is_left_out_and_some_in_a_row_halve_the_rate(
         values.append(float(line.weight))
     assert values[2] == values[3] == values[4] == values[5] and values[5] != values[6]
     assert update.optimizer.param_groups[0]["lr"] == 0.005 and not update.is_hopeless
-    assert said == [f"step 5: {HALVED_AFTER} steps in a row are not finite; the rate is halved"]
+    left_out = [f"step {step}: the loss is not finite; the step is left out" for step in (3, 4, 5)]
+    left_out[-1] += f", and after {HALVED_AFTER} such in a row the rate is halved"
+    assert said == left_out
 
 
 def test_a_run_whose_steps_stay_broken_stops():
@@ -113,8 +116,12 @@ def test_a_run_of_broken_numbers_goes_back_to_its_last_good_state(tmp_path: Path
     assert error.value.exit_code == 2 and status_of(run).state == "failed"
     tensors, metadata = read_tensors(run / "clay.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
+    losses = [event["loss"] for event in map(json.loads, (run / "events.jsonl").read_text().splitlines())
+              if event["kind"] == "step"]  # fmt: skip
+    last_finite = max(step for step, loss in enumerate(losses) if loss is not None)  # of the weights after these steps
+    assert int(metadata["ss_steps"]) == last_finite and losses[-1] is None
     kept = newest_state(run, pytest.fail)
-    assert kept and metadata["ss_steps"] == str(kept.state.step)
+    assert kept and kept.state.broken_in_a_row == 0 and kept.state.step == last_finite + 1
 
 
 @pytest.fixture
@@ -177,6 +184,7 @@ def test_too_little_room_is_refused_before_training_with_what_is_needed(tmp_path
     ) as error:
         check_disk(tmp_path / "runs", 10**15)
     assert error.value.exit_code == 73
+    assert check_disk(tmp_path / "runs", 10**6) > 10**6
     assert disk_needed(1000, 2, 10, "all", 3, False, 0) - disk_needed(1000, 2, 10, "last", 3, False, 0) == 6 * 2000
     assert (in_words(38_000_000), in_words(2_400_000_000)) == ("38 MB", "2.4 GB")
 

@@ -30,11 +30,15 @@ def disk_needed(
 
 
 def check_disk(folder: Path, needed: int) -> int:
-    """Free bytes where `folder` lies. Raises `Refused` (73) where they are fewer than `needed`."""
+    """Free bytes where `folder` lies. Raises `Refused` (73) where they and what it holds are fewer than `needed`.
+
+    What an earlier try left in the folder is part of what the run needs.
+    """
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    if needed > free:
+    if needed > free + held:
         raise Refused(
             f"--runs {folder}: the run needs up to {in_words(needed)} and {in_words(free)} are free; make room, take "
             "another --runs, or keep fewer adapters (--keep last, a larger --save-every)",

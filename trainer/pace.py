@@ -7,7 +7,7 @@ from collections import deque
 import torch
 
 SLOWER = 2.0
-RECENT, FEWEST = 5, 20
+RECENT, FEWEST, MOST = 5, 20, 200  # steps: those judged, and those that tell what is usual
 
 
 class Pace:
@@ -15,20 +15,20 @@ class Pace:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.all: list[float] = []
+        self.usual: list[float] = []
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.said = False
 
     def add(self, seconds: float) -> str:
         """What to say after this step: one line, once in a run, else nothing."""
         self.recent.append(seconds)
-        if not self.said and len(self.all) >= FEWEST and len(self.recent) == RECENT:
-            usual, now = statistics.median(self.all), statistics.median(self.recent)
+        if not self.said and len(self.usual) >= FEWEST and len(self.recent) == RECENT:
+            usual, now = statistics.median(self.usual), statistics.median(self.recent)
             if now > SLOWER * usual:
                 self.said = True
                 return f"steps take {now:.2f} s, {now / usual:.1f} times as long as before: {likely_cause(self.device)}"
-        if len(self.recent) == RECENT:
-            self.all.append(self.recent[0])
+        if len(self.recent) == RECENT and len(self.usual) < MOST:
+            self.usual.append(self.recent[0])
         return ""
 
 

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,9 @@ def save_state(
     return final
 
 
-def newest_state(run: Path, say: Callable[[str], None]) -> Kept | None:
-    """The newest state that is whole; `say` is told of each that is not. None where there is no state."""
-    for path in reversed(_states(run)):
+def newest_state(run: Path, say: Callable[[str], None], before: float = inf) -> Kept | None:
+    """The newest whole state of a step below `before`; `say` is told of each that is not whole. None where is none."""
+    for path in reversed([path for path in _states(run) if int(path.name) < before]):
         with suppress(OSError, ValueError, TypeError, KeyError):
             text, digest = (path / NUMBERS).read_text(encoding="utf-8").splitlines()
             if _digest_of(text) != digest:

@@ -68,13 +68,13 @@ def train(
     pictures. Raises `Refused` for what a person can mend, before anything slow starts.
     """
     job = look(options, goes_on=go_on is not None)
+    folder = go_on or Path(job.options.output.runs) / job.options.output.name
     if dry_run:
         events = Events(readers)
         announce(job, events)
         if measured:
-            make_ready(job, events)
+            try_out(job, make_ready(job, events), folder, events)
         return None
-    folder = go_on or Path(job.options.output.runs) / job.options.output.name
     notes: list[str] = []
     identity = identity_of(job.source, job.options, job.examples, job.crops)
     kept = newest_state(folder, notes.append)
@@ -87,6 +87,7 @@ def train(
             announce(job, events, notes)
             ready = make_ready(job, events, kept)
             state = replace(kept.state if kept else State(started=time.time()), identity=identity)
+            try_out(job, ready, folder, events, state.step)
             return learn(job, ready, state, run, interrupts, events)
     except Refused as error:
         if isinstance(error, TakenOver) or error.exit_code not in (73, STOPPED) or not is_run(folder):
@@ -95,7 +96,7 @@ def train(
 
 
 def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
-    """Load the base, encode the pictures, put the adapter on, and try one pass of the largest batch."""
+    """Load the base, encode the pictures, put the adapter on; where a run goes on, as its state `kept` tells."""
     # 1. The base, every picture encoded once, and the adapter.
     options, plan, device = job.options, job.plan, job.accelerator.device
     wanted = options.optimization
@@ -141,37 +142,43 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
         update.rate_factor, update.broken_in_a_row = kept.state.rate_factor, kept.state.broken_in_a_row
         update.micro_batch = kept.state.micro_batch
         if kept.state.checkpointing and update.recompute:
-            update.need_less(1)
+            update.recompute()
+            update.recompute = None
 
-    # 3. Does it fit, how long will the run take, and is there room for what it leaves?
+    return Ready(base, trained, update)
+
+
+def try_out(job: Job, ready: Ready, folder: Path, events: Events, done: int = 0) -> None:
+    """Does a step fit, how long will the run take from step `done`, and is there room for what it leaves in `folder`?
+
+    Raises `Refused` (69) where no step fits into memory, (73) where the disk is too small.
+    """
+    options, plan, update = job.options, job.plan, ready.update
     largest = largest_batch(job.buckets, job.repeats, plan.batch)
     size = job.buckets[largest[0]]
-    pass_ = measure(
-        lambda: update.trial(largest), device, lambda: update.need_less(len(largest)),
+    measured = measure(
+        lambda: update.trial(largest), job.accelerator.device, lambda: update.need_less(len(largest)),
         cure=f"{len(largest)} pictures of {size} at once; lower --batch or --resolution",
     )  # fmt: skip
-    step_s = pass_.seconds * wanted.accumulate
-    steps = plan.num_steps - (kept.state.step if kept else 0)
+    step_s = measured.seconds * options.optimization.accumulate
+    steps = plan.num_steps - done
     num_saves = plan.num_steps // plan.save_every if plan.save_every else 0
     num_previews = plan.num_steps // plan.preview_every + 2 if plan.preview_every else 0
     pixels = sum((shot.width or size.width) * (shot.height or size.height) for shot in job.shots)
     needed = disk_needed(
-        count, DTYPES[options.output.save_dtype].itemsize, num_saves, options.output.keep, options.output.keep_count,
-        bool(wanted.ema), num_previews * pixels,
+        num_parameters(ready.trained), DTYPES[options.output.save_dtype].itemsize, num_saves, options.output.keep,
+        options.output.keep_count, bool(options.optimization.ema), num_previews * pixels,
     )  # fmt: skip
-    free = check_disk(Path(options.output.runs), needed)
+    free = check_disk(folder, needed)
     events.emit(
-        "measured", seconds=round(pass_.seconds, 4), memory_mb=pass_.memory_mb, expected_s=round(steps * step_s),
+        "measured", seconds=round(measured.seconds, 4), memory_mb=measured.memory_mb, expected_s=round(steps * step_s),
         checkpointing=update.recompute is None and options.machine.checkpointing is not False, disk_bytes=needed,
-        text=f"  a step takes {step_s:.2f} s and {pass_.memory_mb:,} MB: {steps} steps in about "
+        text=f"  a step takes {step_s:.2f} s and {measured.memory_mb:,} MB: {steps} steps in about "
         f"{duration(steps * step_s)} without previews; up to {in_words(needed)} of {in_words(free)} free on the disk",
     )  # fmt: skip
-    return Ready(base, trained, update)
 
 
-def learn(
-    job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Interrupts, events: Events
-) -> Result:  # fmt: skip
+def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Interrupts, events: Events) -> Result:
     """The loop, from the state's step to the last: one update a step; previews and files on the way."""
     options, plan, update, folder = job.options, job.plan, ready.update, run.path
     wanted, name, device = options.optimization, options.output.name, job.accelerator.device
@@ -188,7 +195,7 @@ def learn(
         with update.finished_weights():
             gallery.add(label if done else "before", epoch, done)
 
-    def save(file: Path) -> None:
+    def save(file: Path, with_state: bool = True) -> None:
         """The adapter first, then the state."""
         run.check_owner()
         progress = Progress(epoch, done, plan.num_epochs, plan.num_steps, state.started)
@@ -202,6 +209,8 @@ def learn(
             for surplus_name in surplus(checkpoints, options.output.keep, options.output.keep_count):
                 (file.parent / surplus_name).unlink(missing_ok=True)
                 checkpoints[:] = [one for one in checkpoints if one[0] != surplus_name]
+        if not with_state:
+            return
         now = replace(
             state, step=done, losses=losses, rate_factor=update.rate_factor, broken_in_a_row=update.broken_in_a_row,
             micro_batch=update.micro_batch, checkpointing=update.recompute is None, rows=gallery.rows,
@@ -209,7 +218,7 @@ def learn(
         )  # fmt: skip
         save_state(folder, now, update.tensors(), update.optimizer_state(), run.check_owner)
 
-    interrupts.careful, trouble, trained_s = True, "", 0.0
+    interrupts.careful, trouble, trained_s, proven = True, "", 0.0, done
     if done:
         events.emit("resumed", step=done, text=f"  goes on after step {done}")
     if plan.preview_every and done % plan.preview_every == 0 and not gallery.has(done):
@@ -227,7 +236,9 @@ def learn(
             trouble = f"step {step + 1}: the {outcome.broken} is not finite, as in the {STOPPED_AFTER - 1} steps before"
             trouble += "; try a lower --rate, or --precision fp32"
             break
-        losses += [] if outcome.broken else [outcome.loss]
+        if not outcome.broken:
+            losses.append(outcome.loss)
+            proven = step  # its loss was that of the weights after so many steps
         done, seconds = step + 1, time.monotonic() - clock
         trained_s += seconds
         events.emit(
@@ -239,19 +250,20 @@ def learn(
         if slow := pace.add(seconds):
             events.emit("note", text=f"  {slow}")
         asked = run.requests()
-        if done < plan.num_steps and ("save" in asked or (plan.save_every and done % plan.save_every == 0)):
+        due = "save" in asked or (plan.save_every and done % plan.save_every == 0)
+        if due and done < plan.num_steps and not outcome.broken:
             save(folder / "checkpoints" / f"{name}-{done:06}.safetensors")
         if "sample" in asked or (plan.preview_every and (done % plan.preview_every == 0 or done == plan.num_steps)):
             preview()
         if interrupts or "stop" in asked:
             run.stopped(interrupts.code or STOPPED, "stopped by a signal" if interrupts else "stopped as asked")
             break
-    if trouble and (good := newest_state(folder, lambda line: None)):
+    if trouble and (good := newest_state(folder, lambda line: None, before=proven + 1)):
         update.restore(good.tensors, good.optimizer)
-        done = good.state.step
+        done, losses = good.state.step, good.state.losses
 
     # The result: the adapter, read back and compared; its cover; the loss as a curve.
-    save(path)
+    save(path, with_state=not trouble)
     if gallery.cover:
         write_picture(gallery.cover, folder / f"{name}.png")
     if losses:

@@ -68,13 +68,12 @@ class Update:
         """
         set_rate(self.optimizer, rate_share * self.rate_factor)
         loss = float(self._fitting_gradients(step, batches))
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.clip or math.inf)
-        scaled = self.accelerator.scaler is not None  # fp16: the scaler leaves out a step whose gradient overflows
         broken = "" if math.isfinite(loss) else "loss"
-        if not (broken or scaled or torch.isfinite(norm)):
-            broken = "gradient"
+        if not broken:  # in fp16 clipping unscales, and the scaler leaves out a step whose gradient overflows
+            norm = self.accelerator.clip_grad_norm_(self.parameters, self.clip or math.inf)
+            broken = "" if self.accelerator.scaler is not None or torch.isfinite(norm) else "gradient"
         if broken:
-            self._slow_down(step)
+            self._leave_out(step, broken)
         else:
             self.broken_in_a_row = 0
             self.optimizer.step()
@@ -191,8 +190,10 @@ class Update:
             return False
         return True
 
-    def _slow_down(self, step: int) -> None:
+    def _leave_out(self, step: int, broken: str) -> None:
         self.broken_in_a_row += 1
+        line = f"step {step + 1}: the {broken} is not finite; the step is left out"
         if self.broken_in_a_row % HALVED_AFTER == 0 and not self.is_hopeless:
             self.rate_factor /= 2
-            self.say(f"step {step + 1}: {self.broken_in_a_row} steps in a row are not finite; the rate is halved")
+            line += f", and after {self.broken_in_a_row} such in a row the rate is halved"
+        self.say(line)
