@@ -118,6 +118,9 @@ def test_the_resume_flag_begins_what_is_not_there_and_goes_on_with_what_is(
     assert kept and kept.state.step == 2
     cli.main([*command, "--steps", "3"])
     assert "goes on after step 2" in capsys.readouterr().out
+    before = (tmp_path / "it" / "events.jsonl").read_text()
+    cli.main([*command, "--steps", "3"])
+    assert "is finished" in capsys.readouterr().out and (tmp_path / "it" / "events.jsonl").read_text() == before
     cli.main(command)
     assert "is finished" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["it"]

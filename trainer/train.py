@@ -29,7 +29,7 @@ from .optimizers import make_optimizer
 from .pace import Pace
 from .preview import Gallery, write_picture
 from .report import loss_curve
-from .run_folder import EVENTS, OPTIONS, STOPPED, RunFolder, TakenOver, is_run, write_text
+from .run_folder import EVENTS, OPTIONS, STOPPED, RunFolder, TakenOver, is_run, status_of, write_text
 from .schedules import rate_share
 from .state import Kept, State, newest_state, save_state
 from .step import Objectives
@@ -78,6 +78,9 @@ def train(
     notes: list[str] = []
     identity = identity_of(job.source, job.options, job.examples, job.crops)
     kept = newest_state(folder, notes.append)
+    if kept and kept.state.step >= job.plan.num_steps and status_of(folder).state == "done":
+        Events(readers).emit("note", text=f"{folder} is finished; more --epochs or --steps than it has go on with it")
+        return Result(folder / f"{job.options.output.name}.safetensors", 0)
     if kept:
         notes += changes(kept.state, identity, force)
     try:
