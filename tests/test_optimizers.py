@@ -68,3 +68,9 @@ def test_an_optimiser_that_is_not_installed_is_refused_with_the_command(
     monkeypatch.setitem(sys.modules, package, None)  # what Python does where a package cannot be imported
     with pytest.raises(Refused, match=rf'--optimizer {name} needs {package}: pip install "scumble\[optimizers\]"'):
         check_optimizer(name)
+
+
+def test_no_optimiser_prints_into_the_events_that_programs_read(capsys: pytest.CaptureFixture[str]):
+    for name in KINDS:
+        make_optimizer(name, [(0.01, [torch.nn.Parameter(torch.ones(2, 2))])], weight_decay=0.01)
+    assert capsys.readouterr().out == ""

@@ -1,8 +1,10 @@
 """Optimisers by name. Those of the extra [optimizers] are refused by name, with the install command, when absent."""
 
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
+from io import StringIO
 from typing import Any
 
 import torch
@@ -86,7 +88,8 @@ def make_optimizer(
         groups.append({"params": decaying, "lr": rate, "peak": rate})
         if still := [parameter for parameter in params if id(parameter) in spared]:
             groups.append({"params": still, "lr": rate, "peak": rate, "weight_decay": 0.0})
-    optimizer = KINDS[name].make(_package(name), groups, weight_decay)
+    with redirect_stdout(StringIO()):  # prodigyopt prints, into events that programs read
+        optimizer = KINDS[name].make(_package(name), groups, weight_decay)
     if train := getattr(optimizer, "train", None):  # schedule-free has two points, and must be told which
         train()
     return optimizer

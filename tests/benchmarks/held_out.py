@@ -65,7 +65,7 @@ def row(name: str, losses: torch.Tensor, base: torch.Tensor) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=320)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--draws", type=int, default=4, help="timesteps a picture")
     parser.add_argument("--turns", type=int, default=3, help="timed runs of each loop, in turn")
     parser.add_argument("--precision", choices=DTYPES, default="bf16")
