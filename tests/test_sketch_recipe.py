@@ -1,5 +1,6 @@
 """The recipe of the embedded base: it starts as the identity, goes on where it was cut, and keeps its word lists."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,13 @@ def test_a_run_that_was_cut_goes_on_to_the_very_weights_of_an_unbroken_one(
     with pytest.raises(KeyboardInterrupt):
         run("cut")  # in its fourth step, saved after the second
     monkeypatch.setattr(denoiser, "drawn_timesteps", draw)
-    assert all(torch.equal(one, two) for one, two in zip(run("cut"), unbroken, strict=True))
+    again = run("cut")
+    assert all(torch.equal(one, two) for one, two in zip(again, unbroken, strict=True))
+
+    stage = denoiser.train_denoiser(latents, tokenizer, tmp_path / "whole", CPU, 6, None)
+    further = denoiser.train_denoiser(latents, tokenizer, tmp_path / "further", CPU, 2, deepcopy(stage))
+    assert any(not torch.equal(one, two) for one, two in zip(further.parameters(), unbroken, strict=True))
+    assert not (tmp_path / "further" / "words.pt").exists()
 
 
 def test_what_is_published_lies_between_the_weights_before_and_after_the_variants():

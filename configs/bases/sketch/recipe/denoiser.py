@@ -224,7 +224,7 @@ def train_denoiser(
     model = start or Denoiser(make_text_encoder(tokenizer, TEXT_WIDTH), make_unet())
     if start is None:
         start_as_identity(model.unet)
-    model.to(device).train()
+    model.to(device).train().requires_grad_(True)
     if start is None:
         teach_words(model, latents, tokenizer, work, device, WORDS_STEPS)
     average = AveragedModel(model, multi_avg_fn=moving_average)
