@@ -8,6 +8,8 @@ must be whole; at the end the adapter must be the unbroken run's, bit for bit.
 import argparse
 import multiprocessing
 import random
+import shutil
+import signal
 import time
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -79,8 +81,11 @@ def finished(tables: dict[str, Any]) -> float:
     return time.monotonic() - before
 
 
-def kill_once(tables: dict[str, Any], run: Path, within_s: float, while_writing: bool, draw: random.Random) -> bool:
-    """Start, and kill at a random instant or, `while_writing`, as soon as something is half written after it."""
+def kill_once(tables: dict[str, Any], run: Path, within_s: float, while_writing: bool, draw: random.Random) -> str:
+    """Start, and kill at a random instant or, `while_writing`, as soon as something is half written after it.
+
+    Returns "killed", "killed while writing", or "ended" where the run came to its end before the kill did.
+    """
     process = started(tables)
     instant = time.monotonic() + draw.uniform(0, within_s)
     while process.is_alive() and time.monotonic() < instant:
@@ -88,12 +93,13 @@ def kill_once(tables: dict[str, Any], run: Path, within_s: float, while_writing:
     seen = False
     while process.is_alive() and while_writing and not seen:
         seen = any(next(run.glob(pattern), None) for pattern in HALF_WRITTEN)
-    ended_alone = not process.is_alive()
     process.kill()
     process.join()
-    assert ended_alone is False or process.exitcode == 0, f"the run ended by itself with {process.exitcode}"
+    assert process.exitcode in (0, -signal.SIGKILL), f"the run ended by itself with {process.exitcode}"
     check_whole(run)
-    return seen
+    if process.exitcode == 0:
+        return "ended"
+    return "killed while writing" if seen else "killed"
 
 
 def check_whole(run: Path) -> None:
@@ -108,7 +114,11 @@ def check_whole(run: Path) -> None:
 
 
 def survive(optimizer: str, kills: int, folder: Path, steps: int = 8, seed: int = 0) -> Survived:
-    """Kill a run `kills` times, every other time while it writes, and compare its end with an unbroken run's."""
+    """Kill a run `kills` times, every other time while it writes, and compare its end with an unbroken run's.
+
+    A run that ends before its kill, as it can on a machine whose load falls, is thrown away and begun again, and that
+    kill is not counted.
+    """
     import torch
 
     from scumble.trainer.adapters.files import read_tensors
@@ -116,14 +126,20 @@ def survive(optimizer: str, kills: int, folder: Path, steps: int = 8, seed: int 
     draw = random.Random(f"{optimizer}/{seed}")
     whole, cut = tables_of(optimizer, folder / "whole", steps), tables_of(optimizer, folder / "cut", steps)
     whole_s = finished(whole)
-    run, writing = folder / "cut" / "it", 0
-    for kill in range(kills):
-        writing += kill_once(cut, run, 0.9 * whole_s, kill % 2 == 1, draw)
+    run, within_s = folder / "cut" / "it", 0.9 * whole_s
+    ends: list[str] = []
+    while len(ends) < kills:
+        end = kill_once(cut, run, within_s, len(ends) % 2 == 1, draw)
+        if end == "ended":
+            shutil.rmtree(run)
+            within_s *= 0.8
+        else:
+            ends.append(end)
     finished(cut)
     ours, theirs = (read_tensors(folder / one / "it" / "it.safetensors")[0] for one in ("cut", "whole"))
     names = ours.keys() | theirs.keys()
     differing = [n for n in names if n not in ours or n not in theirs or not torch.equal(ours[n], theirs[n])]
-    return Survived(kills, writing, differing)
+    return Survived(len(ends), ends.count("killed while writing"), differing)
 
 
 def main() -> None:
