@@ -21,7 +21,7 @@ from scumble.trainer.export import export
 from scumble.trainer.latents import Latents, encode_set
 from scumble.trainer.lora import Part, Trained, attach, component_of
 from scumble.trainer.models import EMBEDDED, PIPELINES, Base, Pipeline, load, recognise
-from scumble.trainer.optimizers import make_optimizer
+from scumble.trainer.optimizers import grouped, make_optimizer
 from scumble.trainer.step import Look, Objectives
 
 SAMPLES = Path(__file__).parent.parent / "datasets/samples/clay-style"
@@ -101,7 +101,7 @@ def stepped(stage: Stage, trained: Sequence[Trained], parts: Sequence[Part]) -> 
     groups = [
         (1e-2, [p for module in trained if module.part == part.name for p in module.tensors.values()]) for part in parts
     ]
-    optimizer = make_optimizer("adamw", groups, 0.0)
+    optimizer = make_optimizer("adamw", grouped(groups), 0.0)
     for step in range(2):
         objectives.losses([Look(0, step, 0), Look(1, step, 1)]).mean().backward()
         optimizer.step()

@@ -20,10 +20,12 @@ from scumble.datasets.images import Crop, Size, centre_crop, crop_at, read_size
 from scumble.datasets.order import batch_sizes, even, told_batches
 from scumble.datasets.views import spread, tables, views_of
 from scumble.datasets.waste import bucket_uses, told_waste
+from scumble.trainer.flat import Flat
 from scumble.trainer.latents import encode_set
 from scumble.trainer.lora import Part, attach
 from scumble.trainer.models import load, recognise
-from scumble.trainer.optimizers import make_optimizer
+from scumble.trainer.optimizers import grouped, make_optimizer
+from scumble.trainer.passes import Passes
 from scumble.trainer.step import Look, Objectives
 from scumble.trainer.update import Update
 
@@ -265,17 +267,19 @@ def test_a_look_pulls_as_hard_in_a_small_batch_as_in_a_full_one():
     trained = attach(base, Options().network, [Part("unet", 4, 4.0)], seed=0)
     named = {f"{module.key}.{slot}": tensor for module in trained for slot, tensor in module.tensors.items()}
     objectives = Objectives(base, examples, crops, latents, Data(caption_dropout=0.0), Objective(), 0, False)
-    optimizer = make_optimizer("adamw", [(1e-3, list(named.values()))], 0.0, [])
-    update = Update(Accelerator(cpu=True), objectives, named, optimizer, 1.0, 0.0, looks_per_step=2)
+    flat = Flat([list(named.values())])
+    optimizer = make_optimizer("adamw", grouped([(1e-3, list(named.values()))]), 0.0, flat)
+    passes = Passes(objectives, flat)
+    update = Update(Accelerator(cpu=True), passes, named, flat, optimizer, 1.0, 0.0, looks_per_step=2)
 
     def gradients(batch: list[int]) -> torch.Tensor:
         update.gradients(7, [batch])
-        found = torch.cat([tensor.grad.flatten() for tensor in named.values() if tensor.grad is not None])
-        update.optimizer.zero_grad(set_to_none=True)
+        found = flat.gradients[0].clone()
+        flat.zero_grad()
         return found
 
     objectives.losses([Look(2, 7, 2)]).sum().backward()  # the third look by itself
-    third = torch.cat([tensor.grad.flatten() for tensor in named.values() if tensor.grad is not None])
-    update.optimizer.zero_grad(set_to_none=True)
+    third = flat.gradients[0].clone()
+    flat.zero_grad()
     torch.testing.assert_close(gradients([0, 1, 2]) - gradients([0, 1]), third / 2, rtol=1e-3, atol=1e-6)
     assert float(update.gradients(7, [[0]])) == pytest.approx(float(objectives.losses([Look(0, 7, 0)])), rel=1e-5)

@@ -121,7 +121,7 @@ def test_a_set_that_is_too_large_for_the_memory_is_read_as_it_is_needed(base: Ba
     assert not isinstance(streamed.mean, list) and len(streamed.mean) == 3
     assert_same(streamed, plain)
     noise = torch.randn(4, 16, 16)
-    assert torch.equal(streamed.sample(1, 1, noise), plain.sample(1, 1, noise))
+    assert torch.equal(streamed.sample([(1, 1), (2, 0)], noise), plain.sample([(1, 1), (2, 0)], noise))
     with pytest.raises(Refused, match="--cache off: 3 pictures do not stay in memory"):
         encoded(base, views, None, max_resident_bytes=1000)
 

@@ -22,12 +22,14 @@ from test_train import SAMPLES, ran
 from scumble.configs.errors import Refused
 from scumble.trainer.adapters.files import read_tensors
 from scumble.trainer.events import Event
+from scumble.trainer.flat import Flat
 from scumble.trainer.keeping import check_disk, disk_needed, in_words, surplus
-from scumble.trainer.optimizers import make_optimizer
+from scumble.trainer.optimizers import grouped, make_optimizer
 from scumble.trainer.pace import Pace
+from scumble.trainer.passes import Passes
 from scumble.trainer.run_folder import status_of
 from scumble.trainer.state import newest_state
-from scumble.trainer.step import Look
+from scumble.trainer.step import Batch, Look
 from scumble.trainer.update import HALVED_AFTER, STOPPED_AFTER, Update
 
 CPU = torch.device("cpu")
@@ -47,20 +49,23 @@ class Line:
     def __init__(self, weight: torch.nn.Parameter, broken: Sequence[int] = (), fits: int = 1000):
         self.weight, self.broken, self.fits, self.largest = weight, broken, fits, 0
 
-    def losses(self, looks: Sequence[Look]) -> torch.Tensor:
+    def batch(self, looks: Sequence[Look]) -> Batch:
         self.largest = max(self.largest, len(looks))
-        if len(looks) > self.fits:
+        weight = math.nan if looks[0].step in self.broken else 1.0
+        return {"x": torch.tensor([1.0 + look.index for look in looks]), "weight": torch.tensor(weight)}
+
+    def losses_of(self, batch: Batch) -> torch.Tensor:
+        if len(batch["x"]) > self.fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        x = torch.tensor([1.0 + look.index for look in looks])
-        losses = (self.weight * x - 1).pow(2)
-        return losses * (math.nan if looks[0].step in self.broken else 1.0)
+        return (self.weight * batch["x"] - 1).pow(2) * batch["weight"]
 
 
 def update_of(broken: Sequence[int] = (), fits: int = 1000) -> tuple[Update, Line, list[str]]:
     weight, said = torch.nn.Parameter(torch.tensor(0.1)), []
     line = Line(weight, broken, fits)
-    optimizer = make_optimizer("adamw", [(0.01, [weight])], 0.0)
-    update = Update(Accelerator(cpu=True), line, {"w": weight}, optimizer, 1.0, 0.0, said.append)  # ty: ignore
+    flat = Flat([[weight]])
+    optimizer = make_optimizer("adamw", grouped([(0.01, [weight])]), 0.0, flat)
+    update = Update(Accelerator(cpu=True), Passes(line, flat), {"w": weight}, flat, optimizer, 1.0, 0.0, said.append)
     return update, line, said
 
 

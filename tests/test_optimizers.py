@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scumble.configs.errors import Refused
-from scumble.trainer.optimizers import KINDS, check_optimizer, make_optimizer, set_rate
+from scumble.trainer.optimizers import KINDS, check_optimizer, grouped, make_optimizer, set_rate
 
 RATES = {"prodigy": 1.0}
 
@@ -18,7 +18,7 @@ def fitted(name: str, steps: int = 150) -> tuple[float, float, torch.optim.Optim
     down = torch.nn.Parameter(torch.randn(4, 64, generator=generator) / 8)
     up = torch.nn.Parameter(torch.zeros(96, 4))
     rate = RATES.get(name, 1e-2)
-    optimizer = make_optimizer(name, [(rate, [down]), (rate, [up])], 0.0)
+    optimizer = make_optimizer(name, grouped([(rate, [down]), (rate, [up])]), 0.0)
     losses = []
     for step in range(steps):
         set_rate(optimizer, min(1.0, (step + 1) / 10))
@@ -38,7 +38,7 @@ def test_every_optimiser_learns_a_low_rank_matrix_from_the_zero_start(name: str)
 
 def test_rates_are_shares_of_each_groups_peak():
     groups = [(1e-3, [torch.nn.Parameter(torch.ones(2))]), (5e-4, [torch.nn.Parameter(torch.ones(2))])]
-    optimizer = make_optimizer("adamw", groups, 0.01)
+    optimizer = make_optimizer("adamw", grouped(groups), 0.01)
     set_rate(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 2.5e-4]
     assert optimizer.param_groups[0]["weight_decay"] == 0.01
@@ -46,7 +46,7 @@ def test_rates_are_shares_of_each_groups_peak():
 
 def test_what_is_kept_has_the_rate_of_its_group_and_does_not_decay():
     loose, kept = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
-    optimizer = make_optimizer("adamw", [(1e-1, [loose, kept])], 0.5, [kept])
+    optimizer = make_optimizer("adamw", grouped([(1e-1, [loose, kept])], [kept]), 0.5)
     (loose.sum() * 0 + kept.sum() * 0).backward()
     optimizer.step()
     assert [group["lr"] for group in optimizer.param_groups] == [1e-1, 1e-1]
@@ -72,5 +72,5 @@ def test_an_optimiser_that_is_not_installed_is_refused_with_the_command(
 
 def test_no_optimiser_prints_into_the_events_that_programs_read(capsys: pytest.CaptureFixture[str]):
     for name in KINDS:
-        make_optimizer(name, [(0.01, [torch.nn.Parameter(torch.ones(2, 2))])], weight_decay=0.01)
+        make_optimizer(name, grouped([(0.01, [torch.nn.Parameter(torch.ones(2, 2))])]), weight_decay=0.01)
     assert capsys.readouterr().out == ""

@@ -33,9 +33,11 @@ class Latents:
     std: Sequence[Sequence[torch.Tensor]]
     scale: float
 
-    def sample(self, index: int, crop: int, noise: torch.Tensor) -> torch.Tensor:
-        """A draw of the posterior, scaled as the UNet wants it."""
-        return (self.mean[index][crop] + self.std[index][crop] * noise) * self.scale
+    def sample(self, places: Sequence[tuple[int, int]], noise: torch.Tensor) -> torch.Tensor:
+        """A draw (B, 4, H/8, W/8) of the posteriors of (picture, crop) in one bucket, scaled as the UNet wants it."""
+        mean = torch.stack([self.mean[index][crop] for index, crop in places])
+        std = torch.stack([self.std[index][crop] for index, crop in places])
+        return (mean + std * noise) * self.scale
 
 
 class Streamed(Sequence[Sequence[torch.Tensor]]):

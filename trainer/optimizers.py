@@ -12,6 +12,8 @@ from transformers.optimization import Adafactor
 
 from scumble.configs.errors import Refused
 
+from .flat import Flat
+
 Groups = list[dict[str, Any]]
 
 
@@ -20,7 +22,7 @@ class Kind:
     """An optimiser: how it is made, from which package, and what suits it.
 
     `rate` is its learning rate as a multiple of AdamW's, or, where `finds_rate`, the multiple of what it finds itself.
-    `schedule` is the shape that its authors recommend.
+    `schedule` is the shape that its authors recommend. One that is not `elementwise` looks at the shape of each tensor.
     """
 
     make: Callable[[Any, Groups, float], torch.optim.Optimizer]
@@ -28,6 +30,7 @@ class Kind:
     rate: float = 1.0
     finds_rate: bool = False
     schedule: str = "cosine"
+    elementwise: bool = True
 
 
 def _adamw(torch_: Any, groups: Groups, weight_decay: float) -> torch.optim.Optimizer:
@@ -58,10 +61,10 @@ def _schedule_free(schedulefree: Any, groups: Groups, weight_decay: float) -> to
 
 KINDS: dict[str, Kind] = {
     "adamw": Kind(_adamw),
-    "adamw8bit": Kind(_adamw8bit, "bitsandbytes"),
+    "adamw8bit": Kind(_adamw8bit, "bitsandbytes", elementwise=False),
     "lion": Kind(_lion, "lion_pytorch", rate=0.2),
     "prodigy": Kind(_prodigy, "prodigyopt", finds_rate=True),
-    "adafactor": Kind(_adafactor, "transformers"),
+    "adafactor": Kind(_adafactor, "transformers", elementwise=False),
     "schedule_free": Kind(_schedule_free, "schedulefree", schedule="constant"),
 }
 
@@ -71,13 +74,10 @@ def check_optimizer(name: str) -> None:
     _package(name)
 
 
-def make_optimizer(
-    name: str,
-    parameters: Iterable[tuple[float, list[torch.nn.Parameter]]],
-    weight_decay: float,
-    kept: Iterable[torch.nn.Parameter] = (),
-) -> torch.optim.Optimizer:
-    """The optimiser over groups of (peak learning rate, parameters); each group keeps its peak as `peak`.
+def grouped(
+    parameters: Iterable[tuple[float, list[torch.nn.Parameter]]], kept: Iterable[torch.nn.Parameter] = ()
+) -> Groups:
+    """Groups of an optimiser, of (peak learning rate, parameters); each keeps its peak as `peak`.
 
     Weights in `kept` do not decay: towards zero, DoRA's magnitudes would take the base with them.
     """
@@ -88,6 +88,13 @@ def make_optimizer(
         groups.append({"params": decaying, "lr": rate, "peak": rate})
         if still := [parameter for parameter in params if id(parameter) in spared]:
             groups.append({"params": still, "lr": rate, "peak": rate, "weight_decay": 0.0})
+    return groups
+
+
+def make_optimizer(name: str, groups: Groups, weight_decay: float, flat: Flat | None = None) -> torch.optim.Optimizer:
+    """The optimiser over `grouped` parameters; one that is elementwise over those of `flat`, one for each group."""
+    if flat and KINDS[name].elementwise:
+        groups = [group | {"params": [one]} for group, one in zip(groups, flat.groups, strict=True)]
     with redirect_stdout(StringIO()):  # prodigyopt prints, into events that programs read
         optimizer = KINDS[name].make(_package(name), groups, weight_decay)
     if train := getattr(optimizer, "train", None):  # schedule-free has two points, and must be told which

@@ -15,9 +15,12 @@ from scumble.datasets.images import Crop
 from . import diffusion
 from .latents import Latents
 from .models import Base
-from .text import Conditioning, encode, size_numbers
+from .text import Conditioning, encode, encode_ids, size_numbers, token_ids
 
 MAX_ENCODINGS = 512  # for SDXL 0.3 MB each
+Batch = dict[str, torch.Tensor]
+"""`latents`, `noise`, `shown_noise` (B, 4, H/8, W/8), `timesteps` and `weights` (B,); where the set has them `masks`
+(B, 1, H/8, W/8) and SDXL's `time_ids` (B, 6); of the text `ids` and `ids2` (B, T), or encoded `hidden` and `pooled`."""
 
 
 @dataclass(frozen=True)
@@ -56,17 +59,42 @@ class Objectives:
 
     def losses(self, looks: Sequence[Look]) -> torch.Tensor:
         """Weighted loss of each look (B,), with gradients to the adapter. All looks have one bucket."""
-        draws = [self._draw(look) for look in looks]
-        latents = torch.stack([latent for latent, _, _, _ in draws])  # (B, 4, H/8, W/8)
-        noise = torch.stack([noise for _, noise, _, _ in draws])
-        shown_noise = torch.stack([shown for _, _, shown, _ in draws])
-        timesteps = torch.stack([timestep for _, _, _, timestep in draws]).to(self.device)
-        noisy = diffusion.add_noise(latents, shown_noise, timesteps, self.alphas_cumprod)
-        conditioning = self._conditioning([self._caption(look) for look in looks])
+        return self.losses_of(self.batch(looks))
+
+    def batch(self, looks: Sequence[Look]) -> Batch:
+        """All that a pass over looks of one bucket needs; without gradients, and without waiting for the device."""
+        posterior, noise, shown_noise, timesteps = map(torch.stack, zip(*map(self._draw, looks), strict=True))
+        places = [(look.index, self._crop(look)) for look in looks]
+        batch = {
+            "latents": self.latents.sample(places, self._sent(posterior)),
+            "noise": self._sent(noise),
+            "shown_noise": self._sent(shown_noise),
+            "timesteps": self._sent(timesteps),
+            "weights": self._sent(torch.tensor([self._weight(look) for look in looks])),
+        }
+        if any(self.masks[look.index] for look in looks):
+            batch["masks"] = self._sent(self._masks(places))
+        if len(self.base.text_encoders) > 1:
+            batch["time_ids"] = self._sent(size_numbers([self.crops[index][crop] for index, crop in places]))
+        captions = [self._caption(look) for look in looks]
+        if self.text_is_trained:
+            return batch | dict(zip(("ids", "ids2"), token_ids(self.base, captions), strict=False))
+        kept = [self._encoding(caption) for caption in captions]
+        batch["hidden"] = torch.cat([one.hidden for one in kept])
+        pooled = [one.pooled for one in kept if one.pooled is not None]
+        return batch | ({"pooled": torch.cat(pooled)} if pooled else {})
+
+    def losses_of(self, batch: Batch) -> torch.Tensor:
+        """Weighted loss of each look (B,); on the device from beginning to end, so that it can be captured."""
+        timesteps, noise, latents = batch["timesteps"], batch["noise"], batch["latents"]
+        noisy = diffusion.add_noise(latents, batch["shown_noise"], timesteps, self.alphas_cumprod)
+        if "ids" in batch:
+            conditioning = encode_ids(self.base, [batch[name] for name in ("ids", "ids2") if name in batch])
+        else:
+            conditioning = Conditioning(batch["hidden"], batch.get("pooled"))
         added = None
         if conditioning.pooled is not None:
-            sizes = size_numbers([self.crops[look.index][self._crop(look)] for look in looks]).to(self.device)
-            added = {"text_embeds": conditioning.pooled, "time_ids": sizes}
+            added = {"text_embeds": conditioning.pooled, "time_ids": batch["time_ids"]}
         dtype = self.base.unet.dtype
         prediction = self.base.unet(
             noisy.to(dtype), timesteps, conditioning.hidden.to(dtype), added_cond_kwargs=added
@@ -80,10 +108,10 @@ class Objectives:
             diffusion.snr(self.alphas_cumprod, timesteps),
             self.objective.min_snr_gamma,
         )
-        return (distances * self._masks(looks)).mean((1, 2, 3)) * weights * self._example_weights(looks)
+        return (distances * batch.get("masks", 1.0)).mean((1, 2, 3)) * weights * batch["weights"]
 
     def _draw(self, look: Look) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Latents, noise of the target, noise of the input, and timestep of one look."""
+        """Noise of the posterior, of the target and of the input, each (4, H/8, W/8), and timestep of one look."""
         generator = generator_for(self.seed, look.step, look.slot)
         shape = (2, *self.latents.mean[look.index][0].shape)
         posterior, noise = torch.randn(shape, generator=generator)
@@ -97,32 +125,30 @@ class Objectives:
         shown = noise
         if self.objective.input_perturbation:
             shown = diffusion.perturb_input(noise, self.objective.input_perturbation, generator)
-        latents = self.latents.sample(look.index, self._crop(look), posterior.to(self.device))
-        return latents, noise[0].to(self.device), shown[0].to(self.device), timestep
+        return posterior, noise[0], shown[0], timestep
+
+    def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On the device; from pinned memory the copy to CUDA is queued like all else."""
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
     def _crop(self, look: Look) -> int:
         """Which of the picture's crops is seen, drawn apart so that more crops change no other number."""
         return random.Random(f"{self.seed}/{look.step}/{look.slot}/crop").randrange(len(self.crops[look.index]))
 
-    def _masks(self, looks: Sequence[Look]) -> torch.Tensor | float:
-        """Weights of mean 1 over the latents of each look, (B, 1, H/8, W/8); 1 where no look has a mask."""
-        if not any(self.masks[look.index] for look in looks):
-            return 1.0
-        ones = torch.ones(self.latents.mean[looks[0].index][0].shape[1:])
-        masks = [self.masks[look.index][self._crop(look)] if self.masks[look.index] else ones for look in looks]
-        return torch.stack(masks)[:, None].to(self.device)
+    def _masks(self, places: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Weights of mean 1 over the latents of each (example, crop), (B, 1, H/8, W/8); 1 where one has no mask."""
+        ones = torch.ones(self.latents.mean[places[0][0]][0].shape[1:])
+        return torch.stack([self.masks[index][crop] if self.masks[index] else ones for index, crop in places])[:, None]
+
+    def _weight(self, look: Look) -> float:
+        return self.data.prior_weight if self.examples[look.index].prior else 1.0
 
     def _caption(self, look: Look) -> str:
         example = self.examples[look.index]
         rules = self.rules_of_prior if example.prior else self.data
         return said(example.lines or [example.caption], rules, seed=self.seed, step=look.step, index=look.slot)
-
-    def _conditioning(self, captions: Sequence[str]) -> Conditioning:
-        if self.text_is_trained:
-            return encode(self.base, captions)
-        kept = [self._encoding(caption) for caption in captions]
-        pooled = [one.pooled for one in kept if one.pooled is not None]
-        return Conditioning(torch.cat([one.hidden for one in kept]), torch.cat(pooled) if pooled else None)
 
     def _encoding(self, caption: str) -> Conditioning:
         """Of a frozen text encoder; the latest are kept, which are all of them unless tags are shuffled."""
@@ -132,10 +158,6 @@ class Objectives:
             with torch.no_grad():
                 self.encodings[caption] = encode(self.base, [caption])
         return self.encodings[caption]
-
-    def _example_weights(self, looks: Sequence[Look]) -> torch.Tensor:
-        weights = [self.data.prior_weight if self.examples[look.index].prior else 1.0 for look in looks]
-        return torch.tensor(weights, device=self.device)
 
 
 def generator_for(seed: int, step: int, slot: int) -> torch.Generator:

@@ -36,12 +36,16 @@ def token_ids(base: Base, prompts: Sequence[str]) -> list[torch.Tensor]:
 
 
 def encode(base: Base, prompts: Sequence[str]) -> Conditioning:
-    """Encode prompts as the family's pipeline does.
+    """Encode prompts as the family's pipeline does."""
+    return encode_ids(base, token_ids(base, prompts))
+
+
+def encode_ids(base: Base, ids: Sequence[torch.Tensor]) -> Conditioning:
+    """Encode the tokens of each text encoder (B, T).
 
     SD 1 and 2: the last hidden state after the final norm. SDXL: the last but one of both encoders side by side, and
     the second encoder's projection of the end-of-text token (Podell et al. 2023, section 2.1).
     """
-    ids = token_ids(base, prompts)
     if len(ids) == 1:
         return Conditioning(base.text_encoders[0](ids[0]).last_hidden_state)
     outputs = [encoder(part, output_hidden_states=True) for encoder, part in zip(base.text_encoders, ids, strict=True)]

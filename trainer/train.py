@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import ceil
 from pathlib import Path
 from statistics import fmean
@@ -17,17 +19,21 @@ from scumble.datasets.order import epoch_batches
 
 from .events import Events, Reader, file_reader
 from .export import Progress, export, metadata_of
+from .flat import Flat
 from .identity import allowed_changes, doubtful_changes, identity_of, refused_changes
 from .job import Job, announce, look
 from .keeping import check_disk, disk_needed, in_words, surplus
+from .kernels import choose_kernels
 from .latents import encode_set
-from .lora import Trained, attach, component_of, num_parameters, recompute_activations
+from .lora import ADAPTER, Trained, attach, component_of, num_parameters, recompute_activations
 from .machine import DTYPES, Interrupts, memory_mb
 from .memory import duration, measure
 from .models import Base, load
-from .optimizers import make_optimizer
+from .optimizers import grouped, make_optimizer
 from .pace import Pace
+from .passes import CudaGraphs, Passes
 from .preview import Gallery, write_picture
+from .product import speed_up
 from .report import loss_curve
 from .run_folder import EVENTS, OPTIONS, STOPPED, RunFolder, TakenOver, is_run, status_of, write_text
 from .schedules import rate_share
@@ -100,6 +106,10 @@ def train(
 
 def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
     """Load the base, encode the pictures, put the adapter on; where a run goes on, as its state `kept` tells."""
+
+    def say(line: str) -> None:
+        events.emit("note", text=f"  {line}")
+
     # 1. The base, every picture encoded once, and the adapter.
     options, plan, device = job.options, job.plan, job.accelerator.device
     wanted = options.optimization
@@ -108,31 +118,36 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
     latents = encode_set(
         base, [(view.example.image, view.crops) for view in job.views],
         tell=lambda done: events.emit("encoded", done=done, total=len(job.views)), cache=cache,
-        say=lambda line: events.emit("note", text=f"  {line}"),
+        say=say,
     )  # fmt: skip
     trained = attach(base, options.network, plan.parts, options.output.seed)
-    if options.machine.attention == "xformers":
-        base.unet.enable_xformers_memory_efficient_attention()
+    largest = max(job.buckets, key=lambda size: size.width * size.height)
+    choose_kernels(base.unet, options.machine.attention, largest, job.source.latent_px)
     weights = sum(p.numel() for module in (base.unet, *base.text_encoders) for p in module.parameters())
     count = num_parameters(trained)
     share = count / (weights - count)
     events.emit("note", text=f"  {count:,} trainable parameters in {len(trained)} layers, {share:.2%} of the base")
 
     # 2. What is optimised, and how; then as the state that is gone on from.
-    groups = [
+    rated = [
         (plan.rates[part.name], [p for module in trained if module.part == part.name for p in module.tensors.values()])
         for part in plan.parts
     ]
     named = {f"{module.key}.{slot}": p for module in trained for slot, p in module.tensors.items()}
-    magnitudes = [module.tensors["dora_scale"] for module in trained if "dora_scale" in module.tensors]
+    groups = grouped(rated, [module.tensors["dora_scale"] for module in trained if "dora_scale" in module.tensors])
+    flat = Flat([group["params"] for group in groups], job.dtype)
+    all_fast = speed_up([module.layer for module in trained], ADAPTER, flat.lowered)
     objectives = Objectives(
         base, job.examples, job.crops, latents, options.data, options.objective, options.output.seed,
         text_is_trained=len(plan.parts) > 1, masks=job.masks,
     )  # fmt: skip
+    passes = Passes(
+        objectives, flat, job.accelerator.backward, nullcontext if all_fast else job.accelerator.autocast,
+        CudaGraphs() if device.type == "cuda" else None, say,
+    )  # fmt: skip
     update = Update(
-        job.accelerator, objectives, named, make_optimizer(wanted.optimizer, groups, wanted.weight_decay, magnitudes),
-        wanted.clip, wanted.ema, say=lambda line: events.emit("note", text=f"  {line}"),
-        looks_per_step=sum(job.repeats) / plan.steps_per_epoch,
+        job.accelerator, passes, named, flat, make_optimizer(wanted.optimizer, groups, wanted.weight_decay, flat),
+        wanted.clip, wanted.ema, say, looks_per_step=sum(job.repeats) / plan.steps_per_epoch,
     )  # fmt: skip
     for part in plan.parts:
         component_of(base, part.name).train()
@@ -226,15 +241,15 @@ def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Inte
         events.emit("resumed", step=done, text=f"  goes on after step {done}")
     if plan.preview_every and done % plan.preview_every == 0 and not gallery.has(done):
         preview()
-    for step, this_epoch, batches in steps_of(
-        plan.num_steps, job.buckets, job.repeats, plan.batch, wanted.accumulate, options.output.seed
-    ):
+    seed, repeats = options.output.seed, job.repeats
+    steps = steps_of(plan.num_steps + 1, job.buckets, repeats, plan.batch, wanted.accumulate, seed)
+    for (step, this_epoch, batches), (_, _, after) in pairwise(steps):
         epoch = this_epoch + 1
         if step < done:
             continue
         clock = time.monotonic()
         share = rate_share(wanted.schedule, step, plan.num_steps, wanted.warm_up, wanted.restarts)
-        outcome = update.take(step, batches, share)
+        outcome = update.take(step, batches, share, after[0])
         if outcome.broken and update.is_hopeless:
             trouble = f"step {step + 1}: the {outcome.broken} is not finite, as in the {STOPPED_AFTER - 1} steps before"
             trouble += "; try a lower --rate, or --precision fp32"

@@ -16,9 +16,11 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from scumble.configs.errors import Refused
 
+from .flat import Flat
 from .memory import is_out_of_memory
 from .optimizers import set_rate
-from .step import Look, Objectives, seed_for
+from .passes import Passes
+from .step import Look, seed_for
 
 HALVED_AFTER, STOPPED_AFTER = 3, 12
 AVERAGE = "average."
@@ -32,8 +34,13 @@ class Outcome:
     broken: str = ""
 
 
+def looks_of(step: int, batch: Sequence[int], slot: int = 0) -> list[Look]:
+    """The looks at a batch of example indices, the first of them in a slot."""
+    return [Look(index, step, slot + position) for position, index in enumerate(batch)]
+
+
 class Update:
-    """Trained parameters by name, with their optimiser and, where `ema` is not 0, their moving average.
+    """Trained parameters by name, flat, with their optimiser and, where `ema` is not 0, their moving average.
 
     `looks_per_step` is the mean number of looks in a step; 0 divides by those of each step. `recompute` turns gradient
     checkpointing on, or is None where that is done or forbidden; `say` is told what was changed to go on.
@@ -42,44 +49,50 @@ class Update:
     def __init__(
         self,
         accelerator: Accelerator,
-        objectives: Objectives,
+        passes: Passes,
         parameters: Mapping[str, torch.nn.Parameter],
+        flat: Flat,
         optimizer: torch.optim.Optimizer,
         clip: float,
         ema: float,
         say: Callable[[str], None] = lambda line: None,
         looks_per_step: float = 0.0,
     ):
-        self.accelerator, self.objectives, self.clip, self.ema, self.say = accelerator, objectives, clip, ema, say
-        self.named = dict(parameters)
-        self.parameters = list(self.named.values())
+        self.accelerator, self.passes, self.clip, self.ema, self.say = accelerator, passes, clip, ema, say
+        self.named, self.flat = dict(parameters), flat
         self.looks_per_step = looks_per_step
         self.peaks = [(group["peak"], group["weight_decay"]) for group in optimizer.param_groups]
         # accelerate unscales gradients in fp16
         self.optimizer: AcceleratedOptimizer = accelerator.prepare(optimizer)
-        self.average = [parameter.detach().clone() for parameter in self.parameters] if ema else []
+        self.average = [values.detach().clone() for values in flat.groups] if ema else []
         self.recompute: Callable[[], None] | None = None
         self.rate_factor, self.broken_in_a_row, self.micro_batch = 1.0, 0, 0
 
-    def take(self, step: int, batches: Sequence[Sequence[int]], rate_share: float) -> Outcome:
+    def take(
+        self, step: int, batches: Sequence[Sequence[int]], rate_share: float, after: Sequence[int] = ()
+    ) -> Outcome:
         """Optimiser step `step` (from 0) over batches of example indices, at a share of the peak rates.
 
+        `after`, the first batch of the next step, is made ready while a CUDA device computes this one.
         Raises `Refused` (75) where it does not fit into memory, however it is cut.
         """
         set_rate(self.optimizer, rate_share * self.rate_factor)
-        loss = float(self._fitting_gradients(step, batches))
+        total = self._fitting_gradients(step, batches)
+        if after and total.is_cuda:
+            self.passes.prepare(looks_of(step + 1, after)[: self.micro_batch or len(after)])
+        loss = float(total)
         broken = "" if math.isfinite(loss) else "loss"
         if not broken:  # in fp16 clipping unscales, and the scaler leaves out a step whose gradient overflows
-            norm = self.accelerator.clip_grad_norm_(self.parameters, self.clip or math.inf)
+            norm = self.accelerator.clip_grad_norm_(self.flat.groups, self.clip or math.inf)
             broken = "" if self.accelerator.scaler is not None or torch.isfinite(norm) else "gradient"
         if broken:
             self._leave_out(step, broken)
         else:
             self.broken_in_a_row = 0
             self.optimizer.step()
-            for mean, parameter in zip(self.average, self.parameters, strict=False):
-                mean.lerp_(parameter.detach(), 1 - self.ema)
-        self.optimizer.zero_grad(set_to_none=True)
+            for mean, values in zip(self.average, self.flat.groups, strict=False):
+                mean.lerp_(values.detach(), 1 - self.ema)
+        self.flat.zero_grad()
         return Outcome(loss, broken)
 
     @property
@@ -93,18 +106,16 @@ class Update:
         However many looks pass at once, each has the same draws, and in a step of few looks the same weight as in
         one of many: the gradients are those of the sum over its looks, divided by their usual number.
         """
-        torch.manual_seed(seed_for(self.objectives.seed, step, "dropout"))
+        torch.manual_seed(seed_for(self.passes.objectives.seed, step, "dropout"))
+        self.flat.lower()
         num_looks = sum(map(len, batches))
         total, slot = torch.zeros((), device=self.accelerator.device), 0
         for batch in batches:
-            looks = [Look(index, step, slot + position) for position, index in enumerate(batch)]
+            looks = looks_of(step, batch, slot)
             slot += len(batch)
             at_once = self.micro_batch or len(looks)
             for start in range(0, len(looks), at_once):
-                with self.accelerator.autocast():
-                    loss = self.objectives.losses(looks[start : start + at_once]).sum()
-                self.accelerator.backward(loss / (self.looks_per_step or num_looks))
-                total += loss.detach() / num_looks
+                total += self.passes(looks[start : start + at_once], self.looks_per_step or num_looks) / num_looks
         return total
 
     def trial(self, batch: Sequence[int]) -> None:
@@ -112,11 +123,13 @@ class Update:
         try:
             self.gradients(0, [batch])
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
+            self.flat.zero_grad()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The live parameters and their moving average, by name, as a state keeps them."""
-        averages = dict(zip((AVERAGE + name for name in self.named), self.average, strict=False))
+        if not self.average:
+            return dict(self.named)
+        averages = {AVERAGE + name: self.flat.of(self.average, parameter) for name, parameter in self.named.items()}
         return {**self.named, **averages}
 
     def optimizer_state(self) -> dict[str, Any]:
@@ -129,8 +142,8 @@ class Update:
         """Back to what `tensors` and `optimizer_state` told; peak rates and weight decay stay as they are now."""
         for name, parameter in self.named.items():
             parameter.copy_(tensors[name])
-        for name, mean in zip(self.named, self.average, strict=False):
-            mean.copy_(tensors[AVERAGE + name])
+            if self.average:
+                self.flat.of(self.average, parameter).copy_(tensors[AVERAGE + name])
         self.optimizer.load_state_dict(optimizer["optimizer"])
         for group, (peak, decay) in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["peak"], group["weight_decay"] = peak, decay
@@ -146,18 +159,20 @@ class Update:
         """
         own: Any = self.optimizer.optimizer
         switches = hasattr(own, "eval")
-        live = [parameter.detach().clone() for parameter in self.parameters] if self.average or switches else []
+        groups = self.flat.groups
+        live = [values.detach().clone() for values in groups] if self.average or switches else []
         if switches:
             own.eval()
-        for parameter, mean in zip(self.parameters, self.average, strict=False):
-            parameter.data.copy_(mean)
+        for values, mean in zip(groups, self.average, strict=False):
+            values.data.copy_(mean)
+        self.flat.lower()
         try:
             yield
         finally:
             if switches:
                 own.train()
-            for parameter, value in zip(self.parameters, live, strict=False):
-                parameter.data.copy_(value)
+            for values, value in zip(groups, live, strict=False):
+                values.data.copy_(value)
 
     def _fitting_gradients(self, step: int, batches: Sequence[Sequence[int]]) -> torch.Tensor:
         while True:
@@ -166,7 +181,7 @@ class Update:
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-                self.optimizer.zero_grad(set_to_none=True)
+                self.flat.zero_grad()
                 if not self.need_less(max(map(len, batches))):
                     raise Refused(
                         f"step {step + 1} does not fit into the memory of the {self.accelerator.device.type} device; "
@@ -176,6 +191,7 @@ class Update:
 
     def need_less(self, largest: int) -> bool:
         """Take the next cheapest way to need less memory in a pass of `largest` looks; False where none is left."""
+        self.passes.forget()
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
         at_once = min(self.micro_batch or largest, largest)

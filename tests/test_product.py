@@ -1,0 +1,238 @@
+"""Our product of LoRA against PEFT's forward, flat parameters against loose ones, captured passes against run ones."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from test_train import ran
+
+from scumble.trainer import train as recipe
+from scumble.trainer.adapters.files import read_tensors
+from scumble.trainer.flat import Flat
+from scumble.trainer.optimizers import KINDS, grouped, make_optimizer
+from scumble.trainer.passes import Capture, Passes, Replay
+from scumble.trainer.product import is_plain, speed_up
+from scumble.trainer.step import Batch, Look
+
+
+class Two(torch.nn.Module):
+    """A convolution and two layers, so that a gradient goes through each."""
+
+    def __init__(self, stride: int):
+        super().__init__()
+        self.first = torch.nn.Linear(6, 8)
+        self.conv = torch.nn.Conv2d(8, 10, 3, stride, 1)
+        self.last = torch.nn.Linear(10, 4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.conv(self.first(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+def adapted(dropout: float = 0.0, stride: int = 1) -> tuple[torch.nn.Module, list[torch.nn.Parameter]]:
+    torch.manual_seed(0)
+    model = Two(stride).requires_grad_(False)
+    config = LoraConfig(r=3, lora_alpha=6, lora_dropout=dropout, target_modules=["first", "conv", "last"])
+    inject_adapter_in_model(config, model, "it")
+    parameters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    for parameter in parameters:
+        torch.nn.init.normal_(parameter, std=0.3).requires_grad_(True)
+    return model, parameters
+
+
+def layers_of(model: torch.nn.Module) -> list[Any]:
+    return [model.get_submodule(name) for name in ("first", "conv", "last")]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("flat_gradients", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_outputs_and_gradients_are_pefts(stride: int, flat_gradients: bool, dropout: float):
+    theirs, their_parameters = adapted(dropout, stride)
+    ours, our_parameters = adapted(dropout, stride)
+    flat = Flat([our_parameters])
+    if not flat_gradients:
+        for parameter in our_parameters:
+            parameter.grad = None
+    assert speed_up(layers_of(ours), "it", flat.lowered)
+    x = torch.randn(2, 5, 5, 6, requires_grad=True)
+    y = x.detach().clone().requires_grad_(True)
+    for _ in range(2):  # gradients add up
+        torch.manual_seed(1)
+        wanted = theirs(x)
+        torch.manual_seed(1)
+        found = ours(y)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        wanted.square().sum().backward()
+        found.square().sum().backward()
+    torch.testing.assert_close(y.grad, x.grad, rtol=1e-5, atol=1e-5)
+    for our, their in zip(our_parameters, their_parameters, strict=True):
+        torch.testing.assert_close(our.grad, their.grad, rtol=1e-5, atol=1e-5)
+    if flat_gradients:
+        assert torch.equal(
+            flat.gradients[0], torch.cat([p.grad.flatten() for p in our_parameters if p.grad is not None])
+        )
+
+
+def test_no_gradient_is_made_for_what_wants_none():
+    model, parameters = adapted()
+    flat = Flat([parameters])
+    speed_up(layers_of(model), "it", flat.lowered)
+    x = torch.randn(1, 4, 4, 6)
+    model(x).sum().backward()
+    assert x.grad is None and bool((flat.gradients[0] != 0).any())
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if "lora_" not in name)
+
+
+def test_in_bf16_the_product_is_nearer_to_the_exact_one_than_pefts_under_autocast():
+    exact, _ = adapted()
+    theirs, _ = adapted()
+    ours, parameters = adapted()
+    flat = Flat([parameters], torch.bfloat16)
+    speed_up(layers_of(ours), "it", flat.lowered)
+    for model in (theirs, ours):
+        for layer in layers_of(model):
+            layer.get_base_layer().bfloat16()
+    x = torch.randn(8, 6, 6, 6)
+    wanted = exact(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        their_error = (theirs(x.bfloat16()) - wanted).norm()
+    our_error = (ours(x.bfloat16()) - wanted).norm()
+    assert our_error < 1.05 * their_error and our_error < 0.02 * wanted.norm()
+
+
+def test_copies_in_low_precision_follow_when_told_to():
+    _, parameters = adapted()
+    flat = Flat([parameters[:2], parameters[2:]], torch.bfloat16)
+    parameters[3].data.add_(1)
+    before = flat.lowered(parameters[3]).clone()
+    assert not torch.equal(before, parameters[3].bfloat16())
+    flat.lower()
+    for parameter in parameters:
+        assert torch.equal(flat.lowered(parameter), parameter.bfloat16())
+
+
+def test_dora_loha_and_quantised_layers_are_left_to_peft():
+    model, _ = adapted()
+    layers = layers_of(model)
+    assert all(map(is_plain, layers))
+    layers[0].dora_scale = torch.nn.Parameter(torch.ones(1, 6))
+
+    class Quantised(torch.nn.Linear):
+        pass
+
+    layers[2].base_layer.__class__ = Quantised
+    before = [layer.forward for layer in layers]
+    assert not speed_up(layers, "it", lambda parameter: parameter)
+    assert [layer.forward == was for layer, was in zip(layers, before, strict=True)] == [True, False, True]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_flat_parameters_move_as_loose_ones_do(name: str):
+    moved = []
+    for flatten in (False, True):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(size)) for size in ((3, 5), (7,), (2, 2, 3))]
+        second = 1e-2 if KINDS[name].finds_rate else 1e-3  # such a rate is one for all
+        groups = grouped([(1e-2, parameters[:2]), (second, parameters[2:])], parameters[1:2])
+        flat = Flat([group["params"] for group in groups]) if flatten else None
+        optimizer = make_optimizer(name, groups, 0.1, flat)
+        for _ in range(5):
+            for parameter in parameters:
+                gradient = (parameter * parameter.sin()).detach()
+                if parameter.grad is None:
+                    parameter.grad = gradient
+                else:
+                    parameter.grad.copy_(gradient)
+            optimizer.step()
+        moved.append(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-5, atol=1e-6)
+
+
+class Squares:
+    """(w x - 1)² of each look, x from the look; counts how often it is computed anew."""
+
+    seed = 0
+
+    def __init__(self, weight: torch.nn.Parameter):
+        self.weight, self.computed, self.prepared = weight, 0, 0
+
+    def batch(self, looks: Sequence[Look]) -> Batch:
+        self.prepared += 1
+        return {"x": torch.tensor([1.0 + look.index for look in looks])}
+
+    def losses_of(self, batch: Batch) -> torch.Tensor:
+        self.computed += 1
+        return (self.weight * batch["x"] - 1).square()
+
+
+def recorded(run: Replay) -> Replay:
+    """What a CUDA graph does, on any device: a warm-up, then the same work on the same tensors each time."""
+    run()
+    return run
+
+
+def passes_with(capture: Capture | None) -> tuple[Passes, Squares, Flat, list[str]]:
+    weight = torch.nn.Parameter(torch.tensor([0.3]))
+    said: list[str] = []
+    flat = Flat([[weight]])
+    squares = Squares(weight)
+    return Passes(squares, flat, capture=capture, say=said.append), squares, flat, said
+
+
+def test_captured_passes_add_the_same_gradients_whatever_comes_in_which_shape():
+    one, _, plain, _ = passes_with(None)
+    two, squares, captured, said = passes_with(recorded)
+    for step, indices in enumerate([[0, 1], [2], [3, 4], [5], [6, 7]]):
+        looks = [Look(index, step, slot) for slot, index in enumerate(indices)]
+        if step == 2:
+            two.prepare(looks)
+        assert torch.equal(one(looks, 4.0), two(looks, 4.0))
+        assert torch.equal(plain.gradients[0], captured.gradients[0])
+    assert len(two.captured) == 2 and squares.prepared == 5 and said == []
+    two.forget()
+    assert two.captured == {}
+
+
+def test_a_pass_that_cannot_be_captured_is_run_and_the_reason_is_said_once():
+    def refused(run: Replay) -> Replay:
+        run()
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    one, _, plain, _ = passes_with(None)
+    two, _, other, said = passes_with(refused)
+    for step in range(3):
+        looks = [Look(step, step, 0)]
+        assert torch.equal(one(looks, 1.0), two(looks, 1.0))
+    assert torch.equal(plain.gradients[0], other.gradients[0])
+    assert said == ["CUDA graphs are off, each kernel is launched by itself: operation not permitted when stream is "
+                    "capturing"]  # fmt: skip
+
+
+def test_what_was_prepared_for_another_pass_is_not_taken():
+    passes, squares, _, _ = passes_with(None)
+    passes.prepare([Look(9, 0, 0)])
+    assert float(passes([Look(1, 0, 0)], 1.0)) == pytest.approx((0.3 * 2 - 1) ** 2) and squares.prepared == 2
+
+
+@pytest.mark.slow
+def test_fifty_steps_have_the_losses_of_pefts_forward_and_of_an_update_of_each_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def losses_and_file(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+        run = ran(
+            folder, network={"rank": 4, "text_rank": 2, "conv_rank": 2},
+            optimization={"steps": 50, "batch": 1, "rate": 1e-3, "text_rate": 1e-3},
+            output={"preview_every": 0, "save_dtype": "fp32"},
+        )  # fmt: skip
+        return run.losses, read_tensors(run.folder / "clay.safetensors")[0]
+
+    our_losses, found = losses_and_file(tmp_path / "ours")
+    monkeypatch.setattr(recipe, "speed_up", lambda layers, adapter, lowered: False)
+    monkeypatch.setattr(recipe, "make_optimizer", lambda name, groups, decay, flat: make_optimizer(name, groups, decay))
+    their_losses, wanted = losses_and_file(tmp_path / "theirs")
+    assert our_losses == pytest.approx(their_losses, rel=1e-5)
+    error = sum(float((found[name] - wanted[name]).square().sum()) for name in wanted)
+    assert error <= 1e-3**2 * sum(float(tensor.square().sum()) for tensor in wanted.values())

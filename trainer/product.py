@@ -1,0 +1,160 @@
+"""LoRA's product on a frozen layer without elementwise passes: y = W x + b, then y += s · B (A x) in place.
+
+Hu et al. 2021, equation 3, with its gradients by hand: for g of y, gx = g W + s · (g B) A, gB = s · gᵀ (A x),
+gA = s · (g B)ᵀ x, each one product onto the one before. The factors are used in the dtype of x; their gradients are
+added straight to fp32 `.grad` where that is there. Under torch.compile, which writes better passes itself, the same is
+written plainly. PEFT's own forward stays for what is not here: DoRA, LoHa, LoKr and quantised layers.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+
+Lowered = Callable[[torch.nn.Parameter], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A and B of one layer as trained, fp32 (rank, in[, h, w]) and (out, rank[, 1, 1]), their copies in the dtype of
+    the layer, s, and the share of inputs that is dropped."""
+
+    down: torch.nn.Parameter
+    up: torch.nn.Parameter
+    low_down: torch.Tensor
+    low_up: torch.Tensor
+    scale: float
+    dropout: torch.nn.Module
+
+
+def is_plain(layer: Any) -> bool:
+    """Whether PEFT's layer is a LoRA on an unquantised Linear or convolution, with no magnitudes."""
+    return (
+        isinstance(layer, LoraLayer)
+        and type(layer.get_base_layer()) in (torch.nn.Linear, torch.nn.Conv2d)
+        and not hasattr(layer, "dora_scale")
+    )
+
+
+def speed_up(layers: Iterable[Any], adapter: str, lowered: Lowered) -> bool:
+    """Let PEFT's layers compute their outputs here; whether all do. Others stay as they are, and want autocast.
+
+    `lowered` gives a parameter's copy in the dtype of the layer.
+    """
+    everything = True
+    for layer in layers:
+        if is_plain(layer):
+            down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            scale, dropout = layer.scaling[adapter], layer.lora_dropout[adapter]
+            factors = Factors(down, up, lowered(down), lowered(up), scale, dropout)
+            base = layer.get_base_layer()
+            product = linear if isinstance(base, torch.nn.Linear) else convolution
+            layer.forward = partial(_forward, product, base, factors)
+        else:
+            everything = False
+    return everything
+
+
+def linear(base: torch.nn.Linear, factors: Factors, x: torch.Tensor) -> torch.Tensor:
+    """(…, in) -> (…, out)."""
+    if _drops(factors) or torch.compiler.is_compiling():
+        down, up = factors.down.to(x.dtype), factors.up.to(x.dtype)
+        return base(x) + factors.scale * F.linear(F.linear(factors.dropout(x), down), up)
+    return _Linear.apply(x, base.weight, base.bias, factors.down, factors.up, factors)
+
+
+def convolution(base: torch.nn.Conv2d, factors: Factors, x: torch.Tensor) -> torch.Tensor:
+    """(B, in, H, W) -> (B, out, H', W')."""
+    if _drops(factors) or torch.compiler.is_compiling():
+        down, up = factors.down.to(x.dtype), factors.up.to(x.dtype)
+        inner = F.conv2d(factors.dropout(x), down, None, *_geometry(base))
+        return base(x) + factors.scale * F.conv2d(inner, up)
+    return _Convolution.apply(x, base.weight, base.bias, factors.down, factors.up, factors, _geometry(base))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+        down: torch.nn.Parameter, up: torch.nn.Parameter, factors: Factors,
+    ) -> torch.Tensor:  # fmt: skip
+        rows = x.reshape(-1, x.shape[-1])
+        inner = rows @ factors.low_down.t()
+        out = F.linear(rows, weight, bias).addmm_(inner, factors.low_up.t(), alpha=factors.scale)
+        ctx.save_for_backward(rows, weight, inner)
+        ctx.factors, ctx.shape = factors, x.shape
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight, inner = ctx.saved_tensors
+        factors: Factors = ctx.factors
+        gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
+        before = gradient @ factors.low_up  # the gradient of `inner`, but for the scale
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = (gradient @ weight).addmm_(before, factors.low_down, alpha=factors.scale).view(ctx.shape)
+        of_down = _given(factors.down, before.t() @ rows, factors.scale)
+        of_up = _given(factors.up, gradient.t() @ inner, factors.scale)
+        return of_x, None, None, of_down, of_up, None
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+        down: torch.nn.Parameter, up: torch.nn.Parameter, factors: Factors, geometry: tuple[Any, ...],
+    ) -> torch.Tensor:  # fmt: skip
+        inner = F.conv2d(x, factors.low_down, None, *geometry)
+        out = F.conv2d(x, weight, bias, *geometry).add_(F.conv2d(inner, factors.low_up), alpha=factors.scale)
+        ctx.save_for_backward(x, weight, inner)
+        ctx.factors, ctx.geometry = factors, geometry
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, inner = ctx.saved_tensors
+        factors: Factors = ctx.factors
+        needs_x, one = ctx.needs_input_grad[0], ((1, 1), (0, 0), (1, 1))
+        before, of_up = _conv_gradients(gradients[0], inner, factors.low_up, one, (True, True))
+        through, of_down = _conv_gradients(before, x, factors.low_down, ctx.geometry, (needs_x, True))
+        of_x = None
+        if needs_x:
+            of_x, _ = _conv_gradients(gradients[0], x, weight, ctx.geometry, (True, False))
+            of_x.add_(through, alpha=factors.scale)
+        of_down, of_up = _given(factors.down, of_down, factors.scale), _given(factors.up, of_up, factors.scale)
+        return of_x, None, None, of_down, of_up, None, None
+
+
+def _forward(product: Any, base: Any, factors: Factors, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return product(base, factors, x)
+
+
+def _drops(factors: Factors) -> bool:
+    return factors.dropout.training and not isinstance(factors.dropout, torch.nn.Identity)
+
+
+def _given(parameter: torch.nn.Parameter, gradient: torch.Tensor, scale: float) -> torch.Tensor | None:
+    """Add s · gradient to the parameter's own in place (one kernel, cast and all); where it has none, return it."""
+    if parameter.grad is None:
+        return gradient.to(parameter.dtype).mul_(scale)
+    parameter.grad.add_(gradient, alpha=scale)
+    return None
+
+
+def _geometry(base: torch.nn.Conv2d) -> tuple[Any, ...]:
+    return base.stride, base.padding, base.dilation
+
+
+def _conv_gradients(
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: tuple[Any, ...], wanted: tuple[bool, bool]
+) -> tuple[Any, Any]:
+    stride, padding, dilation = geometry
+    of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+        gradient, x, weight, None, stride, padding, dilation, False, [0, 0], 1, [*wanted, False]
+    )
+    return of_x, of_weight
