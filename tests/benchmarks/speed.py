@@ -1,0 +1,400 @@
+"""How fast is a step, and a whole run, beside a plain loop of diffusers and PEFT, and beside itself with less?
+
+`python tests/benchmarks/speed.py` times, in turn in one process and with medians, optimiser steps with latents and text
+cached on both sides: ours, the plain loop's (PEFT's layers under autocast, torch's AdamW and clipping, as the public
+examples do it), and ours without each technique. Real layouts have random weights: speed does not depend on them.
+`--whole` adds runs from the command to the finished file. `--guard` is a short form that fails where the ratio to the
+plain loop falls by more than a quarter below the one on record. Writes results/speed-DEVICE.md and .json.
+
+On CUDA: `python tests/benchmarks/speed.py --device cuda --layouts sd15 sdxl --batches 1 4 8`.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from peft import LoraConfig
+from torch.utils.flop_counter import FlopCounterMode
+
+from scumble.configs.options import Data, Network, Objective
+from scumble.datasets.folder import Example
+from scumble.datasets.images import Crop, Size
+from scumble.trainer.bases import FAMILIES, Source
+from scumble.trainer.flat import Flat
+from scumble.trainer.kernels import choose_kernels
+from scumble.trainer.latents import Latents
+from scumble.trainer.lora import ADAPTER, Part, attach
+from scumble.trainer.models import BASES, Base
+from scumble.trainer.optimizers import grouped, make_optimizer
+from scumble.trainer.passes import CudaGraphs, Passes
+from scumble.trainer.product import speed_up
+from scumble.trainer.step import Objectives
+from scumble.trainer.text import Conditioning
+from scumble.trainer.update import Update
+
+HERE = Path(__file__).parent
+SAMPLES = HERE.parent.parent / "datasets/samples/clay-style"
+RANK, NUM_PICTURES, ALLOWED_FALL = 16, 16, 0.25
+TECHNIQUES = {
+    "product": "PEFT's forward under autocast",
+    "flat": "an update of each tensor",
+    "kernels": "stock kernels",
+}
+Step = Callable[[int], float]
+ON_CUDA = {"graphs": "no CUDA graph"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A UNet's config, its family, and the pictures that it is made for."""
+
+    config: str
+    family: str
+    side_px: int
+    latent_px: int
+
+
+LAYOUTS = {
+    "sketch": Layout("sketch", "sd1", 64, 4),
+    "sd15": Layout("sd15", "sd1", 512, 8),
+    "sdxl": Layout("sdxl", "sdxl", 1024, 8),
+}
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One variant: seconds of each round's steps, its losses, and peak memory on CUDA."""
+
+    seconds: list[float]
+    peak_mb: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+class Bench:
+    """One layout at one batch size on one device; every variant starts from the same frozen UNet."""
+
+    def __init__(self, layout: Layout, batch: int, device: torch.device, dtype: torch.dtype):
+        self.layout, self.batch, self.device, self.dtype = layout, batch, device, dtype
+        torch.manual_seed(0)
+        folder = BASES / layout.config
+        config = json.loads((folder / "unet/config.json").read_text(encoding="utf-8"))
+        config = {name: value for name, value in config.items() if not name.startswith("_")}
+        with torch.device(device):
+            torch.set_default_dtype(dtype)
+            self.unet = UNet2DConditionModel(**config).requires_grad_(False).train()
+            torch.set_default_dtype(torch.float32)
+        self.scheduler: Any = DDIMScheduler.from_pretrained(folder / "scheduler")
+        width, xl = config["cross_attention_dim"], layout.family == "sdxl"
+        side = layout.side_px // layout.latent_px
+        generator = torch.Generator().manual_seed(1)
+        self.mean = [[torch.randn(4, side, side, generator=generator).to(device)] for _ in range(NUM_PICTURES)]
+        self.std = [[torch.full((4, side, side), 0.1, device=device)] for _ in range(NUM_PICTURES)]
+        self.text = Conditioning(
+            torch.randn(1, 77, width, generator=generator).to(device, dtype),
+            torch.randn(1, 1280, generator=generator).to(device, dtype) if xl else None,
+        )
+
+    def chosen(self, step: int) -> list[int]:
+        return [(step * self.batch + slot) % NUM_PICTURES for slot in range(self.batch)]
+
+    def ours(self, without: str = "") -> Step:
+        """One optimiser step of scumble, `without` one of its techniques."""
+        unet, size = copy.deepcopy(self.unet), Size(self.layout.side_px, self.layout.side_px)
+        source = Source(
+            "benchmark", "", False, FAMILIES[self.layout.family], "epsilon", False, size.width, 64, 64,
+            self.layout.latent_px,
+        )  # fmt: skip
+        encoders: Any = [None, None] if self.text.pooled is not None else [None]
+        nothing: Any = None
+        base = Base(source, nothing, unet, nothing, encoders, [], self.scheduler.alphas_cumprod)
+        trained = attach(base, Network(), [Part("unet", RANK, RANK)], seed=0)
+        if without != "kernels":
+            choose_kernels(unet, "sdpa", size, self.layout.latent_px)
+        named = {f"{one.key}.{slot}": p for one in trained for slot, p in one.tensors.items()}
+        groups = grouped([(1e-4, list(named.values()))])
+        flat = Flat([group["params"] for group in groups], self.dtype)
+        fast = without != "product" and speed_up([one.layer for one in trained], ADAPTER, flat.lowered)
+        crop = Crop(size, size, 0, 0, size)
+        examples = [Example(Path(f"{index}.png"), "a", 1) for index in range(NUM_PICTURES)]
+        objectives = Objectives(
+            base, examples, [[crop]] * NUM_PICTURES, Latents(self.mean, self.std, 0.18), Data(caption_dropout=0.0),
+            Objective(weighting="none"), 0, text_is_trained=False,
+        )  # fmt: skip
+        objectives.encodings["a"] = self.text
+        accelerator = accelerator_for(self.device, self.dtype)
+        graphs = CudaGraphs() if self.device.type == "cuda" and without != "graphs" else None
+        passes = Passes(
+            objectives, flat, accelerator.backward, nullcontext if fast else accelerator.autocast, graphs, print
+        )
+        optimizer = make_optimizer("adamw", groups, 0.01, None if without == "flat" else flat)
+        update = Update(accelerator, passes, named, flat, optimizer, 1.0, 0.0, print, looks_per_step=self.batch)
+        return lambda step: update.take(step, [self.chosen(step)], 1.0, self.chosen(step + 1)).loss
+
+    def plain(self) -> Step:
+        """One optimiser step as the public examples have it, with latents and text cached."""
+        unet = copy.deepcopy(self.unet)
+        unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
+        parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+        for parameter in parameters:
+            parameter.data = parameter.data.float()
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-2)
+        accelerator = accelerator_for(self.device, self.dtype)
+        side = float(self.layout.side_px)
+        numbers = torch.tensor([[side, side, 0, 0, side, side]] * self.batch, device=self.device)
+
+        def step(number: int) -> float:
+            chosen = self.chosen(number)
+            mean, std = (torch.stack([one[index][0] for index in chosen]) for one in (self.mean, self.std))
+            latents = (mean + std * torch.randn_like(std)) * 0.18
+            noise = torch.randn_like(latents)
+            timesteps = torch.randint(0, 1000, (self.batch,), device=self.device)
+            noisy = self.scheduler.add_noise(latents, noise, timesteps)
+            hidden = self.text.hidden.expand(self.batch, -1, -1)
+            added = None
+            if self.text.pooled is not None:
+                added = {"text_embeds": self.text.pooled.expand(self.batch, -1), "time_ids": numbers}
+            with accelerator.autocast():
+                prediction = unet(noisy.to(self.dtype), timesteps, hidden, added_cond_kwargs=added).sample
+                loss = torch.nn.functional.mse_loss(prediction.float(), noise.float())
+            accelerator.backward(loss)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            return float(loss.detach())
+
+        return step
+
+    def flops(self) -> float:
+        """Of one step: forward and the gradients of inputs, the floor that no loop goes below."""
+        step = self.plain()
+        with FlopCounterMode(display=False) as counter:
+            step(0)
+        return float(counter.get_total_flops())
+
+
+def accelerator_for(device: torch.device, dtype: torch.dtype) -> Accelerator:
+    mixed = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}[dtype]
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
+
+
+def rate_of_products(device: torch.device, dtype: torch.dtype, side: int) -> float:
+    """FLOP a second of plain matrix products of a side, the median of some."""
+    one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    seconds = [timed(lambda: one @ other, device) for _ in range(12)][2:]
+    return 2 * side**3 / statistics.median(seconds)
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def rounds(variants: dict[str, Step], turns: int, steps: int, device: torch.device) -> dict[str, Timed]:
+    """Steps of every variant in turn, after a warm-up; seconds a step in each turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for step in variants.values():
+        for number in range(3):
+            step(number)
+    for turn in range(turns):
+        for name, step in variants.items():
+            first = 3 + turn * steps
+            spent = timed(lambda step=step, first=first: [step(first + number) for number in range(steps)], device)
+            seconds[name].append(spent / steps)
+    return {name: Timed(spent, 0) for name, spent in seconds.items()}
+
+
+def one_by_one(makers: dict[str, Callable[[], Step]], turns: int, steps: int, device: torch.device) -> dict[str, Timed]:
+    """As `rounds`, for what is too large to be there side by side: each is made, timed with its memory, and let go."""
+    found: dict[str, Timed] = {}
+    for name, make in makers.items():
+        torch.cuda.reset_peak_memory_stats()
+        step = make()
+        found[name] = rounds({name: step}, turns, steps, device)[name]
+        found[name] = Timed(found[name].seconds, torch.cuda.max_memory_allocated() // 2**20)
+        del step
+        gc.collect()
+        torch.cuda.empty_cache()
+    return found
+
+
+def compared(bench: Bench, techniques: Sequence[str], turns: int, steps: int) -> dict[str, Timed]:
+    """The plain loop, ours, and ours without each of the techniques."""
+    makers: dict[str, Callable[[], Step]] = {"plain": bench.plain, "ours": bench.ours}
+    makers |= {f"without {name}": lambda name=name: bench.ours(name) for name in techniques}
+    if bench.device.type == "cuda":
+        return one_by_one(makers, turns, steps, bench.device)
+    return rounds({name: make() for name, make in makers.items()}, turns, steps, bench.device)
+
+
+def ratio(times: dict[str, Timed], name: str) -> float:
+    """How many times as long a variant's steps take as ours, the median over the turns."""
+    return statistics.median(a / b for a, b in zip(times[name].seconds, times["ours"].seconds, strict=True))
+
+
+WHOLE = """
+import sys, torch
+sys.path.insert(0, {here!r})
+from pathlib import Path
+from plain_loop import train_plainly
+from scumble.trainer.models import EMBEDDED
+torch.set_num_threads({threads})
+train_plainly(EMBEDDED, Path({samples!r}), Path({out!r}), size_px=64, steps=160, batch=4, rank=16, rate=2e-3,
+              min_snr_gamma=5.0, seed=0, dtype=torch.bfloat16)
+"""
+
+
+def whole(turns: int) -> dict[str, Any]:
+    """Seconds from the command to the finished file, of both loops in turn, and where ours go."""
+    spent: dict[str, list[float]] = {"ours": [], "plain": []}
+    phases: list[dict[str, float]] = []
+    for _ in range(turns):
+        with TemporaryDirectory() as folder:
+            began = time.time()
+            command = [
+                sys.executable, "-m", "scumble.trainer.cli", "train", str(SAMPLES), "--base", "sketch", "--resolution",
+                "64", "--rank", "16", "--text-rank", "0", "--steps", "160", "--batch", "4", "--rate", "2e-3",
+                "--device", "cpu", "--precision", "bf16", "--preview-every", "0", "--save-every", "0", "--cache", "off",
+                "--runs", folder, "--name", "it",
+            ]  # fmt: skip
+            subprocess.run(command, check=True, capture_output=True)
+            spent["ours"].append(time.time() - began)
+            lines = (Path(folder) / "it/events.jsonl").read_text(encoding="utf-8").splitlines()
+            phases.append(phases_of([json.loads(line) for line in lines], began, began + spent["ours"][-1]))
+            code = WHOLE.format(here=str(HERE), threads=torch.get_num_threads(), samples=str(SAMPLES), out=folder)
+            began = time.time()
+            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+            spent["plain"].append(time.time() - began)
+    share = statistics.median(b / a for a, b in zip(spent["ours"], spent["plain"], strict=True))
+    middle = {name: round(statistics.median(one[name] for one in phases), 2) for name in phases[0]}
+    return {"seconds": {name: statistics.median(times) for name, times in spent.items()}, "ratio": share,
+            "phases": middle}  # fmt: skip
+
+
+def phases_of(events: list[dict[str, Any]], began: float, ended: float) -> dict[str, float]:
+    """Seconds of a run's phases, by its events."""
+
+    def at(kind: str, last: bool = False) -> float:
+        times = [event["t"] for event in events if event["kind"] == kind]
+        return times[-1 if last else 0] if times else began
+
+    marks = {
+        "start and look at the pictures": at("plan"), "load the base": at("encoded"), "encode": at("encoded", True),
+        "put the adapter on, try a step": at("measured"), "first step": at("step"), "other steps": at("step", True),
+        "save, compare, leave": ended,
+    }  # fmt: skip
+    seconds, before = {}, began
+    for name, mark in marks.items():
+        seconds[name], before = mark - before, mark
+    return seconds
+
+
+def table(name: str, bench: Bench, times: dict[str, Timed], flops: float, peak: float) -> list[str]:
+    what = {"plain": "plain loop", "ours": "scumble"} | {
+        f"without {key}": text for key, text in (TECHNIQUES | ON_CUDA).items()
+    }
+    lines = [
+        f"## {name}, {bench.layout.side_px} px, batch {bench.batch}, {str(bench.dtype).removeprefix('torch.')}",
+        "",
+        "| | steps/s | images/s | share of the matrix rate | time, of ours | peak MB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, one in times.items():
+        lines.append(
+            f"| {what[key]} | {1 / one.median:.3g} | {bench.batch / one.median:.3g} | {flops / one.median / peak:.0%} "
+            f"| {ratio(times, key):.2f} × | {one.peak_mb or '-'} |"
+        )
+    return [*lines, ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["sketch"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 8])
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=6, help="in each turn")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
+    parser.add_argument("--side", type=int, help="of the pictures, instead of the layout's own, px")
+    parser.add_argument("--whole", type=int, default=0, metavar="RUNS", help="time so many whole runs of each")
+    parser.add_argument("--guard", action="store_true")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    device = torch.device(chosen.device)
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[chosen.precision]
+    record = HERE / "results" / f"speed-{device.type}.json"
+    if chosen.guard:
+        raise SystemExit(guard(record, device, dtype, chosen.turns, chosen.steps))
+    card = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor()}, {chosen.threads} threads"
+    )
+    peak = rate_of_products(device, dtype, 8192 if device.type == "cuda" else 1024)
+    lines = [
+        "# Speed of a step", "", f"{card}; torch {torch.__version__}; {peak / 1e12:.2f} TFLOP/s in matrix products.",
+        f"Medians of {chosen.turns} turns of {chosen.steps} steps each, all in turn in one process.", "",
+    ]  # fmt: skip
+    found: dict[str, Any] = {"machine": card, "torch": torch.__version__, "product_flops": peak, "steps": {}}
+    techniques = [*TECHNIQUES, *(ON_CUDA if device.type == "cuda" else ())]
+    for name in chosen.layouts:
+        for batch in chosen.batches:
+            layout = LAYOUTS[name]
+            if chosen.side:
+                layout = Layout(layout.config, layout.family, chosen.side, layout.latent_px)
+            bench = Bench(layout, batch, device, dtype)
+            flops = bench.flops()
+            times = compared(bench, techniques, chosen.turns, chosen.steps)
+            lines += table(name, bench, times, flops, peak)
+            found["steps"][f"{name} {batch}"] = {
+                key: {"seconds": one.median, "of_ours": ratio(times, key), "peak_mb": one.peak_mb}
+                for key, one in times.items()
+            } | {"flops": flops}
+            print("\n".join(lines[-len(times) - 5 :]), flush=True)
+            del bench, times
+            gc.collect()
+    if chosen.whole:
+        found["whole"] = whole(chosen.whole)
+        seconds, phases = found["whole"]["seconds"], found["whole"]["phases"]
+        lines += [
+            "## From the command to the finished file", "",
+            f"`clay-style` on `sketch`, 160 steps of 4: {seconds['ours']:.1f} s, the plain loop {seconds['plain']:.1f} "
+            f"s ({found['whole']['ratio']:.2f} × ours; medians of {chosen.whole}).",
+            "", "| phase | seconds |", "|---|---|",
+            *(f"| {name} | {spent:.2f} |" for name, spent in phases.items()), "",
+        ]  # fmt: skip
+    record.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
+    record.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+def guard(record: Path, device: torch.device, dtype: torch.dtype, turns: int, steps: int) -> int:
+    """0 where the plain loop takes at least 75 % as many times as long as ours as it did on record, else 1."""
+    before = json.loads(record.read_text(encoding="utf-8"))["steps"]["sketch 4"]["plain"]["of_ours"]
+    now = ratio(compared(Bench(LAYOUTS["sketch"], 4, device, dtype), [], turns, steps), "plain")
+    print(f"a plain loop's step takes {now:.2f} times as long as ours; on record {before:.2f}")
+    return int(now < (1 - ALLOWED_FALL) * before)
+
+
+if __name__ == "__main__":
+    main()
