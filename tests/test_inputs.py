@@ -12,7 +12,8 @@ from scumble.configs.errors import Refused
 from scumble.configs.options import declared
 from scumble.datasets.dataset_toml import BY_FLAG
 from scumble.datasets.folder import PictureSet, read_set
-from scumble.datasets.images import Size, centre_crop, cropped, read_size
+from scumble.datasets.images import Size, centre_crop, read_size
+from scumble.datasets.tensors import cropped
 from scumble.trainer import cli
 
 

@@ -11,7 +11,8 @@ from scumble.configs.options import Options
 from scumble.datasets.folder import Example, PictureSet
 from scumble.datasets.images import Crop, Size
 from scumble.datasets.order import batches_per_epoch, told_batches
-from scumble.datasets.views import View, weights_of
+from scumble.datasets.tensors import weights_of
+from scumble.datasets.views import View
 from scumble.datasets.waste import bucket_uses, told_waste
 
 from .bases import Source, recognise
