@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import combinations
 from math import erf
 from pathlib import Path
 
@@ -128,6 +129,22 @@ def test_every_damaged_copy_is_found_to_show_the_same_picture(
 ):
     for picture in pictures:
         assert same_picture([likeness_of(picture), likeness_of(damage(picture))]) == [[0, 1]]
+
+
+def test_a_copy_is_found_among_a_hundred_of_one_framing(pictures: list[Image.Image]):
+    draw = np.random.default_rng(0)
+    ground = np.asarray(pictures[0].resize((64, 64)))
+
+    def painted() -> Image.Image:
+        pixels = ground.copy()
+        pixels[24:40, 24:40] = draw.integers(60, 200, (2, 2, 3)).repeat(8, 0).repeat(8, 1)
+        return Image.fromarray(pixels)
+
+    some = [painted() for _ in range(100)]
+    copies = [some[7].resize((40, 40)), ImageOps.mirror(some[60]), some[80].point(lambda level: level // 2)]
+    seen = [likeness_of(one) for one in (*some, *copies)]
+    near = sum((one.hash ^ other.hash).bit_count() <= 12 for one, other in combinations(seen, 2))
+    assert near > 16 * len(seen) and same_picture(seen) == [[7, 100], [60, 101], [80, 102]]
 
 
 def test_tones_do_not_count_but_one_place_does():
