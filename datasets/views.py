@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from scumble.configs.options import Data
 
 from .buckets import Buckets, make_buckets
+from .captions import ruled
 from .focus import best_share, focus_map
 from .folder import Example
 from .images import Crop, Size, crop_at, read_size
@@ -39,7 +40,7 @@ def views_of(examples: Sequence[Example], buckets: Sequence[Buckets], data: Data
 
 
 def _views(example: Example, buckets: Sequence[Buckets], data: Data, seed: int) -> Iterator[View]:
-    original = read_size(example.image)
+    original, data = read_size(example.image), ruled(data, example.rules)
     interest = None
     if data.crop in ("focus", "faces"):
         interest = focus_map(example.image, example.mask, data.crop == "faces")
