@@ -17,7 +17,7 @@ from scumble.configs.options import Model, Previews
 
 from .events import Events
 from .models import Base, load, recognise
-from .prompts import Shot, shots_of
+from .prompts import SHOWN_PROMPTS, Shot, shots_of
 
 SAMPLERS = {
     "ddim": DDIMScheduler,
@@ -39,7 +39,7 @@ def default_cfg(base_name: str) -> float:
 def preview_base(model: Model, previews: Previews, out: Path) -> None:
     """Paint the shots of `previews` with a base and write one labelled grid."""
     source = recognise(model)
-    shots = shots_of(previews, None, [], default_cfg(model.base))
+    shots = shots_of(previews, None, SHOWN_PROMPTS, default_cfg(model.base))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load(model, source, device, torch.float32)
     pictures = [cell(picture) for picture in paint(base, shots, previews.sampler)]
