@@ -17,11 +17,13 @@ from transformers import CLIPTokenizer
 
 from scumble.configs import files
 from scumble.configs.errors import Refused
+from scumble.datasets import lettering
 from scumble.datasets.borders import Borders, borders_of
 from scumble.datasets.checkup import CHECKS, Checkup
 from scumble.datasets.contact import sheet, wrapped
 from scumble.datasets.images import read_rgb
 from scumble.datasets.jpeg import block_steps, quality_of
+from scumble.datasets.lettering import drawn
 from scumble.datasets.likeness import difference, likeness_of, look_alike, same_picture
 from scumble.datasets.page import frame_of, page, shown_of
 from scumble.datasets.picture_checks import HIGH_STEPS, SOFT_PX
@@ -320,7 +322,7 @@ def test_captions_are_checked_by_what_the_base_hears(tmp_path: Path, sd15: Path)
     found = {one.check: one for one in done.findings}
     assert set(grave(done)) == {"too long", "no caption", "same caption", "two spellings"}
     assert found["too long"].severity == "serious" and "the trigger itself is cut off" in found["too long"].what
-    assert "word59, zwx”" in next(iter(found["too long"].details.values()))
+    assert "not heard: “28 word29 word30" in next(iter(found["too long"].details.values()))
     assert sorted(found["no caption"].details.values()) == ["its caption file is empty", "no caption"]
     assert {Path(path).stem for path in found["same caption"].details} == set(stems[3:5])
     assert "“soft light” (1) and “soft-light” (1)" in found["two spellings"].what
@@ -426,6 +428,29 @@ def test_a_run_checks_before_it_loads_anything_and_goes_on_whatever_is_found(tmp
     assert "  serious: 1 picture of one colour all over" in told["text"]
     assert told["findings"][0]["severity"] == "serious"
     assert json.loads(json.dumps(told, allow_nan=False))
+
+
+def test_every_letter_of_a_sheet_is_one_that_its_font_has(monkeypatch: pytest.MonkeyPatch):
+    for text in ("Fuchs – ärger", "plain", "熊の絵 ß"):
+        shown, font = lettering.lettered(text, 16)
+        assert all(letter.isspace() or drawn(letter, font) != drawn("\uffff", font) for letter in shown)
+        assert len(shown) == len(text) and (shown == text or not text.isascii())
+    monkeypatch.setattr(lettering, "SYSTEM", ())
+    assert [lettering.lettered(text, 16)[0] for text in ("Fuchs – ärger", "熊の絵, é")] == ["Fuchs - arger", "???, e"]
+
+
+def test_every_file_that_is_left_out_or_remarked_upon_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "set"
+    shutil.copytree(SAMPLES / "clay-style", folder)
+    for number in range(9):
+        (folder / f"broken-{number}.png").write_bytes(b"")
+    (folder / "metadata.csv").write_text("file_name,text\ngone.png,nobody\nalso-gone.png,nobody\n")
+    (folder / "fox.txt").write_text("a fox, " + "far and away " * 60)
+    cli.main(["check", str(folder), "--no-page"])
+    told = capsys.readouterr().out
+    assert all(f"broken-{number}.png: cannot be read as a picture (it is empty)" in told for number in range(9))
+    assert "2 remarks on files that are used" in told and "gone.png" in told and "also-gone.png" in told
+    assert "…”" in told and told.count("far and away") < 10
 
 
 def test_long_names_and_words_are_cut_to_their_place():
