@@ -453,6 +453,12 @@ def test_every_file_that_is_left_out_or_remarked_upon_is_named(tmp_path: Path, c
     assert "…”" in told and told.count("far and away") < 10
 
 
+def test_a_list_of_folders_is_checked_as_a_folder_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "set.toml").write_text(f'[[folders]]\npath = "{SAMPLES / "clay-style"}"\n')
+    cli.main(["check", str(tmp_path / "set.toml"), "--no-page"])
+    assert "20 pictures" in capsys.readouterr().out
+
+
 def test_long_names_and_words_are_cut_to_their_place():
     font = ImageFont.load_default(16)
     lines = wrapped("word " * 40 + "x" * 400, font, 200, 3)
