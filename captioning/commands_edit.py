@@ -4,15 +4,15 @@ import json as json_library
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Captions, section
-from scumble.datasets.captions import said
+from scumble.datasets.captions import ruled, said
 
 from . import edits
 
@@ -52,9 +52,8 @@ def list_captions(
     texts = [text for text in found if not looked_for or any(map(looked_for.search, text.lines))]
     spoken = [" ".join(text.lines) for text in texts if text.lines]
     counts = edits.counted_words(spoken) if words else edits.counted(spoken)
-    shown = rules.model_copy(update={"caption_dropout": 0.0})  # every one is to be seen
     rows = [
-        (text.picture, said(text.heard, shown, seed=0, step=step, index=index))
+        (text.picture, said(text.example.lines, _audible(rules, text.example.rules), seed=0, step=step, index=index))
         for index, text in enumerate(texts)
         for step in range(max(heard, 1 if json else 0))
     ]
@@ -174,16 +173,22 @@ def take_back(source: Path, overwrite: bool) -> None:
     print(f"took back: {what} ({len(files)} file{'s' * (len(files) != 1)})")
 
 
+def _audible(rules: Captions, own: Iterable[tuple[str, Any]]) -> Captions:
+    """The rules for one picture, but for those steps in which nothing is heard: every caption is to be seen."""
+    return ruled(rules, own).model_copy(update={"caption_dropout": 0.0})
+
+
 def _pattern(only: str) -> re.Pattern[str] | None:
     return edits.pattern(only, True, False, "--only") if only else None
 
 
 def _edit(source: Path, edit: edits.Edit, only: str, dry_run: bool, show: int, words: Sequence[str]) -> None:
     from .editing import edited, write
-    from .texts import read_texts
+    from .texts import check_writable, read_texts
 
     looked_for = _pattern(only)
     texts, found = read_texts(source)
+    check_writable(texts)
     _warn([str(one) for one in found.left_out if one.picture])
     changes = edited(texts, edit, looked_for)
     if not changes:

@@ -14,7 +14,7 @@ from .changes import Change, Origin, hashed
 from .edits import adding, without
 from .picture import Picture
 from .request import Existing, Request
-from .texts import Text, read_texts
+from .texts import Text, check_writable, read_texts
 from .wording import cleaned
 
 Tell = Callable[[int, int, Path, str], None]  # done, of how many, picture, its caption
@@ -49,6 +49,7 @@ def caption_set(
     # 1. Which pictures: those without a caption, and what the request lets touch.
     kind, outcome = KINDS[request.captioner], Outcome()
     texts, found = read_texts(source)
+    check_writable(texts)
     outcome.lost = [one for one in found.left_out if one.picture]
     wanted = []
     for text in texts:
@@ -79,8 +80,8 @@ def caption_set(
                 mixed = existing in ("append", "prepend", "line") and one.text.is_caption and not one.text.is_ours
                 change.write(one.text.file, caption, Origin(one.request, mixed))
             outcome.written.append(one.text.file)
-            if one.text.source == "words" and one.text.words.lower() not in caption.lower():
-                outcome.unheard.append(one.text.words)
+            if one.text.source == "words" and one.text.example.words.lower() not in caption.lower():
+                outcome.unheard.append(one.text.example.words)
             tell(done + len(seen), len(wanted), one.picture.path, caption)
         done += len(seen)
     outcome.unheard = list(dict.fromkeys(outcome.unheard))

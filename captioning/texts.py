@@ -1,10 +1,12 @@
 """The captions of a set as files: which file is a picture's, what it says, and who wrote it."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from scumble.configs.errors import Refused
 from scumble.datasets.folder import Example, PictureSet, read_set
 from scumble.datasets.places import TABLES
 from scumble.datasets.sidecars import folded, lines_of, read_text
@@ -18,19 +20,21 @@ Source = Literal["none", "words", "table", "hand", "scumble"]
 class Text:
     """The caption of one picture, read from `stands_in`; `file` is where a new one is written.
 
-    `lines` are those of the file, `heard` have what a list of folders (TOML) puts around them too.
+    `lines` are those of the file; those of `example` have what a list of folders (TOML) puts around them too.
     `source` tells who wrote `lines`: nobody, the folder's name (kohya's class words), a table (`metadata.jsonl`),
     a person, or a captioner, of which `origin` knows more.
     """
 
-    picture: Path
+    example: Example
     file: Path
     stands_in: Path | None
     lines: tuple[str, ...]
-    heard: tuple[str, ...]
-    words: str
     source: Source
     origin: Origin | None = None
+
+    @property
+    def picture(self) -> Path:
+        return self.example.image
 
     @property
     def is_caption(self) -> bool:
@@ -41,6 +45,17 @@ class Text:
     def is_ours(self) -> bool:
         """Whether a captioner wrote it and no person's words are in it."""
         return self.source == "scumble" and self.origin is not None and not self.origin.mixed
+
+
+def check_writable(texts: Sequence[Text]) -> None:
+    """Raises `Refused` where texts beside the pictures are not read, so that new ones would change nothing."""
+    for text in texts:
+        file = text.example.sidecar
+        if file and _is_kohyas(file):
+            raise Refused(
+                f"{file}: captions in it are not edited; take metadata_file out of the list of folders, "
+                "or edit the file itself"
+            )
 
 
 def read_texts(source: Path) -> tuple[list[Text], PictureSet]:
@@ -66,13 +81,18 @@ def read_texts(source: Path) -> tuple[list[Text], PictureSet]:
             if written[folder]:
                 origin = written[folder].get((stands_in.name, hashed(stands_in.read_bytes())))
         lines = lines_of(read_text(stands_in)) if stands_in else example.lines
-        told = Text(example.image, file, stands_in, lines, example.lines, example.words, _source(example), origin)
+        told = Text(example, file, stands_in, lines, _source(example), origin)
         texts.append(told if origin is None else replace(told, source="scumble"))
     return texts, found
 
 
 def _in_table(example: Example) -> bool:
-    return example.sidecar is not None and example.sidecar.name.lower() in TABLES
+    sidecar = example.sidecar
+    return sidecar is not None and (sidecar.name.lower() in TABLES or _is_kohyas(sidecar))
+
+
+def _is_kohyas(file: Path) -> bool:
+    return file.suffix.lower() == ".json"
 
 
 def _usual(example: Example) -> Path:

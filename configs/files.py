@@ -39,10 +39,10 @@ def resolve(
     named = top.pop("preset", "")
     if not isinstance(named, str):
         raise Refused(f"{file}: preset = {_shown(named)}: must be text; `scumble presets` lists them")
-    layers = [_checked(top, _in_file(file))] if file else []
+    layers = [checked(top, _in_file(file))] if file else []
     if preset or named:
         layers.insert(0, _preset(preset or named, "--preset" if preset else f"{file}: preset ="))
-    layers.append(_checked({table: dict(keys) for table, keys in (flags or {}).items()}, as_flag))
+    layers.append(checked({table: dict(keys) for table, keys in (flags or {}).items()}, as_flag))
     merged: Layer = {}
     for layer in layers:
         for table, keys in layer.items():
@@ -97,7 +97,7 @@ def _preset(name: str, source: str) -> Layer:
         raise Refused(
             f"{source} {name}: no such preset{nearest(name, list(presets()))}; there are {', '.join(presets())}"
         )
-    return _checked(_read(path), _in_file(path))
+    return checked(_read(path), _in_file(path))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise Refused(f"{path} is not TOML: {error}") from None
 
 
-def _checked(layer: dict[str, Any], where: Callable[[str, str, Any], str]) -> Layer:
+def checked(layer: dict[str, Any], where: Callable[[str, str, Any], str]) -> Layer:
     """The same layer with its values in their types; a TOML number is not taken for a text, nor the other way."""
     for keys in layer.values():
         if isinstance(keys, dict):

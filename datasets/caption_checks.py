@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations
 from statistics import median
+from textwrap import shorten
 
 from .look import Look
 from .material import Found, Material, counted, details, others
@@ -11,6 +12,7 @@ from .material import Found, Material, counted, details, others
 TAG_WORDS = 4  # a longer part between commas is a sentence
 TAGGED = 4  # median tags of a caption from which a set is taken to be tagged
 SHOWN = 8  # tags named in a line
+LOST_SHOWN = 60  # characters
 MOST_TAGS = 400  # compared with each other
 
 
@@ -49,7 +51,8 @@ def long(material: Material) -> Iterator[Found]:
     for look, text in zip(material.looks, material.heard, strict=True):
         heard = material.hears(text)
         if heard.lost:
-            told.append((look, f"{heard.tokens} tokens; not heard: “{heard.lost}”"))
+            lost = shorten(heard.lost, LOST_SHOWN, placeholder=" …")
+            told.append((look, f"{heard.tokens} tokens; not heard: “{lost}”"))
             if material.trigger and material.trigger.lower() not in heard.kept.lower():
                 lacking.append(look)
     if told:

@@ -1,11 +1,20 @@
 """What training hears of a caption in one step; every chance in it from (seed, step, index)."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 from scumble.configs.options import Captions
 
 from .wildcards import chosen
+
+Rules = TypeVar("Rules", bound=Captions)
+
+
+def ruled(rules: Rules, own: Iterable[tuple[str, Any]]) -> Rules:
+    """The rules with those in their place that a list of folders has for one of its own."""
+    known = {key: value for key, value in own if key in type(rules).model_fields}
+    return rules.model_copy(update=known) if known else rules
 
 
 def with_trigger(caption: str, trigger: str) -> str:

@@ -20,6 +20,7 @@ from .waste import BucketUse, bucket_uses
 
 FEW = 1000  # pictures of which thumbs and corners are kept: about 45 MB
 SEVERITIES: tuple[Severity, ...] = ("serious", "warning", "note")
+OF_FILES = {"left out", "remarks"}  # checks of which every file is named, since it is on no picture of the page
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ CHECKS = (
     Check(
         "left out", "what is left out is not learned", "mend each file as its reason says, or take it out",
         picture_checks.left_out,
+    ),
+    Check(
+        "remarks", "what a file says may not be what is done", "read them; nothing, if that is meant",
+        picture_checks.remarks,
     ),
     Check(
         "few pictures", "from few pictures the adapter learns these pictures rather than what they share",
@@ -202,7 +207,9 @@ def check(
         looks.append(look if len(looks) < FEW else replace(look, corners=Corners(None)))
         tell(len(looks))
     spoken = [heard(subject.example) for subject in subjects]
-    material = Material(tuple(looks), tuple(found.left_out), kind, trigger, tuple(windows), tuple(spoken))
+    material = Material(
+        tuple(looks), tuple(found.left_out), tuple(found.remarks), kind, trigger, tuple(windows), tuple(spoken)
+    )
     findings = [
         Finding(check.name, one.severity, one.what, check.why, one.cure or check.cure, one.details)
         for check in CHECKS

@@ -4,27 +4,26 @@ import io
 from collections.abc import Sequence
 from math import ceil, sqrt
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from .checkup import Checkup, Finding, verdict
+from .lettering import Font, lettered
 from .look import Look, thumb_of
 from .page import Frame, frames_of, shown_of, tint_of
 
 SHOWN = 120
 MOST_FINDINGS = 8
 CELL_PX, GAP_PX, EDGE_PX, LINES = 280, 22, 44, 5
+TITLE_PX, TEXT_PX, SMALL_PX = 40, 19, 16
 PAPER, MAT, INK, SOFT = (246, 243, 238), (236, 230, 221), (43, 38, 34), (117, 105, 95)
 TONES = {"serious": (179, 38, 30), "warning": (154, 98, 0), "note": (85, 103, 122), "good": (51, 112, 74)}
 VEIL = 0.78  # how far what is cut off fades into the mat
-
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def sheet(done: Checkup, name: str, base: str) -> Image.Image:
     """The contact sheet. Of a large set it shows 120 pictures, first those with findings."""
     shown = shown_of(done, SHOWN)
     columns = max(3, min(8, ceil(sqrt(len(shown) * 1.5))))
-    title, text, small = (ImageFont.load_default(size) for size in (40, 19, 16))
     line_px = 24
     told = [finding for finding in done.findings if finding.severity != "note"]
     lines = [(finding.what, TONES[finding.severity]) for finding in told[:MOST_FINDINGS]]
@@ -35,19 +34,19 @@ def sheet(done: Checkup, name: str, base: str) -> Image.Image:
     width = 2 * EDGE_PX + columns * (CELL_PX + GAP_PX) - GAP_PX
     paper = Image.new("RGB", (width, top + ceil(len(shown) / columns) * cell_height + EDGE_PX - GAP_PX), PAPER)
     pen = ImageDraw.Draw(paper)
-    pen.text((EDGE_PX, EDGE_PX - 8), fitted(name, title, width - 2 * EDGE_PX), INK, title)
+    _write(pen, (EDGE_PX, EDGE_PX - 8), name, TITLE_PX, INK, width - 2 * EDGE_PX)
     tone = told[0].severity if told else "good"
-    pen.text((EDGE_PX, EDGE_PX + 46), _headline(done, base, len(shown)), TONES[tone], text)
+    _write(pen, (EDGE_PX, EDGE_PX + 46), _headline(done, base, len(shown)), TEXT_PX, TONES[tone], width - 2 * EDGE_PX)
     for row, (line, colour) in enumerate(lines):
         y = EDGE_PX + 92 + 30 * row
         pen.ellipse([EDGE_PX, y + 4, EDGE_PX + 12, y + 16], colour)
-        pen.text((EDGE_PX + 24, y), fitted(line, text, width - 2 * EDGE_PX - 24), INK, text)
+        _write(pen, (EDGE_PX + 24, y), line, TEXT_PX, INK, width - 2 * EDGE_PX - 24)
     for place, (number, look) in enumerate(shown):
         x = EDGE_PX + place % columns * (CELL_PX + GAP_PX)
         y = top + place // columns * cell_height
         findings = [one for one in done.of(str(look.path)) if one.severity != "note"]
         paper.paste(_cell(look, findings), (x, y))
-        _say(pen, look, done.heard[number], findings, (x, y + CELL_PX + 8), text, small)
+        _say(pen, look, done.heard[number], findings, (x, y + CELL_PX + 8))
     return paper
 
 
@@ -114,15 +113,23 @@ def _box(frame: Frame, picture: Image.Image) -> tuple[int, int, int, int]:
 
 
 def _say(
-    pen: ImageDraw.ImageDraw, look: Look, heard: tuple[str, str], findings: Sequence[Finding],
-    place: tuple[int, int], text: Font, small: Font,
-) -> None:  # fmt: skip
+    pen: ImageDraw.ImageDraw, look: Look, heard: tuple[str, str], findings: Sequence[Finding], place: tuple[int, int]
+) -> None:
     """Caption, findings and file name below a picture."""
     x, y = place
-    lines = [(fitted(f"{look.path.name}   {look.size}", small, CELL_PX), SOFT, small)]
+    lines = [(f"{look.path.name}   {look.size}", SOFT, SMALL_PX)]
     room = max(1, LINES - 1 - min(2, len(findings)))
-    lines += [(line, INK, text) for line in wrapped(heard[0] or "no caption", text, CELL_PX, min(2, room))]
+    caption, font = lettered(heard[0] or "no caption", TEXT_PX)
+    lines += [(line, INK, TEXT_PX) for line in wrapped(caption, font, CELL_PX, min(2, room))]
     for finding in findings[:2]:
-        lines.append((fitted(finding.details[str(look.path)], small, CELL_PX), TONES[finding.severity], small))
-    for row, (line, colour, font) in enumerate(lines[:LINES]):
-        pen.text((x, y + 23 * row), line, colour, font)
+        lines.append((finding.details[str(look.path)], TONES[finding.severity], SMALL_PX))
+    for row, (line, colour, size) in enumerate(lines[:LINES]):
+        _write(pen, (x, y + 23 * row), line, size, colour, CELL_PX)
+
+
+def _write(
+    pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, colour: tuple[int, int, int], width_px: int
+) -> None:
+    """One line of text in letters that can be drawn, cut where it is too long."""
+    shown, font = lettered(text, size)
+    pen.text(place, fitted(shown, font, width_px), colour, font)

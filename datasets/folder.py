@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from scumble.configs.errors import Refused
 
@@ -30,6 +30,7 @@ class Example:
 
     `prior` marks a regularisation picture, `words` are the class words of its folder, `sidecar` is the file that the
     caption came from, a text or a table. `mask` is a picture of what counts, or the image itself: its alpha channel.
+    `rules` are options of [data] that hold for this picture instead of the run's.
     """
 
     image: Path
@@ -40,6 +41,7 @@ class Example:
     words: str = ""
     sidecar: Path | None = None
     mask: Path | None = None
+    rules: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,18 @@ def read_set(
         raise Refused(f"{source}: no such folder of pictures")
     named = [folder for place in places for folder in (place.folder, place.masks) if folder]
     outer = {(status.st_dev, status.st_ino) for status in map(Path.stat, named)}
+    read: list[Table] = []
     for place in places:
         before = len(found.examples), len(found.left_out)
-        tables: list[Table] = []
+        tables = [place.table] if place.table else []
         for listing in listings(own_name(place), set(outer)):
             _add(found, listing, tables, masks)
-        found.remarks += [
-            Remark(table.path, text) for table in tables for text in [*table.troubles, *map(_gone, table.missing())]
-        ]
+        read += [table for table in tables if table not in read]
         if len(places) > 1 and before == (len(found.examples), len(found.left_out)):
             found.left_out.append(LeftOut(place.folder, "no pictures in it", True))
+    found.remarks += [
+        Remark(table.path, text) for table in read for text in [*table.troubles, *map(_gone, table.missing())]
+    ]
     if decode:
         _check(found)
     if not found.examples:
@@ -113,12 +117,13 @@ def read_set(
 def _add(found: PictureSet, listing: Listing, tables: list[Table], masks: Masks) -> None:
     """The pictures of one folder with their captions and masks. `tables` are those of the folders around it."""
     place = listing.place
-    for path in listing.tables:
+    for path in [] if place.table else listing.tables:
         try:
             tables.insert(0, read_table(path))  # the nearest counts first
         except Refused as error:
             found.left_out.append(LeftOut(path, str(error).removeprefix(str(path)).lstrip(": ")))
-    sidecars, mask_files = Sidecars(listing.texts, place.suffixes), MaskFiles(_masks_for(listing))
+    texts_read = [] if place.table else listing.texts
+    sidecars, mask_files = Sidecars(texts_read, place.suffixes), MaskFiles(_masks_for(listing))
     owners: dict[Path, Path] = {}
     for image in sorted(listing.pictures):
         mask = mask_files.of(image)
@@ -132,17 +137,21 @@ def _add(found: PictureSet, listing: Listing, tables: list[Table], masks: Masks)
         except Refused as error:
             found.left_out.append(LeftOut(image, f"its caption {error}", True))
             continue
+        if place.table and source is None:
+            found.left_out.append(LeftOut(image, f"not named in {place.table.path.name}", True))
+            continue
         lines = tuple(" ".join(filter(None, (place.before, line, place.after))) for line in lines)
         if mask is None and (place.alpha or masks == "alpha"):
             mask = image
         found.examples.append(
             Example(
                 image, " ".join(lines), place.repeats * place.own, place.prior, lines, place.words, source,
-                None if masks == "off" else mask,
+                None if masks == "off" else mask, place.rules,
             )
         )  # fmt: skip
     found.left_out += listing.left_out
-    found.left_out += [LeftOut(text, "no picture of that name") for text in listing.texts if text not in owners]
+    unread = f"captions stand in {place.table.path.name}" if place.table else "no picture of that name"
+    found.left_out += [LeftOut(text, unread) for text in listing.texts if text not in owners]
     found.left_out += [LeftOut(mask, "a mask of no picture here") for mask in listing.masks if mask not in owners]
 
 

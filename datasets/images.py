@@ -2,15 +2,13 @@
 
 import threading
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
-import torch
 from PIL import Image, UnidentifiedImageError
 
 from scumble.configs.errors import Refused
@@ -95,7 +93,9 @@ def read_size(path: Path) -> Size:
     """Size of the upright picture, from the file's header. Raises `Refused` naming a file that is no picture."""
     with _opened(path) as picture:
         width, height = picture.size
-        turned = picture.format != "TIFF" and _orientation(picture) >= 5  # Pillow gives a TIFF's size upright
+        told_before = picture.format == "PNG" and not _tells_behind(path)  # else Pillow decodes it to get there
+        exif = Image.Image.getexif if told_before else type(picture).getexif
+        turned = picture.format != "TIFF" and _orientation(picture, exif) >= 5  # Pillow gives a TIFF's size upright
         return Size(height, width) if turned else Size(width, height)
 
 
@@ -146,23 +146,6 @@ def crop_at(original: Size, target: Size, share: float, mirrored: bool = False) 
     resized = Size(max(target.width, round(original.width * scale)), max(target.height, round(original.height * scale)))
     left, top = (resized.width - target.width) * share, (resized.height - target.height) * share
     return Crop(original, resized, int(left), int(top), target, mirrored)
-
-
-def cropped(path: Path, crop: Crop) -> torch.Tensor:
-    """RGB in [-1, 1], (3, H, W) of the crop's target size."""
-    return next(all_cropped(path, [crop]))
-
-
-def all_cropped(path: Path, crops: Sequence[Crop]) -> Iterator[torch.Tensor]:
-    """Each crop of a picture, as `cropped` gives it; the file is decoded once.
-
-    Only the part that is kept is resized (Lanczos), so that a strip of 1x5000 pixels does not become a million high.
-    """
-    widest, highest = max(crop.resized.width for crop in crops), max(crop.resized.height for crop in crops)
-    picture = read_rgb(path, Size(ENOUGH * widest, ENOUGH * highest))
-    for crop in crops:
-        pixels = torch.from_numpy(np.asarray(resized(picture, crop, crop.target, Image.Resampling.LANCZOS)).copy())
-        yield pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 def resized(picture: Image.Image, crop: Crop, target: Size, resampling: Image.Resampling) -> Image.Image:
@@ -219,13 +202,27 @@ def _reason(path: Path, error: Exception) -> str:
     return f"cannot be read as a picture ({detail}); mend it or take it out"
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(picture: Image.Image, exif: Callable[[Any], Image.Exif] = lambda opened: opened.getexif()) -> int:
     """EXIF's orientation, 1 to 8; 1 where there is none or the EXIF data are damaged."""
     try:
-        orientation = picture.getexif().get(ORIENTATION, 1)
+        orientation = exif(picture).get(ORIENTATION, 1)
     except Exception:  # noqa: BLE001  (the picture is whole where its remarks are not)
         return 1
     return orientation if orientation in TURNS else 1
+
+
+def _tells_behind(path: Path) -> bool:
+    """Whether a PNG has text or EXIF data behind its pixels (PNG specification, 5.6); pixels are passed over."""
+    with path.open("rb") as file:
+        file.seek(8)
+        pixels_seen = False
+        while len(head := file.read(8)) == 8:
+            kind = head[4:]
+            if pixels_seen and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+                return True
+            pixels_seen = pixels_seen or kind == b"IDAT"
+            file.seek(int.from_bytes(head[:4], "big") + 4, 1)
+    return False
 
 
 def _reduced(picture: Image.Image, at_least: Size | None) -> Image.Image:

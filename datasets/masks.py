@@ -4,17 +4,15 @@ Masks lie in a folder `masks/` beside the pictures under their names, or are cal
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image
 
 from scumble.configs.errors import Refused
 
 from .colour import to_rgb
-from .images import Crop, Size, read_alpha, read_picture, read_size, resized
+from .images import read_alpha, read_picture, read_size
 from .sidecars import folded
 
 MASK_ENDING = "-masklabel"
@@ -56,28 +54,6 @@ def hides(image: Path, mask: Path) -> bool:
         shape = f"{picture.width}x{picture.height}"
         raise Refused(f"{mask}: is {shape}, another shape than the picture's {size}; draw it over the picture")
     return picture is not None
-
-
-def cropped_masks(image: Path, mask: Path, crops: Sequence[Crop], size: Size) -> list[torch.Tensor]:
-    """How much each part of each crop counts, (H, W) of `size` (of the latents, say), in [0, 1]: means over areas."""
-    picture = read_mask(image, mask)
-    if picture is None:
-        return [torch.ones(size.height, size.width) for _ in crops]
-    parts = [resized(picture, crop, size, Image.Resampling.BOX) for crop in crops]
-    return [torch.from_numpy(np.asarray(part).copy()).float() / 255 for part in parts]
-
-
-def weights(mask: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
-    """Weights of mean 1 from a mask (H, W) in [0, 1], whose black parts weigh `floor` beside 1.
-
-    The mean of a weighted loss is then the mean over what counts, however small that is. Raises ValueError for a mask
-    that is black all over.
-    """
-    lifted = floor + (1 - floor) * mask
-    mean = lifted.mean()
-    if mean <= 0:
-        raise ValueError("a mask that is black all over")
-    return lifted / mean
 
 
 def _stem(path: Path) -> str:

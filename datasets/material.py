@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from .folder import Remark
 from .likeness import look_alike, same_picture
 from .look import Look
 from .places import LeftOut
@@ -23,6 +24,7 @@ class Material:
 
     looks: tuple[Look, ...]
     left_out: tuple[LeftOut, ...]
+    remarks: tuple[Remark, ...]
     kind: Literal["style", "character"]
     trigger: str
     windows: tuple[Window, ...]

@@ -13,7 +13,7 @@ from pathlib import Path
 from jinja2 import Environment
 from PIL import Image
 
-from .checkup import SEVERITIES, Checkup, Finding, verdict
+from .checkup import OF_FILES, SEVERITIES, Checkup, Finding, verdict
 from .images import Crop
 from .look import Look, Thumb, thumb_of
 from .material import counted
@@ -124,7 +124,7 @@ def parts_of(kept: str, lost: str, trigger: str) -> list[Part]:
 
 
 def _finding(finding: Finding, numbers: dict[str, int]) -> dict:
-    is_beside = finding.check == "left out"
+    is_beside = finding.check in OF_FILES
     links = [{"number": numbers.get(path), "name": Path(path).name} for path in list(finding.details)[:NAMED]]
     more = len(finding.details) - len(links)
     return {

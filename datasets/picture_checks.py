@@ -32,6 +32,18 @@ def left_out(material: Material) -> Iterator[Found]:
         yield Found("note", f"{counted(len(others), 'other file')} not used", {str(o.path): o.reason for o in others})
 
 
+def remarks(material: Material) -> Iterator[Found]:
+    if material.remarks:
+        told: dict[str, str] = {}
+        for one in material.remarks:
+            told[str(one.path)] = "; ".join(filter(None, (told.get(str(one.path)), one.text)))
+        yield Found(
+            "note",
+            counted(len(material.remarks), "remark on files that are used", "remarks on files that are used"),
+            told,
+        )
+
+
 def few(material: Material) -> Iterator[Found]:
     count = len(material.looks)
     least, enough = ENOUGH[material.kind]
@@ -60,7 +72,8 @@ def same_picture(material: Material) -> Iterator[Found]:
     if groups:
         count = sum(len(group) - 1 for group in groups)
         told = [(look, f"shows the same as {others(look, group)}") for group in groups for look in group]
-        what = f"{counted(count, 'picture')} more than once in other files (other size, light, mirrored)"
+        stands = counted(len(groups), "picture stands", "pictures stand")
+        what = f"{stands} in more than one file (other size, light or mirrored)"
         yield Found(material.spread(count), what, details(told))
 
 

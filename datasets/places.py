@@ -5,9 +5,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from .images import SUFFIXES
 from .masks import MASK_ENDING
+from .metadata import Table
 from .sidecars import CAPTION_SUFFIXES
 
 KOHYA_FOLDER = re.compile(r"(\d{1,3})_(.+)")  # more digits are a year or a date
@@ -41,7 +43,8 @@ class Place:
     """A folder of pictures. Each is seen `repeats` times `own` times; a kohya folder `<own>_<words>` sets the latter.
 
     `masks` is a folder of masks; with `alpha`, a picture's own alpha channel is the mask where no file is.
-    `before` and `after` stand around each line of a caption.
+    `before` and `after` stand around each line of a caption. `rules` are options of [data] for these pictures alone.
+    With `table`, pictures and captions are those that it names, and texts beside pictures are not read.
     """
 
     folder: Path
@@ -55,6 +58,8 @@ class Place:
     before: str = ""
     after: str = ""
     deep: bool = True
+    rules: tuple[tuple[str, Any], ...] = ()
+    table: Table | None = None
 
 
 @dataclass

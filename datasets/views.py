@@ -4,16 +4,13 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
-from scumble.configs.errors import Refused
 from scumble.configs.options import Data
 
 from .buckets import Buckets, make_buckets
+from .captions import ruled
 from .focus import best_share, focus_map
 from .folder import Example
 from .images import Crop, Size, crop_at, read_size
-from .masks import cropped_masks, weights
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ def views_of(examples: Sequence[Example], buckets: Sequence[Buckets], data: Data
 
 
 def _views(example: Example, buckets: Sequence[Buckets], data: Data, seed: int) -> Iterator[View]:
-    original = read_size(example.image)
+    original, data = read_size(example.image), ruled(data, example.rules)
     interest = None
     if data.crop in ("focus", "faces"):
         interest = focus_map(example.image, example.mask, data.crop == "faces")
@@ -58,23 +55,6 @@ def _views(example: Example, buckets: Sequence[Buckets], data: Data, seed: int) 
         if data.flip:
             crops = dict.fromkeys(variant for crop in crops for variant in (crop, replace(crop, mirrored=True)))
         yield View(example, tuple(crops))
-
-
-def weights_of(view: View, latent_px: int, floor: float) -> tuple[torch.Tensor, ...]:
-    """Weights (H, W) of a view's latents, of mean 1, for each of its crops; none where it has no mask.
-
-    Raises `Refused` naming a picture in whose crop nothing counts.
-    """
-    image, mask = view.example.image, view.example.mask
-    if mask is None:
-        return ()
-    size = Size(view.size.width // latent_px, view.size.height // latent_px)
-    masks = cropped_masks(image, mask, view.crops, size)
-    if floor == 0 and not all(one.any() for one in masks):
-        raise Refused(
-            f"{image}: its mask is black in the crop that is seen; widen it, take --crop focus, or --masks off"
-        )
-    return tuple(weights(one, floor) for one in masks)
 
 
 def spread(number: int, seed: str) -> list[float]:

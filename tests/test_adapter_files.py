@@ -19,7 +19,8 @@ from tiny import tiny_base
 
 from scumble.configs.errors import Refused
 from scumble.trainer.adapters.adapter import Adapter, Module, from_tensors, read_adapter, to_tensors
-from scumble.trainer.adapters.files import read_header, write_adapter
+from scumble.trainer.adapters.files import write_adapter
+from scumble.trainer.adapters.header import read_header
 from scumble.trainer.adapters.keys import Place
 from scumble.trainer.models import EMBEDDED
 

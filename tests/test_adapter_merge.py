@@ -11,7 +11,7 @@ from peft.utils import merge_utils
 from scumble.configs.errors import Refused
 from scumble.trainer.adapters.adapter import Adapter, Module, from_tensors, to_tensors
 from scumble.trainer.adapters.factors import Reduction
-from scumble.trainer.adapters.files import read_header
+from scumble.trainer.adapters.header import read_header
 from scumble.trainer.adapters.keys import Place
 from scumble.trainer.adapters.merge import Input, Recipe, fused, merge, rank_stabilised, seed_at
 from scumble.trainer.adapters.provenance import metadata_of_result, write_result

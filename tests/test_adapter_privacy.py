@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from scumble.trainer import cli
-from scumble.trainer.adapters.files import read_header, write_adapter
+from scumble.trainer.adapters.files import write_adapter
+from scumble.trainer.adapters.header import read_header
 from scumble.trainer.adapters.privacy import without_paths
 
 STEM = "lora_unet_mid_block_attentions_0_proj_in"

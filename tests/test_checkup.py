@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import combinations
 from math import erf
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from transformers import CLIPTokenizer
 
 from scumble.configs import files
 from scumble.configs.errors import Refused
+from scumble.datasets import lettering
 from scumble.datasets.borders import Borders, borders_of
 from scumble.datasets.checkup import CHECKS, Checkup
 from scumble.datasets.contact import sheet, wrapped
 from scumble.datasets.images import read_rgb
 from scumble.datasets.jpeg import block_steps, quality_of
+from scumble.datasets.lettering import drawn
 from scumble.datasets.likeness import difference, likeness_of, look_alike, same_picture
 from scumble.datasets.page import frame_of, page, shown_of
 from scumble.datasets.picture_checks import HIGH_STEPS, SOFT_PX
@@ -128,6 +131,22 @@ def test_every_damaged_copy_is_found_to_show_the_same_picture(
 ):
     for picture in pictures:
         assert same_picture([likeness_of(picture), likeness_of(damage(picture))]) == [[0, 1]]
+
+
+def test_a_copy_is_found_among_a_hundred_of_one_framing(pictures: list[Image.Image]):
+    draw = np.random.default_rng(0)
+    ground = np.asarray(pictures[0].resize((64, 64)))
+
+    def painted() -> Image.Image:
+        pixels = ground.copy()
+        pixels[24:40, 24:40] = draw.integers(60, 200, (2, 2, 3)).repeat(8, 0).repeat(8, 1)
+        return Image.fromarray(pixels)
+
+    some = [painted() for _ in range(100)]
+    copies = [some[7].resize((40, 40)), ImageOps.mirror(some[60]), some[80].point(lambda level: level // 2)]
+    seen = [likeness_of(one) for one in (*some, *copies)]
+    near = sum((one.hash ^ other.hash).bit_count() <= 12 for one, other in combinations(seen, 2))
+    assert near > 16 * len(seen) and same_picture(seen) == [[7, 100], [60, 101], [80, 102]]
 
 
 def test_tones_do_not_count_but_one_place_does():
@@ -303,7 +322,7 @@ def test_captions_are_checked_by_what_the_base_hears(tmp_path: Path, sd15: Path)
     found = {one.check: one for one in done.findings}
     assert set(grave(done)) == {"too long", "no caption", "same caption", "two spellings"}
     assert found["too long"].severity == "serious" and "the trigger itself is cut off" in found["too long"].what
-    assert "word59, zwx”" in next(iter(found["too long"].details.values()))
+    assert "not heard: “28 word29 word30" in next(iter(found["too long"].details.values()))
     assert sorted(found["no caption"].details.values()) == ["its caption file is empty", "no caption"]
     assert {Path(path).stem for path in found["same caption"].details} == set(stems[3:5])
     assert "“soft light” (1) and “soft-light” (1)" in found["two spellings"].what
@@ -409,6 +428,35 @@ def test_a_run_checks_before_it_loads_anything_and_goes_on_whatever_is_found(tmp
     assert "  serious: 1 picture of one colour all over" in told["text"]
     assert told["findings"][0]["severity"] == "serious"
     assert json.loads(json.dumps(told, allow_nan=False))
+
+
+def test_every_letter_of_a_sheet_is_one_that_its_font_has(monkeypatch: pytest.MonkeyPatch):
+    for text in ("Fuchs – ärger", "plain", "熊の絵 ß"):
+        shown, font = lettering.lettered(text, 16)
+        assert all(letter.isspace() or drawn(letter, font) != drawn("\uffff", font) for letter in shown)
+        assert len(shown) == len(text) and (shown == text or not text.isascii())
+    monkeypatch.setattr(lettering, "SYSTEM", ())
+    assert [lettering.lettered(text, 16)[0] for text in ("Fuchs – ärger", "熊の絵, é")] == ["Fuchs - arger", "???, e"]
+
+
+def test_every_file_that_is_left_out_or_remarked_upon_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "set"
+    shutil.copytree(SAMPLES / "clay-style", folder)
+    for number in range(9):
+        (folder / f"broken-{number}.png").write_bytes(b"")
+    (folder / "metadata.csv").write_text("file_name,text\ngone.png,nobody\nalso-gone.png,nobody\n")
+    (folder / "fox.txt").write_text("a fox, " + "far and away " * 60)
+    cli.main(["check", str(folder), "--no-page"])
+    told = capsys.readouterr().out
+    assert all(f"broken-{number}.png: cannot be read as a picture (it is empty)" in told for number in range(9))
+    assert "2 remarks on files that are used" in told and "gone.png" in told and "also-gone.png" in told
+    assert "…”" in told and told.count("far and away") < 10
+
+
+def test_a_list_of_folders_is_checked_as_a_folder_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "set.toml").write_text(f'[[folders]]\npath = "{SAMPLES / "clay-style"}"\n')
+    cli.main(["check", str(tmp_path / "set.toml"), "--no-page"])
+    assert "20 pictures" in capsys.readouterr().out
 
 
 def test_long_names_and_words_are_cut_to_their_place():

@@ -12,8 +12,9 @@ from scumble.configs.options import Captions
 from scumble.datasets.buckets import bucket_sizes, nearest_bucket
 from scumble.datasets.captions import said, with_trigger
 from scumble.datasets.folder import read_set
-from scumble.datasets.images import Size, centre_crop, cropped, read_rgb, read_size
+from scumble.datasets.images import Size, centre_crop, read_rgb, read_size
 from scumble.datasets.order import batches_per_epoch, epoch_batches
+from scumble.datasets.tensors import cropped
 
 
 def picture(path: Path, size: tuple[int, int] = (64, 48), colour: str = "red") -> Path:

@@ -8,7 +8,7 @@ import pytest
 
 from scumble.configs import files
 from scumble.trainer import cli
-from scumble.trainer.adapters.files import read_header
+from scumble.trainer.adapters.header import read_header
 from scumble.trainer.models import EMBEDDED
 from scumble.trainer.train import train
 

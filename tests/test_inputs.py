@@ -2,17 +2,22 @@
 
 import json
 import os
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 from odd_pictures import DAMAGES, FORMATS, plain, write_corpus
 from PIL import Image
 
+from scumble.captioning.commands_edit import add as captions_edit
 from scumble.configs.errors import Refused
-from scumble.configs.options import declared
+from scumble.configs.options import Data, declared
+from scumble.datasets.captions import ruled, said
 from scumble.datasets.dataset_toml import BY_FLAG
 from scumble.datasets.folder import PictureSet, read_set
-from scumble.datasets.images import Size, centre_crop, cropped, read_size
+from scumble.datasets.images import Size, centre_crop, read_size
+from scumble.datasets.tensors import cropped
+from scumble.datasets.views import tables, views_of
 from scumble.trainer import cli
 
 
@@ -257,7 +262,7 @@ def test_a_list_of_folders_gives_each_its_repeats_words_and_place(tmp_path: Path
 KOHYA = """
 [general]
 shuffle_caption = true
-keep_tokens = 1
+keep_tokens = 2
 caption_extension = ".tags"
 enable_bucket = true
 
@@ -270,12 +275,18 @@ batch_size = 4
   class_tokens = "zwx cat"
   num_repeats = 5
   caption_prefix = "photo of"
-  color_aug = false
+  color_aug = true
+  enable_wildcard = true
+  flip_aug = true
+  random_crop = true
+  caption_tag_dropout_rate = 0.25
 
   [[datasets.subsets]]
   image_dir = "reg"
   is_reg = true
   caption_dropout_rate = 0.1
+  enable_wildcard = false
+  color_aug = false
 """
 
 
@@ -292,13 +303,80 @@ def test_kohyas_dataset_file_is_read_and_what_is_not_followed_is_named(tmp_path:
         ("a.png", "photo of on a mat", 5, False), ("b.png", "photo of zwx cat", 5, False), ("r.png", "", 1, True)
     ]  # fmt: skip
     assert [remark.text for remark in found.remarks] == [
-        "shuffle_caption = True is not followed: give --shuffle-tags instead",
-        "keep_tokens = 1 is not followed: give --keep-tags instead",
-        "resolution = 512 is not followed: give --resolution instead",
-        "batch_size = 4 is not followed: give --batch instead",
-        "caption_dropout_rate = 0.1 is not followed: give --caption-dropout instead",
+        "resolution = 512 is not followed: it is one for the whole set here: give --resolution",
+        "batch_size = 4 is not followed: it is one for the whole set here: give --batch",
+        "color_aug = True is not followed: colours are part of what is learned",
     ]
     assert left_out(found) == {"deeper": "a folder inside, which a subset of kohya's does not enter"}
+    general = {"shuffle_tags": True, "keep_tags": 2}
+    cat = general | {"wildcards": True, "caption_lines": "pick", "flip": True, "crop": "random", "tag_dropout": 0.25}
+    reg = general | {"wildcards": False, "caption_dropout": 0.1}
+    assert [dict(example.rules) for example in found.examples] == [cat, cat, reg]
+
+
+def test_options_of_one_folder_hold_for_its_pictures_alone_whatever_the_run_says(tmp_path: Path):
+    put(tmp_path / "cat/a.png", "a, b, c, d")
+    put(tmp_path / "dog/b.png", "a, b, c, d")
+    listing = tmp_path / "set.toml"
+    listing.write_text(
+        '[[folders]]\npath = "cat"\nflip = true\nshuffle_tags = true\nsuffix = "in ink"\ncaption_dropout = 0\n'
+        '[[folders]]\npath = "dog"\ncaption_dropout = 1\n'
+    )
+    cat, dog = read_set(listing).examples
+    views = views_of([cat, dog], tables(Data(), 64, 8), Data(), seed=0)
+    assert [len(view.crops) for view in views] == [2, 1]
+    heard = [
+        {said(one.lines, ruled(Data(), one.rules), seed=0, step=n, index=0) for n in range(60)} for one in (cat, dog)
+    ]
+    orders = {", ".join(("a", *rest)) + " in ink" for rest in permutations("bcd")}
+    assert heard == [orders, {""}]
+
+
+def test_kohyas_metadata_file_names_pictures_with_caption_and_tags(tmp_path: Path):
+    for name in ("cat/a.png", "cat/b.png", "cat/in/c.png", "cat/d.png", "far/e.png"):
+        put(tmp_path / name, "not read")
+    told = {
+        "a": {"caption": "a cat", "tags": "sitting, mat", "train_resolution": [512, 512]}, "b.png": {"tags": "asleep"},
+        "in/c": {"caption": "one\ntwo", "tags": "x\ny"}, "gone": {"caption": "?"}, "d": {},
+    }  # fmt: skip
+    (tmp_path / "meta.json").write_text(json.dumps(told))
+    (tmp_path / "far.json").write_text(json.dumps({str(tmp_path / "far/e.png"): {"caption": "far"}}))
+    subset = '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "cat"\nmetadata_file = "meta.json"\nnum_repeats = 2\n'
+    (tmp_path / "set.toml").write_text(subset + '[[datasets.subsets]]\nmetadata_file = "far.json"\n')
+    found = read_set(tmp_path / "set.toml")
+    assert {example.image.name: example.lines for example in found.examples} == {
+        "a.png": ("a cat, sitting, mat",), "b.png": ("asleep",), "c.png": ("one", "two, x, y"), "d.png": (),
+        "e.png": ("far",),
+    }  # fmt: skip
+    assert [example.repeats for example in found.examples] == [2, 2, 2, 2, 1]
+    assert [remark.text for remark in found.remarks] == [
+        "d has neither caption nor tags", "names gone, which is not there"
+    ]  # fmt: skip
+    assert set(left_out(found).values()) == {"captions stand in meta.json", "captions stand in far.json"}
+    with pytest.raises(Refused, match=r"meta\.json: captions in it are not edited"):
+        captions_edit(tmp_path / "set.toml", "x")
+
+    del told["b.png"]
+    (tmp_path / "meta.json").write_text(json.dumps(told))
+    (tmp_path / "set.toml").write_text(subset + "enable_wildcard = true\n")
+    found = read_set(tmp_path / "set.toml")
+    assert left_out(found)["b.png"] == "not named in meta.json"
+    assert found.examples[-1].lines == ("one, x, y", "two, x, y")
+
+
+@pytest.mark.parametrize(
+    ("text", "refusal"), [("[1]", "must be an object"), ("{", "is not JSON"), (None, "cannot be read")]
+)
+def test_a_metadata_file_of_another_kind_is_refused(text: str | None, refusal: str, tmp_path: Path):
+    put(tmp_path / "cat/a.png")
+    if text:
+        (tmp_path / "meta.json").write_text(text)
+    (tmp_path / "set.toml").write_text(
+        '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "cat"\nmetadata_file = "meta.json"'
+    )
+    with pytest.raises(Refused, match=r"meta\.json") as refused:
+        read_set(tmp_path / "set.toml")
+    assert refusal in str(refused.value)
 
 
 def test_flags_that_stand_for_kohyas_keys_exist():
@@ -313,6 +391,12 @@ def test_flags_that_stand_for_kohyas_keys_exist():
         ("[[folders]]\nrepeats = 2\n", "[[folders]] without path; name the folder"),
         ("[[folders]]\npath = 'a'\nrepeats = '2'\n", "repeats = 2: must be a whole number"),
         ("[[folders]]\npath = 'a'\nrepeats = 0\n", "repeats = 0: must be a whole number from 1 to 10000"),
+        ("[[folders]]\npath = 'a'\ntag_dropout = 1.0\n", "tag_dropout = 1.0: must be a number from 0 to below 1"),
+        ("[[folders]]\npath = 'a'\nflop = true\n", "no such key flop in [[folders]] (did you mean flip?)"),
+        (
+            "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\nkeep_tokens = 1.5\n",
+            "keep_tokens = 1.5: must be a whole number",
+        ),
         ("[[folders]]\npath = 'none'\n", "none: no such folder"),
         ("[[folder]]\npath = 'a'\n", "no such table [folder] (did you mean folders?)"),
         ("[[datasets]]\n[[datasets.subsets]]\nimage_dirr = 'a'\n", "no such key image_dirr in kohya's subsets"),

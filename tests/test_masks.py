@@ -13,8 +13,9 @@ from scumble.configs.errors import Refused
 from scumble.configs.options import Data, Model, Objective
 from scumble.datasets.folder import Masks, read_set
 from scumble.datasets.images import Size, centre_crop, crop_at, read_size
-from scumble.datasets.masks import cropped_masks, read_mask, weights
-from scumble.datasets.views import tables, views_of, weights_of
+from scumble.datasets.masks import read_mask
+from scumble.datasets.tensors import cropped_masks, weights, weights_of
+from scumble.datasets.views import tables, views_of
 from scumble.trainer.latents import encode_set
 from scumble.trainer.models import load, recognise
 from scumble.trainer.step import Look, Objectives, generator_for

@@ -145,3 +145,14 @@ def test_the_command_line_is_the_frozen_one():
     ]
     frozen = (Path(__file__).parent / "command_line.txt").read_text().splitlines()
     assert sorted(set(lines)) == frozen, "the command line changed: if it was meant, update tests/command_line.txt"
+
+
+@pytest.mark.parametrize(
+    "command", [["check", "--no-page"], ["caption", "--dry-run"], ["captions", "list"]], ids=lambda words: words[0]
+)
+def test_pictures_and_captions_are_looked_at_without_torch(command: list[str], tmp_path: Path):
+    script = "import sys; sys.modules['torch'] = None; from scumble.trainer.cli import main; main()"
+    samples = CHECKOUT / "datasets/samples/clay-style"
+    words = [sys.executable, "-c", script, *command, str(samples)]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "20 pictures" in done.stdout or "20 kept" in done.stdout

@@ -21,11 +21,11 @@ from scumble.datasets.images import (
     centre_crop,
     check_pixels,
     crop_at,
-    cropped,
     read_alpha,
     read_rgb,
     read_size,
 )  # fmt: skip
+from scumble.datasets.tensors import cropped
 
 ORIENTATION = 0x0112
 
@@ -55,6 +55,24 @@ def test_every_orientation_is_turned_upright_as_pillow_and_opencv_turn_it(
     if suffix in ("jpg", "png", "webp"):  # OpenCV leaves AVIF as it lies, and cannot turn a TIFF on its side
         theirs = cv2.imread(str(path))
         assert theirs is not None and apart(pixels(ours), theirs[..., ::-1].astype(int)) <= 1
+
+
+@pytest.mark.parametrize("kind", [b"eXIf", b"iTXt"])
+def test_what_a_png_tells_behind_its_pixels_turns_it_too_and_else_they_are_not_decoded_for_its_size(
+    kind: bytes, tmp_path: Path
+):
+    path, exif = tmp_path / "late.png", Image.Exif()
+    exif[ORIENTATION] = 6
+    plain().save(path)
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'
+    data = {b"eXIf": exif.tobytes().removeprefix(b"Exif\0\0"), b"iTXt": xmp}[kind]
+    chunk = len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-12] + chunk + whole[-12:])
+    assert read_size(path) == Size(*read_rgb(path).size) == Size(28, 40)
+    first = whole.index(b"IDAT") + 4
+    path.write_bytes(whole[:first] + bytes(len(whole) - 16 - first) + whole[-16:])
+    assert read_size(path) == Size(40, 28) and check_pixels(path)
 
 
 def test_a_phones_heic_is_read(tmp_path: Path):

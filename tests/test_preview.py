@@ -124,6 +124,10 @@ def test_derived_prompts_are_three_captions_and_one_far_from_them_in_their_words
     assert derived(captions) == ["fox, clay style", "house, clay style", "tulip, clay style", "castle, clay style"]
     assert derived(["clay cat, crying", "clay cat, smiling"])[-1] == "clay cat, tiger"
     assert derived([""])[-1] == "tiger"
+    framed = [f"photo of {caption}, on white" for caption in captions]
+    assert derived(framed, "photo of", ", on white") == [
+        *(f"photo of {thing}, clay style, on white" for thing in ("fox", "house", "tulip", "castle"))
+    ]
 
 
 def test_bad_places_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -21,8 +21,9 @@ from scumble.configs import files
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Objective, Options
 from scumble.datasets.folder import read_set
-from scumble.datasets.images import Size, centre_crop, cropped, read_size
+from scumble.datasets.images import Size, centre_crop, read_size
 from scumble.datasets.order import epoch_batches
+from scumble.datasets.tensors import cropped
 from scumble.trainer import cli
 from scumble.trainer.adapters.adapter import read_adapter
 from scumble.trainer.adapters.files import read_tensors

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model
 
-from .adapters.files import read_header
+from .adapters.header import read_header
 
 BASES = Path(__file__).parent.parent.resolve() / "configs" / "bases"
 EMBEDDED = BASES / "sketch"

@@ -22,7 +22,7 @@ def register(app: App) -> None:
 
 
 def check(
-    source: Annotated[str, Parameter(help="Folder of pictures, or a TOML file of options")],
+    source: Annotated[str, Parameter(help="Folder of pictures, or a TOML file: of options or a list of folders")],
     /,
     *,
     model: Annotated[Model, section("Model")] = MODEL,
@@ -37,7 +37,9 @@ def check(
     Exit code 65 where a finding is serious.
     """
     flags = {"model": model.model_dump(exclude_unset=True), "data": data.model_dump(exclude_unset=True)}
-    file = Path(source) if source.endswith(".toml") else None
+    from scumble.datasets.dataset_toml import is_list_of_folders
+
+    file = Path(source) if source.endswith(".toml") and not is_list_of_folders(Path(source)) else None
     if file is None:
         flags["data"]["images"] = source
     options = files.resolve(file, preset, flags)

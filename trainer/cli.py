@@ -172,7 +172,7 @@ def flags_of(group: App) -> list[str]:
 
 
 def _lists_folders(path: Path) -> bool:
-    """Whether a TOML file lists folders of pictures rather than options; imported here, since it needs torch."""
+    """Whether a TOML file lists folders of pictures rather than options; imported here, since it needs Pillow."""
     from scumble.datasets.dataset_toml import is_list_of_folders
 
     return is_list_of_folders(path)

@@ -20,7 +20,7 @@ from .adapters.wear import worn
 from .adapters.weights import find_weights
 from .models import Base, Source, load, recognise
 from .preview import cell, default_cfg, grid, paint, write_picture
-from .prompts import Shot, shots_of
+from .prompts import SHOWN_PROMPTS, Shot, shots_of
 
 STRENGTH_LIMIT = 10.0
 LABEL_LETTERS = 32  # of a file's name
@@ -38,7 +38,7 @@ def compare(files: Sequence[Path], model: Model, previews: Previews, strengths: 
     source = recognise(model)
     for file, adapter in zip(files, adapters, strict=True):
         check_paintable(file, adapter, source)
-    shots = shots_of(previews, None, [], default_cfg(model.base))
+    shots = shots_of(previews, None, SHOWN_PROMPTS, default_cfg(model.base))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load(model, source, device, torch.float32)
     painted = [

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from scumble.datasets.checkup import Checkup, verdict
+from scumble.datasets.checkup import OF_FILES, Checkup, verdict
 
 NAMED = 3  # pictures named at a finding
 COLOURS = {"serious": "bold red", "warning": "yellow", "note": "dim"}
@@ -31,10 +31,11 @@ def print_findings(done: Checkup, name: str, base: str, written: list[Path]) -> 
     for one in done.findings:
         said = Text(one.what, "" if one.severity == "note" else "bold")
         said.append(f"\n{one.why}; {one.cure}", "not bold dim")
-        for path, text in list(one.details.items())[:NAMED]:
+        most = len(one.details) if one.check in OF_FILES else NAMED
+        for path, text in list(one.details.items())[:most]:
             said.append(f"\n  {Path(path).name}: {text}", "not bold")
-        if len(one.details) > NAMED:
-            said.append(f"\n  and {len(one.details) - NAMED} more", "not bold")
+        if len(one.details) > most:
+            said.append(f"\n  and {len(one.details) - most} more", "not bold")
         table.add_row(Text(one.severity, COLOURS[one.severity]), said)
     console.print(table)
     console.print(Text(verdict(done), COLOURS[done.findings[0].severity] if done.findings else "green"))

@@ -55,6 +55,7 @@ def fingerprints_of(examples: Sequence[Example], crops: Sequence[Sequence[Crop]]
         files = (example.image, example.mask) if example.mask else (example.image,)
         content = [hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() for file in files]
         told = f"{content}/{example.caption}/{example.repeats}/{example.prior}/{seen}"
+        told += f"/{example.rules}" if example.rules else ""
         inside = example.image.is_relative_to(folder)
         name = example.image.relative_to(folder).as_posix() if inside else example.image.name
         found[name] = hashlib.blake2b(f"{found.get(name, '')}{told}".encode(), digest_size=16).hexdigest()

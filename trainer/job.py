@@ -11,7 +11,8 @@ from scumble.configs.options import Options
 from scumble.datasets.folder import Example, PictureSet
 from scumble.datasets.images import Crop, Size
 from scumble.datasets.order import batches_per_epoch, told_batches
-from scumble.datasets.views import View, weights_of
+from scumble.datasets.tensors import weights_of
+from scumble.datasets.views import View
 from scumble.datasets.waste import bucket_uses, told_waste
 
 from .bases import Source, recognise
@@ -19,10 +20,10 @@ from .events import Events
 from .findings import as_json, told_findings
 from .machine import check_attention, make_accelerator
 from .optimizers import check_optimizer
-from .pictures import checked, read_examples, read_views, resolution_of
+from .pictures import checked, heard, read_examples, read_views, resolution_of
 from .plan import Plan, batch_of, make_plan, settled
 from .preview import default_cfg
-from .prompts import Shot, shots_of
+from .prompts import Shot, derived, shots_of
 from .run_folder import name_of_set
 
 
@@ -65,8 +66,9 @@ def look(options: Options, goes_on: bool = False) -> Job:
     found = read_examples(options)
     views = read_views(found, options, source)
     masks = [weights_of(view, source.latent_px, options.data.mask_floor) for view in views]
-    captions = [example.caption for example in found.examples if not example.prior]
-    shots = shots_of(options.previews, resolution_of(options, source), captions, default_cfg(source.name))
+    captions = [heard(example, options) for example in found.examples if not example.prior]
+    prompts = derived(captions, options.data.prefix, options.data.suffix)
+    shots = shots_of(options.previews, resolution_of(options, source), prompts, default_cfg(source.name))
     buckets, repeats = [view.size for view in views], [view.example.repeats for view in views]
     per_epoch = batches_per_epoch(buckets, repeats, batch_of(options, source))
     plan = make_plan(options, source, per_epoch, len(captions), sum(repeats))

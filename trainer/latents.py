@@ -14,7 +14,8 @@ import torch
 
 from scumble.configs.errors import Refused
 from scumble.datasets.cache import Cache, digest_of_file, digest_of_tensors, key_of
-from scumble.datasets.images import Crop, all_cropped
+from scumble.datasets.images import Crop
+from scumble.datasets.tensors import all_cropped
 
 from .models import Base
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Options
-from scumble.datasets.captions import said, with_trigger
+from scumble.datasets.captions import ruled, said, with_trigger
 from scumble.datasets.checkup import Checkup, check
-from scumble.datasets.folder import PictureSet, read_set
+from scumble.datasets.folder import Example, PictureSet, read_set
 from scumble.datasets.tokens import read_windows
 from scumble.datasets.views import View, tables, views_of
 
@@ -49,6 +49,14 @@ def read_views(found: PictureSet, options: Options, source: Source) -> list[View
     return views_of(found.examples, buckets, options.data, options.output.seed)
 
 
+def heard(example: Example, options: Options) -> str:
+    """What training says of a picture where chance takes nothing away and shuffles nothing."""
+    certain = {"caption_dropout": 0.0, "tag_dropout": 0.0, "shuffle_tags": False}
+    data = options.data.model_copy(update={"trigger": "", "prefix": "", "suffix": ""} if example.prior else {})
+    rules = ruled(data, example.rules).model_copy(update=certain)
+    return said(example.lines, rules, seed=options.output.seed, step=0, index=0)
+
+
 def checked(
     options: Options,
     source: Source,
@@ -58,10 +66,9 @@ def checked(
     tell: Callable[[int], None] = lambda done: None,
 ) -> Checkup:
     """The check-up of a run's pictures and captions, by what the base hears of them."""
-    certain = options.data.model_copy(update={"caption_dropout": 0.0, "tag_dropout": 0.0, "shuffle_tags": False})
     return check(
         found, views, kind=options.data.kind, trigger=options.data.trigger,
         windows=read_windows(source.tokenizers),
-        heard=lambda example: said(example.lines, certain, seed=options.output.seed, step=0, index=0),
+        heard=lambda example: heard(example, options),
         with_thumbs=with_thumbs, tell=tell,
     )  # fmt: skip

@@ -9,15 +9,16 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Previews
+from scumble.datasets.lettering import Font, lettered
 
 from .events import Events
 from .models import Base, load, recognise
-from .prompts import Shot, shots_of
+from .prompts import SHOWN_PROMPTS, Shot, shots_of
 
 SAMPLERS = {
     "ddim": DDIMScheduler,
@@ -39,7 +40,7 @@ def default_cfg(base_name: str) -> float:
 def preview_base(model: Model, previews: Previews, out: Path) -> None:
     """Paint the shots of `previews` with a base and write one labelled grid."""
     source = recognise(model)
-    shots = shots_of(previews, None, [], default_cfg(model.base))
+    shots = shots_of(previews, None, SHOWN_PROMPTS, default_cfg(model.base))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load(model, source, device, torch.float32)
     pictures = [cell(picture) for picture in paint(base, shots, previews.sampler)]
@@ -151,9 +152,9 @@ def grid(
     width = max(picture.width for row in rows for picture in row)
     height = max(picture.height for row in rows for picture in row)
     text_px = max(11, width // 12)
-    font = ImageFont.load_default(text_px)
     line_px = int(text_px * 1.7)
-    margin = int(max((font.getlength(label) for label in left), default=0)) + (GAP_PX if left else 0)
+    names = [lettered(label, text_px) for label in left]
+    margin = int(max((font.getlength(label) for label, font in names), default=0)) + (GAP_PX if left else 0)
     tops, top = [], GAP_PX
     for labels in below:
         tops.append(top)
@@ -163,17 +164,19 @@ def grid(
     pen = ImageDraw.Draw(sheet)
     for number, (row, labels, top) in enumerate(zip(rows, below, tops, strict=True)):
         if left:
-            pen.text((GAP_PX, top + height / 2), left[number], INK, font, anchor="lm")
+            name, font = names[number]
+            pen.text((GAP_PX, top + height / 2), name, INK, font, anchor="lm")
         for column, picture in enumerate(row):
             x = margin + GAP_PX + column * (width + GAP_PX)
             sheet.paste(picture, (x + (width - picture.width) // 2, top + (height - picture.height) // 2))
             if labels:
-                shown = shortened(labels[column], font, width)
+                label, font = lettered(labels[column], text_px)
+                shown = shortened(label, font, width)
                 pen.text((x + width / 2, top + height + line_px / 2), shown, INK, font, anchor="mm")
     return sheet
 
 
-def shortened(label: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width_px: int) -> str:
+def shortened(label: str, font: Font, width_px: int) -> str:
     """The label, cut with … to fit."""
     shown = label
     while len(shown) > 1 and font.getlength(shown) > width_px:

@@ -1,6 +1,5 @@
 """What previews show: prompts from options, a text file, kohya's prompt lines, or derived from the captions."""
 
-import random
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Previews
-from scumble.datasets import wildcards
+from scumble.datasets.captions import framed
 
 SHOWN_WORDS = (
     "red apple", "tiger", "rocket", "princess", "castle", "sailboat",
@@ -33,11 +32,9 @@ class Shot:
     cfg: float
 
 
-def shots_of(previews: Previews, size_px: int | None, captions: Sequence[str], cfg: float) -> list[Shot]:
-    """The shots that the options name; without any, four from the captions, or 24 that show the embedded base."""
+def shots_of(previews: Previews, size_px: int | None, prompts: Sequence[str], cfg: float) -> list[Shot]:
+    """The shots that the options name; where they name none, those of `prompts`."""
     lines = list(previews.prompts) + (_lines_of(Path(previews.prompt_file)) if previews.prompt_file else [])
-    if not lines:
-        lines = derived(captions) if captions else SHOWN_PROMPTS
     side = size_px if previews.preview_size == "auto" else previews.preview_size
     return [
         _parsed(
@@ -47,22 +44,27 @@ def shots_of(previews: Previews, size_px: int | None, captions: Sequence[str], c
                 cfg if previews.cfg == "auto" else previews.cfg,
             ),
         )
-        for index, line in enumerate(lines)
+        for index, line in enumerate(lines or prompts)
     ]  # fmt: skip
 
 
-def derived(captions: Sequence[str]) -> list[str]:
-    """Three captions from over the set, and one prompt far from them with the words that all captions share."""
-    ways = [wildcards.chosen(caption, random.Random(0)) for caption in captions if caption]
-    distinct = list(dict.fromkeys(ways)) or [""]
-    chosen = [distinct[index * (len(distinct) - 1) // 2] for index in range(min(3, len(distinct)))]
+def derived(captions: Sequence[str], prefix: str = "", suffix: str = "") -> list[str]:
+    """Three captions from over the set, and one prompt far from them with the words that all captions share.
+
+    `captions` are as training says them; `prefix` and `suffix`, which stand around them, stand around that one too.
+    """
+    heard = list(dict.fromkeys(filter(None, captions))) or [""]
+    chosen = [heard[index * (len(heard) - 1) // 2] for index in range(min(3, len(heard)))]
+    before, after = framed("\0", prefix, suffix).split("\0")
+    distinct = list(dict.fromkeys(caption.removeprefix(before).removesuffix(after) for caption in heard))
     counts = Counter(tag.strip() for caption in distinct for tag in set(caption.split(",")) if tag.strip())
     shared = [tag for tag, count in counts.items() if count > 0.8 * len(distinct)]
     said = " ".join(distinct).lower()
     thing = next((thing for thing in FAR_THINGS if thing not in said), FAR_THINGS[0])
     first = [tag for tag in shared if distinct[0].startswith(tag)]
     last = [tag for tag in shared if tag not in first]
-    return list(dict.fromkeys([*chosen, ", ".join([*first, thing, *last])]))
+    far = framed(", ".join([*first, thing, *last]), prefix, suffix)
+    return list(dict.fromkeys([*chosen, far]))
 
 
 def _lines_of(path: Path) -> list[str]:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from scumble.datasets.lettering import lettered
+
 WIDTH, HEIGHT, LEFT, BELOW, ABOVE = 720, 360, 64, 40, 28
 INK, FAINT, CURVE, POINTS = (40, 40, 40), (226, 226, 226), (200, 70, 40), (236, 200, 186)
 
@@ -37,6 +39,7 @@ def loss_curve(losses: Sequence[float], title: str) -> Image.Image:
         x, y = place(step, loss)
         pen.ellipse([x - 1, y - 1, x + 1, y + 1], POINTS)
     pen.line([place(step, loss) for step, loss in enumerate(smooth)], CURVE, 2, joint="curve")
-    pen.text((LEFT, 8), title, INK, font)
+    shown, title_font = lettered(title, 13)
+    pen.text((LEFT, 8), shown, INK, title_font)
     pen.text((WIDTH - 16, HEIGHT - 6), "step", INK, font, anchor="rb")
     return sheet

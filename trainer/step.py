@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from scumble.configs.options import Data, Objective
-from scumble.datasets.captions import said
+from scumble.datasets.captions import ruled, said
 from scumble.datasets.folder import Example
 from scumble.datasets.images import Crop
 
@@ -147,7 +147,7 @@ class Objectives:
 
     def _caption(self, look: Look) -> str:
         example = self.examples[look.index]
-        rules = self.rules_of_prior if example.prior else self.data
+        rules = ruled(self.rules_of_prior if example.prior else self.data, example.rules)
         return said(example.lines or [example.caption], rules, seed=self.seed, step=look.step, index=look.slot)
 
     def _encoding(self, caption: str) -> Conditioning:

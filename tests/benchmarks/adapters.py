@@ -25,7 +25,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from scumble.trainer.adapters.adapter import Adapter, read_adapter, to_tensors
 from scumble.trainer.adapters.bake import Dose, bake
-from scumble.trainer.adapters.files import Entry, header_bytes, write_adapter
+from scumble.trainer.adapters.files import write_adapter
+from scumble.trainer.adapters.header import Entry, header_bytes
 from scumble.trainer.adapters.inspect import inspect
 from scumble.trainer.adapters.keys import Place, sgm_path
 from scumble.trainer.adapters.lowrank import Rule, svd_of_factors

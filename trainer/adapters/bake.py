@@ -16,8 +16,8 @@ from scumble.configs.errors import Refused
 
 from .adapter import Adapter
 from .factors import check_biases
-from .files import read_header
 from .fit import check_fit
+from .header import read_header
 from .keys import Place
 from .privacy import without_paths, words_for_cut
 from .stream import Change, rewrite

@@ -11,7 +11,7 @@ import torch
 
 from .adapter import Adapter, from_tensors, read_named
 from .factors import factors_of
-from .files import read_header
+from .header import read_header
 from .keys import Place
 from .module import LABELS, Module
 from .privacy import without_paths

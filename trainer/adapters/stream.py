@@ -10,7 +10,7 @@ import torch
 
 from scumble.configs.errors import Refused
 
-from .files import Entry, header_bytes, read_header
+from .header import Entry, header_bytes, read_header
 from .progress import with_bar
 
 CHUNK_BYTES = 16 * 2**20

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from scumble.configs.errors import Refused
 
 from .detection import FAMILY_OF_CONTEXT
-from .files import read_header
+from .header import read_header
 from .keys import UNET_LAYER, Place, diffusers_path
 
 FOLDERS = {"unet": "unet", "text_encoder": "text", "text_encoder_2": "text2"}

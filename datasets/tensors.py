@@ -1,0 +1,70 @@
+"""Crops and masks as the tensors that training sees. What lies before this, a check-up too, needs no torch."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from scumble.configs.errors import Refused
+
+from .images import ENOUGH, Crop, Size, read_rgb, resized
+from .masks import read_mask
+from .views import View
+
+
+def cropped(path: Path, crop: Crop) -> torch.Tensor:
+    """RGB in [-1, 1], (3, H, W) of the crop's target size."""
+    return next(all_cropped(path, [crop]))
+
+
+def all_cropped(path: Path, crops: Sequence[Crop]) -> Iterator[torch.Tensor]:
+    """Each crop of a picture, as `cropped` gives it; the file is decoded once.
+
+    Only the part that is kept is resized (Lanczos), so that a strip of 1x5000 pixels does not become a million high.
+    """
+    widest, highest = max(crop.resized.width for crop in crops), max(crop.resized.height for crop in crops)
+    picture = read_rgb(path, Size(ENOUGH * widest, ENOUGH * highest))
+    for crop in crops:
+        pixels = torch.from_numpy(np.asarray(resized(picture, crop, crop.target, Image.Resampling.LANCZOS)).copy())
+        yield pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def weights_of(view: View, latent_px: int, floor: float) -> tuple[torch.Tensor, ...]:
+    """Weights (H, W) of a view's latents, of mean 1, for each of its crops; none where it has no mask.
+
+    Raises `Refused` naming a picture in whose crop nothing counts.
+    """
+    image, mask = view.example.image, view.example.mask
+    if mask is None:
+        return ()
+    size = Size(view.size.width // latent_px, view.size.height // latent_px)
+    masks = cropped_masks(image, mask, view.crops, size)
+    if floor == 0 and not all(one.any() for one in masks):
+        raise Refused(
+            f"{image}: its mask is black in the crop that is seen; widen it, take --crop focus, or --masks off"
+        )
+    return tuple(weights(one, floor) for one in masks)
+
+
+def cropped_masks(image: Path, mask: Path, crops: Sequence[Crop], size: Size) -> list[torch.Tensor]:
+    """How much each part of each crop counts, (H, W) of `size` (of the latents, say), in [0, 1]: means over areas."""
+    picture = read_mask(image, mask)
+    if picture is None:
+        return [torch.ones(size.height, size.width) for _ in crops]
+    parts = [resized(picture, crop, size, Image.Resampling.BOX) for crop in crops]
+    return [torch.from_numpy(np.asarray(part).copy()).float() / 255 for part in parts]
+
+
+def weights(mask: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
+    """Weights of mean 1 from a mask (H, W) in [0, 1], whose black parts weigh `floor` beside 1.
+
+    The mean of a weighted loss is then the mean over what counts, however small that is. Raises ValueError for a mask
+    that is black all over.
+    """
+    lifted = floor + (1 - floor) * mask
+    mean = lifted.mean()
+    if mean <= 0:
+        raise ValueError("a mask that is black all over")
+    return lifted / mean
