@@ -171,7 +171,9 @@ class Machine(Section):
 class Previews(Section):
     """How previews are painted."""
 
-    prompts: tuple[str, ...] = option((), "Prompts; none: derived from the captions")
+    prompts: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = option(
+        (), "Prompts; none: derived from the captions"
+    )
     prompt_file: str = option("", "Text file with one prompt a line, # for remarks")
     negative: str = option("", "Negative prompt")
     sampler: Literal["ddim", "euler", "euler_a", "dpmpp_2m"] = option("ddim", "Sampler")

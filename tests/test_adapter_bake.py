@@ -116,6 +116,28 @@ def test_the_embedded_base_keeps_its_types_and_its_other_files(tmp_path: Path):
         assert file.metadata()["baked"] == "one x 1"
 
 
+def test_a_baked_folder_tells_no_path_of_the_disk_that_its_base_lay_on(tiny: Path, tmp_path: Path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny, base)
+    names = {
+        "model_index.json": ("_name_or_path", "/home/mia-q7/models/base", "base"),
+        "unet/config.json": ("_name_or_path", "C:\\Users\\mia-q7\\sd\\unet", "unet"),
+        "text_encoder/config.json": ("_name_or_path", "openai/clip-vit-large-patch14", "openai/clip-vit-large-patch14"),
+        "tokenizer/tokenizer_config.json": ("name_or_path", "/home/mia-q7/models/base/tokenizer", "tokenizer"),
+    }
+    for name, (key, path, _) in names.items():
+        told = json.loads((base / name).read_text(encoding="utf-8")) | {key: path}
+        (base / name).write_text(json.dumps(told), encoding="utf-8")
+    lines = bake(base, tmp_path / "baked", [Dose("one", adapter_for(base, "sd1", 1))])
+    assert "model_index.json" in lines[0] and "unet/config.json" in lines[0] and "text_encoder" not in lines[0]
+    for name, (key, _, expected) in names.items():
+        told = json.loads((tmp_path / "baked" / name).read_text(encoding="utf-8"))
+        assert told == json.loads((base / name).read_text(encoding="utf-8")) | {key: expected}
+    texts = [file.read_bytes() for file in (tmp_path / "baked").rglob("*") if file.is_file()]
+    assert not any(b"mia-q7" in text for text in texts)
+    pipeline(tmp_path / "baked")
+
+
 @pytest.mark.parametrize("base", ["sd15", "sd21", "sdxl"])
 def test_one_file_of_the_original_layout_is_baked_like_the_folder(base: str, tmp_path: Path):
     folder = narrow(base, tmp_path / "configs")
@@ -297,6 +319,8 @@ def test_an_existing_place_needs_force_and_a_folder_of_something_else_is_never_r
         bake(tiny, tmp_path / "mine", doses)
     with pytest.raises(Refused, match="is no diffusers folder, so it is not replaced"):
         bake(tiny, tmp_path / "mine", doses, force=True)
+    with pytest.raises(Refused, match=r"a folder, and so is what is written; give a name without \.safetensors"):
+        bake(tiny, tmp_path / "x.safetensors", doses)
     with pytest.raises(Refused, match="is the base itself"):
         bake(tiny, tiny, doses, force=True)
     assert (tmp_path / "mine/diary.txt").read_text() == "dear diary"

@@ -50,11 +50,33 @@ def test_half_precision_is_computed_in_single_and_double_stays_double():
     torch.testing.assert_close((wide.u * wide.s) @ wide.vh, up.double() @ down.double(), rtol=1e-12, atol=1e-12)
 
 
-def test_a_large_matrix_whose_spectrum_falls_slowly_is_within_a_hundredth_of_the_best():
-    rows, columns, rank = 900, 700, 32
-    u, v = torch.linalg.qr(draw(rows, columns))[0], torch.linalg.qr(draw(columns, columns, seed=1))[0]
-    s = torch.arange(1, columns + 1).float().pow(-0.5)
-    matrix = (u * s) @ v.T
+def falling(power: float) -> torch.Tensor:
+    """A matrix (900, 700) with the singular values 1, 2^-power, 3^-power, …"""
+    u, v = torch.linalg.qr(draw(900, 700))[0], torch.linalg.qr(draw(700, 700, seed=1))[0]
+    return (u * torch.arange(1, 701).float().pow(-power)) @ v.T
+
+
+def dora_change() -> torch.Tensor:
+    """m · V / ‖V‖ - W (900, 700) for V = W + a product of rank 16, of full rank by its magnitudes."""
+    weight = draw(900, 700)
+    direction = weight + 0.1 * draw(900, 16, seed=1) @ draw(16, 700, seed=2)
+    magnitude = weight.norm(dim=0) * (1 + 0.05 * draw(700, seed=3))
+    return direction * magnitude / direction.norm(dim=0) - weight
+
+
+LARGE = {
+    "flat": lambda: draw(900, 700),
+    "falls slowly": lambda: falling(0.25),
+    "falls": lambda: falling(1.0),
+    "falls fast": lambda: falling(1.5),
+    "DoRA": dora_change,
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_a_large_matrix_is_reduced_within_a_hundredth_of_the_best(kind: str):
+    matrix, rank = LARGE[kind](), 32
+    s = torch.linalg.svdvals(matrix.double())
     svd = svd_of_dense(matrix, rank)
     factors = factors_from_svd(svd, rank)
     best = float(s[rank:].square().sum().sqrt())

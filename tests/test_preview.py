@@ -223,15 +223,18 @@ def test_a_row_is_a_file_at_a_strength_and_a_column_a_prompt(tmp_path: Path):
     again.parent.mkdir()
     again.write_bytes(file.read_bytes())
     out = tmp_path / "grid.png"
-    prompts = ["--prompts", "tiger", "--prompts", "owl", "--prompts", "car"]
-    cli.main(["preview", str(file), str(again), *prompts, "--strengths", "0,1", "--preview-steps", "1",
+    prompts = ["--prompts", "tiger", "owl", "--prompts", "car"]
+    cli.main(["preview", str(file), str(again), *prompts, "--strengths", "1,0,2", "--preview-steps", "1",
               "--out", str(out)])  # fmt: skip
     picture, side = Image.open(out).convert("RGB"), 128 + preview.GAP_PX
     margin = picture.width - 3 * side - preview.GAP_PX
-    assert margin > 40 and picture.height - 4 * side in range(preview.GAP_PX + 11, preview.GAP_PX + 40)
-    rows = [np.asarray(picture.crop((margin, side * row, picture.width, side * (row + 1)))) for row in range(4)]
-    assert np.array_equal(rows[0], rows[2]) and np.array_equal(rows[1], rows[3])  # the same bytes under two names
-    assert not np.array_equal(rows[0], rows[1])
+    assert margin > 40 and picture.height - 5 * side in range(preview.GAP_PX + 11, preview.GAP_PX + 40)
+    rows = [np.asarray(picture.crop((margin, side * row, picture.width, side * (row + 1)))) for row in range(5)]
+    assert np.array_equal(rows[1], rows[3]) and np.array_equal(rows[2], rows[4])  # the same bytes under two names
+    assert not any(np.array_equal(rows[one], rows[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
+    cli.main(["preview", *prompts, "--preview-steps", "1", "--out", str(tmp_path / "base.png")])
+    plain = Image.open(tmp_path / "base.png").convert("RGB")
+    assert np.array_equal(rows[0][:side, : plain.width], np.asarray(plain)[:side])  # 0 is the base alone, once
     assert compare.names_of([file, again])[1] == "b/it"
     assert len(compare.names_of([Path("x" * 90 + ".safetensors")])[0]) == compare.LABEL_LETTERS
 
@@ -252,6 +255,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path, capsys: 
     assert "is for sdxl, but --base sketch is sd1; name a base of its kind" in refused(other, "--base", "sketch")
     assert "--strengths 0,x: must be numbers" in refused(other, "--strengths", "0,x")
     assert "--strengths nan: must be numbers" in refused(other, "--strengths", "nan")
+    assert f"--prompts {other}: is a file, not a prompt" in refused(other, "--prompts", "a", str(other))
     write_adapter({f"{stem}.lokr_w1": torch.ones(2, 2), f"{stem}.lokr_w2": torch.ones(2, 2)}, {}, other)
     assert "does not tell its base" in refused(other)
     assert "attn2.to_k is 4 x 4 and the base's layer 128 x 192; it is for another" in refused(other, "--base", "sketch")

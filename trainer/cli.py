@@ -115,6 +115,9 @@ def preview(
     options = files.resolve(flags=flags)
     if out.exists() and not force:
         raise Refused(f"{out} exists: choose another --out, or --force to write over it")
+    for prompt in options.previews.prompts:
+        if prompt.endswith(".safetensors"):
+            raise Refused(f"--prompts {prompt}: is a file, not a prompt; name adapter files before --prompts")
     if adapters:
         from .compare import compare, strengths_of
 

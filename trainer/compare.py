@@ -4,7 +4,7 @@ LoRA is loaded by diffusers itself. It knows no other kind, so those are put int
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from scumble.configs.options import Model, Previews
 from .adapters.adapter import Adapter, read_adapter
 from .adapters.fit import check_fit
 from .adapters.inspect import beyond_diffusers, network_of
+from .adapters.progress import with_bar
 from .adapters.wear import worn
 from .adapters.weights import find_weights
 from .models import Base, Source, load, recognise
@@ -30,7 +31,8 @@ LOADED = "compared"
 def compare(files: Sequence[Path], model: Model, previews: Previews, strengths: Sequence[float], out: Path) -> None:
     """Paint every prompt with every file at every strength; a row is one file at one strength, a column one prompt.
 
-    Raises `Refused` where a file is for another base, or its base must be named.
+    Strength 0 is the base alone, the same for all files, so it is painted once, as the first row. Raises
+    `Refused` where a file is for another base, or its base must be named.
     """
     adapters = [read_adapter(file) for file in files]
     if "base" not in model.model_fields_set:
@@ -41,34 +43,35 @@ def compare(files: Sequence[Path], model: Model, previews: Previews, strengths: 
     shots = shots_of(previews, None, SHOWN_PROMPTS, default_cfg(model.base))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     base = load(model, source, device, torch.float32)
-    painted = [
-        row
-        for file, adapter in zip(files, adapters, strict=True)
-        for row in paint_strengths(base, file, adapter, shots, strengths, previews.sampler)
-    ]
-    rows = [[cell(picture) for picture in pictures] for pictures in painted]
-    labels = [f"{name} @ {strength:g}" for name in names_of(files) for strength in strengths]
+    amounts = [strength for strength in strengths if strength]
+    alone = len(amounts) < len(strengths)
+    labels = [*(["no adapter"] if alone else []), *(f"{name} @ {n:g}" for name in names_of(files) for n in amounts)]
+
+    def painted() -> Iterator[list[Image.Image]]:
+        if alone:
+            yield paint(base, shots, previews.sampler)
+        for file, adapter in zip(files, adapters, strict=True):
+            yield from paint_strengths(base, file, adapter, shots, amounts, previews.sampler)
+
+    rows = [[cell(picture) for picture in row] for row in with_bar(painted(), "painting", len(labels))]
     below = [[] for _ in rows[:-1]] + [[shot.prompt for shot in shots]]
     write_picture(grid(rows, below, labels), out)
 
 
 def paint_strengths(
     base: Base, file: Path, adapter: Adapter, shots: Sequence[Shot], strengths: Sequence[float], sampler: str
-) -> list[list[Image.Image]]:
+) -> Iterator[list[Image.Image]]:
     """The shots at each strength of one file, whose content is `adapter`; the base is left as it was."""
     if beyond_diffusers(network_of(adapter)):
-        rows = []
         for strength in strengths:
             with worn(base, adapter, strength):
-                rows.append(paint(base, shots, sampler))
-        return rows
+                yield paint(base, shots, sampler)
+        return
     base.pipeline.load_lora_weights(str(file), adapter_name=LOADED)
-    rows = []
     for strength in strengths:
         base.pipeline.set_adapters([LOADED], [strength])
-        rows.append(paint(base, shots, sampler))
+        yield paint(base, shots, sampler)
     base.pipeline.unload_lora_weights()
-    return rows
 
 
 def strengths_of(text: str) -> list[float]:

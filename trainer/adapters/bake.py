@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,8 @@ from .keys import Place
 from .privacy import without_paths, words_for_cut
 from .stream import Change, rewrite
 from .weights import FOLDERS, PICKLES, Weights, find_weights, places_of, rows, weight_files
+
+NAME_OR_PATH = "name_or_path"  # libraries write there where a part was loaded from
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ def bake(base: Path, out: Path, doses: Sequence[Dose], undo: bool = False, force
         raise Refused(f"{out} is the base itself: choose another name")
     doses = [Dose(dose.name, dose.adapter, -dose.strength if undo else dose.strength) for dose in doses]
     if base.is_dir():
+        if out.suffix == ".safetensors":
+            raise Refused(
+                f"--out {out}: the base is a folder, and so is what is written; give a name without .safetensors"
+            )
         return words_for_cut(bake_folder(base, out, doses, note(doses)))
     if out.suffix != ".safetensors":
         raise Refused(f"{out}: the base is one file, so give a name that ends in .safetensors")
@@ -71,6 +78,7 @@ def bake_folder(base: Path, out: Path, doses: Sequence[Dose], comment: str) -> l
         for name in parts_of(base):
             copy_part(base / name, temporary / name, with_weights=name not in FOLDERS)
         shutil.copy2(base / "model_index.json", temporary)
+        cut += cut_names(temporary)
         for part, component in FOLDERS.items():
             for file in weight_files(base / part, all_variants=True):
                 cut += bake_file(file, temporary / part / file.name, component, doses, comment)
@@ -98,6 +106,25 @@ def copy_part(old: Path, new: Path, with_weights: bool) -> None:
     """The files of one part but for pickles, and for weights that are written anew."""
     left_out = PICKLES if with_weights else (*PICKLES, ".safetensors")
     shutil.copytree(old, new, ignore=shutil.ignore_patterns(*(f"*{suffix}" for suffix in left_out)))
+
+
+def cut_names(folder: Path) -> list[str]:
+    """Cut paths of a disk out of the `_name_or_path` of a folder's configs; the names of the files that had one."""
+    cut = []
+    for file in sorted(folder.rglob("*.json")):
+        text = file.read_text(encoding="utf-8")
+        if NAME_OR_PATH in text:
+            told = json.loads(text, object_hook=without_own_path)
+            if told != json.loads(text):
+                file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+                cut.append(str(file.relative_to(folder)))
+    return cut
+
+
+def without_own_path(told: dict[str, Any]) -> dict[str, Any]:
+    """A table of JSON whose `_name_or_path`, or that of a tokenizer, is no path of a disk; a hub id stays."""
+    names = {key: told[key] for key in told if key.endswith(NAME_OR_PATH) and isinstance(told[key], str)}
+    return told | without_paths(names)[0]
 
 
 def bake_file(old: Path, new: Path, component: str | None, doses: Sequence[Dose], comment: str) -> list[str]:

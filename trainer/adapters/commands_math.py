@@ -109,7 +109,7 @@ def extract(
 
     from scumble.configs.options import Model
 
-    from ..models import recognise
+    from ..bases import recognise
     from .adapter import Adapter
     from .extract import extract as extracted
     from .lowrank import Rule
@@ -190,7 +190,7 @@ def place_of_base(base: str) -> Path:
         return Path(base)
     from scumble.configs.options import Model
 
-    from ..models import recognise
+    from ..bases import recognise
 
     return Path(recognise(Model(base=base)).place)
 

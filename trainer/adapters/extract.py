@@ -44,7 +44,7 @@ def extract(
         raise Refused(f"{tuned} is a base of {second.family}, {base} of {first.family}")
     places = shared_places(first, second, text, convs)
     modules = {}
-    for place in with_bar(places, "extracting"):
+    for place in with_bar(places, "extracting", len(places)):
         found = difference(first, second, place, rule, dtype)
         if found:
             modules[place] = found

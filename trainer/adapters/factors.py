@@ -17,6 +17,7 @@ from .lowrank import (
     Rule,
     Svd,
     chosen_rank,
+    energy,
     factors_from_svd,
     factors_of_hadamard,
     factors_of_kronecker,
@@ -105,8 +106,7 @@ def reduced_change(
 
 def reduced_dense(delta: torch.Tensor, rule: Rule, kernel: tuple[int, ...], dtype: torch.dtype) -> Reduced:
     """The best LoRA that `rule` makes of a matrix (out, in · h · w)."""
-    total = float(delta.double().square().sum())
-    return reduced(svd_of_dense(delta, rule.rank or min(delta.shape)), rule, kernel, dtype, total)
+    return reduced(svd_of_dense(delta, rule.rank or min(delta.shape)), rule, kernel, dtype, energy(delta))
 
 
 def module_of(factors: Factors, kernel: tuple[int, ...], dtype: torch.dtype) -> Module:

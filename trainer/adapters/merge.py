@@ -69,7 +69,7 @@ def merge(inputs: Sequence[Input], recipe: Recipe, base: Weights | None = None) 
     check(inputs, recipe, base)
     places = sorted({place for one in inputs for place in one.adapter.modules})
     modules = {}
-    for place in with_bar(places, "merging"):
+    for place in with_bar(places, "merging", len(places)):
         weighted = [
             (one.weight_at(place), one.adapter.modules[place])
             for one in inputs

@@ -20,7 +20,7 @@ def resize(adapter: Adapter, rule: Rule, name: str, base: Weights | None = None)
     check_biases(name, adapter)
     check_dora(name, adapter, base)
     modules: dict[Place, Reduced] = {}
-    for place, module in with_bar(list(adapter.modules.items()), "resizing"):
+    for place, module in with_bar(adapter.modules.items(), "resizing", len(adapter.modules)):
         found = reduced_change(place, module, rule, kernel_of(place, module, adapter.family), base)
         if not found:
             raise Refused(f"{name}: {place.path} is {module.label}, whose rank has no bound of its own: give --rank")

@@ -33,7 +33,7 @@ def rewrite(source: Path, target: Path, changes: Mapping[str, Change], metadata:
         with source.open("rb") as old, temporary.open("wb") as new:
             new.write(header_bytes({name: entry.told() for name, entry in header.entries.items()}, metadata))
             in_order = sorted(header.entries.items(), key=lambda item: (item[1].start, item[1].end))
-            for name, entry in with_bar(in_order, f"writing {target.name}"):
+            for name, entry in with_bar(in_order, f"writing {target.name}", len(in_order)):
                 old.seek(header.size + entry.start)
                 if name in changes:
                     new.write(changed(old, entry, changes[name], f"{target.name}: {name}"))
