@@ -162,6 +162,9 @@ class Machine(Section):
 
     device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "Where to train")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option("auto", "Of the base; the adapter is always fp32")
+    quantize: Literal["auto", "off", "int8", "nf4"] = option(
+        "auto", "Frozen UNet in 8 or 4 bits (QLoRA), slower; auto: only if a step does not fit otherwise"
+    )
     attention: Literal["sdpa", "xformers"] = option("sdpa", "Attention kernel; xformers needs the extra [xformers]")
     checkpointing: bool | Auto = option(
         "auto", "Recompute activations to save memory; auto: only if a step does not fit"

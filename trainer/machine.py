@@ -4,16 +4,21 @@ import resource
 import signal
 import sys
 import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from types import FrameType
 from typing import Any, Self
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Machine
+
+from .run_folder import STOPPED
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -62,6 +67,25 @@ def memory_mb(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) // 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak // (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def total_memory_mb(device: torch.device) -> int:
+    """Of the CUDA device, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 2**20
+    return psutil.virtual_memory().total // 2**20
+
+
+@contextmanager
+def device_may_fail(device: torch.device) -> Generator[None]:
+    """Within the block a CUDA device that is lost or hangs stops the run, which can go on: `Refused` (75)."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("CUDA error"):
+            raise
+        line = str(error).splitlines()[0]
+        raise Refused(f"the {device.type} device fails ({line}); look at its driver and cooling", STOPPED) from None
 
 
 class Interrupts:
