@@ -194,7 +194,7 @@ class Output(Section):
         "auto", "Steps between saved adapters; auto: each epoch; 0: only the last", "steps"
     )
     keep: Literal["all", "last", "best"] = option(
-        "all", "Saved adapters that stay: all, the last, or those after the lowest loss"
+        "all", "Saved adapters that stay: all, the last, or those of lowest training loss (previews tell more)"
     )
     keep_count: Count = option(3, "How many stay with keep = last or best")
     save_dtype: Literal["fp16", "bf16", "fp32"] = option("fp16", "Number format of the adapter file")

@@ -1,5 +1,6 @@
 """The machine a run is on: device, precision, memory, and the signal to stop."""
 
+import os
 import resource
 import signal
 import sys
@@ -18,9 +19,9 @@ from accelerate.state import AcceleratorState
 from scumble.configs.errors import Refused
 from scumble.configs.options import Machine
 
-from .run_folder import STOPPED
+from .run_folder import CUT, STOPPED
 
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
+EXIT_CODES = {signal.SIGINT: CUT, signal.SIGTERM: STOPPED}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -110,7 +111,13 @@ class Interrupts:
     def __bool__(self) -> bool:
         return self.code != 0
 
+    @property
+    def cause(self) -> str:
+        """What came, in words; nothing where nothing did."""
+        return {0: "", CUT: "by Ctrl-C", STOPPED: "by SIGTERM"}[self.code]
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.careful or self.code:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(EXIT_CODES[signal.Signals(number)])
         self.code = EXIT_CODES[signal.Signals(number)]
+        os.write(2, b"scumble: stops after this step and saves; once more stops at once\n")  # print might be at work

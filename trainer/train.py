@@ -11,7 +11,7 @@ from typing import Any
 
 from scumble.configs import files
 from scumble.configs.errors import Refused
-from scumble.configs.options import Options
+from scumble.configs.options import Optimization, Options
 from scumble.datasets.cache import cache_in
 from scumble.datasets.images import Size
 from scumble.datasets.order import epoch_batches
@@ -28,10 +28,11 @@ from .memory import TooLarge, duration, measure, unless_too_large
 from .models import Base, load, take_fewer_bits
 from .optimizers import make_optimizer
 from .pace import Pace
+from .plan import Plan
 from .preview import Gallery, write_picture
 from .quantize import BITS, fewer_bits
 from .report import loss_curve
-from .run_folder import EVENTS, OPTIONS, STOPPED, RunFolder, TakenOver, is_run, status_of, write_text
+from .run_folder import CUT, EVENTS, OPTIONS, STOPPED, RunFolder, TakenOver, is_run, status_of, write_text
 from .schedules import rate_share
 from .state import Kept, State, newest_state, save_state
 from .step import Objectives
@@ -85,6 +86,7 @@ def train(
         return Result(folder / f"{job.options.output.name}.safetensors", 0)
     if kept:
         notes += changes(kept.state, identity, force)
+        notes += told_schedule(kept.state, job.plan, job.options.optimization)
     try:
         with Interrupts() as interrupts, RunFolder(folder).claim(force) as run, device_may_fail(job.accelerator.device):
             write_text(folder / OPTIONS, files.dumps(job.options))
@@ -94,6 +96,8 @@ def train(
             state = replace(kept.state if kept else State(started=time.time()), identity=identity)
             try_out(job, ready, folder, events, state.step)
             return learn(job, ready, state, run, interrupts, events)
+    except KeyboardInterrupt:
+        raise Refused(f"stopped by Ctrl-C; `scumble train {folder}` goes on", CUT) from None
     except Refused as error:
         if isinstance(error, TakenOver) or error.exit_code not in (73, STOPPED) or not is_run(folder):
             raise
@@ -283,11 +287,13 @@ def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Inte
         asked = run.requests()
         due = "save" in asked or (plan.save_every and done % plan.save_every == 0)
         if due and done < plan.num_steps and not outcome.broken:
-            save(folder / "checkpoints" / f"{name}-{done:06}.safetensors")
+            save(file := folder / "checkpoints" / f"{name}-{done:06}.safetensors")
+            if "save" in asked:
+                events.emit("note", text=f"  saved as asked: {file}")
         if "sample" in asked or (plan.preview_every and (done % plan.preview_every == 0 or done == plan.num_steps)):
             preview()
         if interrupts or "stop" in asked:
-            run.stopped(interrupts.code or STOPPED, "stopped by a signal" if interrupts else "stopped as asked")
+            run.stopped(interrupts.code or STOPPED, f"stopped {interrupts.cause or 'as asked'}")
             break
     if trouble and (good := newest_state(folder, lambda line: None, before=proven + 1)):
         update.restore(good.tensors, good.optimizer)
@@ -318,6 +324,18 @@ def changes(state: State, identity: dict[str, Any], force: bool) -> list[str]:
         more = f" (and {len(doubtful) - 1} more)" if len(doubtful) > 1 else ""
         raise Refused(f"since the run began, {doubtful[0]}{more}; put it back, or --force goes on all the same")
     return [f"changed: {line}" for line in [*doubtful, *allowed_changes(before, identity)]]
+
+
+def told_schedule(state: State, plan: Plan, wanted: Optimization) -> list[str]:
+    """What another number of steps does to the rate of a run that goes on after its state: a line, or none."""
+    before = state.identity["options"]["optimization"]
+    if before["steps"] == plan.num_steps or plan.schedule == "constant":
+        return []
+    old = rate_share(before["schedule"], state.step - 1, before["steps"], before["warm_up"], before["restarts"])
+    new = rate_share(plan.schedule, state.step, plan.num_steps, wanted.warm_up, wanted.restarts)
+    return [
+        f"the {plan.schedule} rate spans {plan.num_steps} steps now: from {old:.1%} of its peak it goes to {new:.1%}"
+    ]
 
 
 def steps_of(
