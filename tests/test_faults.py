@@ -22,6 +22,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from faults.kills import survive
 from test_train import SAMPLES, ran
 
+from scumble.configs import files
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Previews
 from scumble.trainer.adapters.files import read_tensors
@@ -36,6 +37,7 @@ from scumble.trainer.prompts import shots_of
 from scumble.trainer.run_folder import status_of
 from scumble.trainer.state import newest_state
 from scumble.trainer.step import Look, Objectives
+from scumble.trainer.train import train
 from scumble.trainer.update import HALVED_AFTER, STOPPED_AFTER, Update
 
 CPU = torch.device("cpu")
@@ -312,3 +314,50 @@ def test_pictures_that_vanish_while_the_run_lasts_do_not_matter(tmp_path: Path):
 
     run = ran(tmp_path, readers=[remove], data={"images": str(pictures)}, output={"preview_every": 0})
     assert len(run.losses) == 3
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A folder into which nobody can write: root can into any that lacks the permission, so there it is mounted so."""
+    place = tmp_path / "read-only"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        place.chmod(0o555)
+    yield place
+    if mounted.returncode == 0:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_folder_that_cannot_be_written_stops_runs_but_no_cache(tmp_path: Path, read_only: Path):
+    with pytest.raises(Refused, match=rf"--runs {read_only}: .* cannot be made \(") as error:
+        ran(tmp_path, output={"runs": str(read_only)})
+    assert error.value.exit_code == 73
+    run = ran(tmp_path, data={"cache": str(read_only)}, optimization={"steps": 1}, output={"preview_every": 0})
+    (said,) = [event["text"] for event in run.of("note") if "--cache" in event["text"]]
+    assert f"--cache: {read_only}" in said and said.endswith("goes on without") and len(run.losses) == 1
+
+
+@pytest.mark.parametrize("lost_at", ["checkpoint", "export"])
+def test_a_disk_that_becomes_read_only_stops_the_run_with_what_was_saved_whole(tmp_path: Path, lost_at: str):
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("a disk can be mounted by root alone")
+
+    def lose(event: Event) -> None:
+        if event["kind"] == "step" and event["step"] == {"checkpoint": 3, "export": 6}[lost_at]:
+            subprocess.run(["mount", "-o", "remount,ro", str(place)], check=False, capture_output=True)
+
+    try:
+        with pytest.raises(Refused, match="cannot be written") as error:
+            ran(tmp_path, readers=[lose], optimization={"steps": 6},
+                output={"runs": str(place), "preview_every": 0, "save_every": 2})  # fmt: skip
+        assert error.value.exit_code == 73
+        kept = newest_state(place / "clay", pytest.fail)
+        assert kept and kept.state.step == {"checkpoint": 2, "export": 4}[lost_at]
+        subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
+        train(files.resolve(place / "clay/options.toml"), [], go_on=place / "clay", force=True)
+        assert status_of(place / "clay").state == "done"
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
