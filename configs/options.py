@@ -162,6 +162,9 @@ class Machine(Section):
 
     device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "Where to train")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option("auto", "Of the base; the adapter is always fp32")
+    quantize: Literal["auto", "off", "int8", "nf4"] = option(
+        "auto", "Frozen UNet in 8 or 4 bits (QLoRA), slower; auto: only if a step does not fit otherwise"
+    )
     attention: Literal["sdpa", "xformers"] = option("sdpa", "Attention kernel; xformers needs the extra [xformers]")
     checkpointing: bool | Auto = option(
         "auto", "Recompute activations to save memory; auto: only if a step does not fit"
@@ -193,7 +196,7 @@ class Output(Section):
         "auto", "Steps between saved adapters; auto: each epoch; 0: only the last", "steps"
     )
     keep: Literal["all", "last", "best"] = option(
-        "all", "Saved adapters that stay: all, the last, or those after the lowest loss"
+        "all", "Saved adapters that stay: all, the last, or those of lowest training loss (previews tell more)"
     )
     keep_count: Count = option(3, "How many stay with keep = last or best")
     save_dtype: Literal["fp16", "bf16", "fp32"] = option("fp16", "Number format of the adapter file")

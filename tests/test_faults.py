@@ -13,23 +13,33 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from faults.kills import survive
 from test_train import SAMPLES, ran
 
+from scumble.configs import files
 from scumble.configs.errors import Refused
+from scumble.configs.options import Model, Previews
 from scumble.trainer.adapters.files import read_tensors
 from scumble.trainer.events import Event
 from scumble.trainer.flat import Flat
 from scumble.trainer.keeping import check_disk, disk_needed, in_words, surplus
+from scumble.trainer.latents import _posteriors
+from scumble.trainer.models import load, recognise
 from scumble.trainer.optimizers import grouped, make_optimizer
 from scumble.trainer.pace import Pace
 from scumble.trainer.passes import Passes
+from scumble.trainer.preview import paint
+from scumble.trainer.prompts import shots_of
 from scumble.trainer.run_folder import status_of
 from scumble.trainer.state import newest_state
-from scumble.trainer.step import Batch, Look
+from scumble.trainer.step import Batch, Look, Objectives
+from scumble.trainer.train import train
 from scumble.trainer.update import HALVED_AFTER, STOPPED_AFTER, Update
 
 CPU = torch.device("cpu")
@@ -104,6 +114,76 @@ def test_a_step_that_does_not_fit_is_cut_and_its_gradient_stays(fits: int):
     assert not outcome.broken and recomputed == ([1] if fits < 4 else [])
     assert [line for line in said if "effective batch stays" in line] if fits < 4 else said == []
     assert cut.micro_batch == {4: 0, 3: 2, 2: 2, 1: 1}[fits]
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, owner: Any, method: str, most: int) -> list[int]:
+    """Let a method that takes a batch run out of memory above `most` in it; the sizes that were tried."""
+    tried: list[int] = []
+    whole = getattr(owner, method)
+
+    def cut(self: Any, batch: Any, *others: Any, **named: Any) -> Any:
+        tried.append(len(batch))
+        if len(batch) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, batch, *others, **named)
+
+    monkeypatch.setattr(owner, method, cut)
+    return tried
+
+
+def test_previews_that_do_not_fit_at_once_are_painted_in_parts_and_are_the_same(monkeypatch: pytest.MonkeyPatch):
+    model = Model(base="sketch")
+    base = load(model, recognise(model), CPU, torch.float32)
+    shots = shots_of(Previews(prompts=("owl", "fox", "cup"), preview_steps=2), 64, [], 5.0)
+    whole = paint(base, shots, "ddim")
+    tried = limited(monkeypatch, StableDiffusionPipeline, "__call__", 1)
+    parts = paint(base, shots, "ddim")
+    assert tried == [3, 1, 2, 1, 1]
+    assert (
+        max(abs(np.asarray(one, int) - np.asarray(two, int)).max() for one, two in zip(whole, parts, strict=True)) <= 1
+    )
+
+
+def test_a_preview_that_fits_in_no_way_is_left_out_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    limited(monkeypatch, StableDiffusionPipeline, "__call__", 0)
+    run = ran(tmp_path, optimization={"steps": 2}, output={"preview_every": 2})
+    assert len(run.losses) == 2 and not run.of("preview") and (run.folder / "clay.safetensors").is_file()
+    said = [event["text"].strip() for event in run.of("note") if "preview" in event["text"]]
+    assert set(said) == {
+        "a preview of 64x64 does not fit into memory; lower --preview-size; this row is left out"
+    }  # fmt: skip
+
+
+def test_latents_that_do_not_fit_at_once_are_encoded_in_parts(monkeypatch: pytest.MonkeyPatch):
+    model = Model(base="sketch")
+    vae = load(model, recognise(model), CPU, torch.float32).vae
+    pixels = torch.rand(5, 3, 64, 64)
+    with torch.no_grad():
+        (whole,) = _posteriors(vae, pixels)
+        tried = limited(monkeypatch, AutoencoderKL, "encode", 2)
+        parts = torch.cat([part.mean for part in _posteriors(vae, pixels)])
+        assert tried == [5, 3, 2, 1, 2]
+        torch.testing.assert_close(parts, whole.mean, rtol=1e-4, atol=1e-5)
+        limited(monkeypatch, AutoencoderKL, "encode", 0)
+        with pytest.raises(Refused, match="the latents of 64x64 px do not fit into memory; lower --resolution"):
+            _posteriors(vae, pixels)
+
+
+def test_a_device_that_is_lost_stops_the_run_which_can_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    batch = Objectives.batch
+
+    def lost(self: Objectives, looks: Sequence[Look]) -> Batch:
+        if looks[0].step == 2:
+            raise RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronous")
+        return batch(self, looks)
+
+    monkeypatch.setattr(Objectives, "batch", lost)
+    wanted = r"the cpu device fails \(CUDA error: unspecified launch failure\); .*; then `scumble train .*clay` goes on"
+    with pytest.raises(Refused, match=wanted) as error:
+        ran(tmp_path, optimization={"steps": 4}, output={"preview_every": 0, "save_every": 1})
+    run = tmp_path / "runs/clay"
+    kept = newest_state(run, pytest.fail)
+    assert error.value.exit_code == 75 and status_of(run).state == "stopped" and kept and kept.state.step == 2
 
 
 def test_a_step_that_fits_in_no_way_stops_the_run_which_can_go_on():
@@ -239,3 +319,50 @@ def test_pictures_that_vanish_while_the_run_lasts_do_not_matter(tmp_path: Path):
 
     run = ran(tmp_path, readers=[remove], data={"images": str(pictures)}, output={"preview_every": 0})
     assert len(run.losses) == 3
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A folder into which nobody can write: root can into any that lacks the permission, so there it is mounted so."""
+    place = tmp_path / "read-only"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        place.chmod(0o555)
+    yield place
+    if mounted.returncode == 0:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_folder_that_cannot_be_written_stops_runs_but_no_cache(tmp_path: Path, read_only: Path):
+    with pytest.raises(Refused, match=rf"--runs {read_only}: .* cannot be made \(") as error:
+        ran(tmp_path, output={"runs": str(read_only)})
+    assert error.value.exit_code == 73
+    run = ran(tmp_path, data={"cache": str(read_only)}, optimization={"steps": 1}, output={"preview_every": 0})
+    (said,) = [event["text"] for event in run.of("note") if "--cache" in event["text"]]
+    assert f"--cache: {read_only}" in said and said.endswith("goes on without") and len(run.losses) == 1
+
+
+@pytest.mark.parametrize("lost_at", ["checkpoint", "export"])
+def test_a_disk_that_becomes_read_only_stops_the_run_with_what_was_saved_whole(tmp_path: Path, lost_at: str):
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("a disk can be mounted by root alone")
+
+    def lose(event: Event) -> None:
+        if event["kind"] == "step" and event["step"] == {"checkpoint": 3, "export": 6}[lost_at]:
+            subprocess.run(["mount", "-o", "remount,ro", str(place)], check=False, capture_output=True)
+
+    try:
+        with pytest.raises(Refused, match="cannot be written") as error:
+            ran(tmp_path, readers=[lose], optimization={"steps": 6},
+                output={"runs": str(place), "preview_every": 0, "save_every": 2})  # fmt: skip
+        assert error.value.exit_code == 73
+        kept = newest_state(place / "clay", pytest.fail)
+        assert kept and kept.state.step == {"checkpoint": 2, "export": 4}[lost_at]
+        subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
+        train(files.resolve(place / "clay/options.toml"), [], go_on=place / "clay", force=True)
+        assert status_of(place / "clay").state == "done"
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)

@@ -95,6 +95,13 @@ def test_a_finished_run_is_left_alone_and_more_steps_go_on_with_it(tmp_path: Pat
     assert_same(adapter_of(run), adapter_of(longer.folder))
 
 
+def test_a_longer_run_says_what_becomes_of_its_rate(tmp_path: Path):
+    output = {"preview_every": 0, "save_every": 0}
+    run = ran(tmp_path, optimization={"steps": 2, "schedule": "linear", "warm_up": 0.0}, output=output).folder
+    (plan,) = go_on(run, optimization={"steps": 4}).of("plan")  # shares of the peak: 1, 1/2, then 2/4, 1/4
+    assert "the linear rate spans 4 steps now: from 50.0% of its peak it goes to 50.0%" in plan["why"]
+
+
 def test_a_run_moved_to_another_place_goes_on_there(tmp_path: Path):
     tables: dict[str, Any] = {"optimization": {"steps": 4}, "output": {"preview_every": 2, "save_dtype": "fp32"}}
     unbroken = ran(tmp_path / "a", **tables)
@@ -235,8 +242,34 @@ def test_a_signal_finishes_the_step_and_the_run_can_go_on(sent: signal.Signals, 
     ran(tmp_path, readers=[read], optimization={"steps": 4}, output={"preview_every": 0})
     ended = json.loads((run / "exit.json").read_text())
     assert (ended["code"], ended["step"]) == (code, 2) and status_of(run).state == "stopped"
+    assert ended["reason"] == {75: "stopped by SIGTERM", 130: "stopped by Ctrl-C"}[code]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert [event["step"] for event in go_on(run).of("step")] == [3, 4]
+
+
+def test_a_second_ctrl_c_stops_at_once_and_says_how_to_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    run = tmp_path / "runs/clay"
+
+    def read(event: Event) -> None:
+        if event["kind"] == "step" and event["step"] == 2:
+            signal.raise_signal(signal.SIGINT)
+            assert "stops after this step and saves; once more stops at once" in capfd.readouterr().err
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(Refused, match=r"stopped by Ctrl-C; `scumble train .*clay` goes on") as error:
+        ran(tmp_path, readers=[read], optimization={"steps": 4}, output={"preview_every": 0, "save_every": 1})
+    assert error.value.exit_code == 130 and status_of(run).state == "stopped"
+    assert [event["step"] for event in go_on(run).of("step")] == [2, 3, 4]
+
+
+def test_ctrl_c_before_a_run_begins_ends_with_one_line_and_130(capsys: pytest.CaptureFixture[str]):
+    def cut(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr("scumble.trainer.train.train", cut)
+        cli.main(["train", str(SAMPLES)])
+    assert ended.value.code == 130 and capsys.readouterr().err == "scumble: stopped by Ctrl-C\n"
 
 
 def test_the_run_without_a_state_begins_anew_in_its_folder(tmp_path: Path):

@@ -28,6 +28,7 @@ app = App(
     help="Train a LoRA of a style or a character from a folder of pictures.",
     help_format="plaintext",
     version=version("scumble"),
+    suppress_keyboard_interrupt=False,
 )
 for command in (adapter, caption, captions):
     app.command(command)

@@ -24,6 +24,7 @@ from .pictures import checked, heard, read_examples, read_views, resolution_of
 from .plan import Plan, batch_of, make_plan, settled
 from .preview import default_cfg
 from .prompts import Shot, derived, shots_of
+from .quantize import BITS, check_bits
 from .run_folder import name_of_set
 
 
@@ -74,6 +75,7 @@ def look(options: Options, goes_on: bool = False) -> Job:
     plan = make_plan(options, source, per_epoch, len(captions), sum(repeats))
     name = options.output.name if goes_on else free_folder(options).name
     accelerator, dtype = make_accelerator(options.machine)
+    check_bits(BITS[options.machine.quantize], accelerator.device.type)
     return Job(settled(options, plan, name), source, found, views, masks, shots, plan, accelerator, dtype)
 
 

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import overload
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from scumble.configs.errors import Refused
 from scumble.datasets.cache import Cache, digest_of_file, digest_of_tensors, key_of
 from scumble.datasets.images import Crop
 from scumble.datasets.tensors import all_cropped
 
+from .memory import TooLarge, unless_too_large
 from .models import Base
 
 VERSION = 1  # of what an entry holds and how it is computed
@@ -112,13 +115,24 @@ def encode(base: Base, views: Sequence[View]) -> list[Entry]:
     counts = [len(one) for one in pixels]
     at_once = PASS if base.vae.device.type == "cuda" else 1
     parts = torch.cat(pixels).to(base.vae.device, base.vae.dtype).split(at_once)
-    posteriors = [base.vae.encode(part).latent_dist for part in parts]
+    posteriors = [posterior for part in parts for posterior in _posteriors(base.vae, part)]
     mean = torch.cat([posterior.mean for posterior in posteriors]).float().split(counts)
     std = torch.cat([posterior.std for posterior in posteriors]).float().split(counts)
     for (path, _), *numbers in zip(views, mean, std, strict=True):
         if not all(tensor.isfinite().all() for tensor in numbers):
             raise Refused(f"{path}: the VAE gives numbers that are not finite; name another with --vae")
     return [{"mean": one, "std": other} for one, other in zip(mean, std, strict=True)]
+
+
+def _posteriors(vae: AutoencoderKL, pixels: torch.Tensor) -> list[DiagonalGaussianDistribution]:
+    """Of pixels (B, 3, H, W), all at once, or as many as fit into memory. Raises `TooLarge` where not one does."""
+    whole = unless_too_large(lambda: vae.encode(pixels).latent_dist)
+    if whole is not None:
+        return [whole]
+    if len(pixels) == 1:
+        height, width = pixels.shape[2:]
+        raise TooLarge(f"the latents of {width}x{height} px do not fit into memory; lower --resolution", 69)
+    return [posterior for half in pixels.tensor_split(2) for posterior in _posteriors(vae, half)]
 
 
 def _groups(views: Sequence[View], most: int) -> Iterator[list[View]]:

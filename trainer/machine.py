@@ -1,13 +1,17 @@
 """The machine a run is on: device, precision, memory, and the signal to stop."""
 
+import os
 import resource
 import signal
 import sys
 import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from types import FrameType
 from typing import Any, Self
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -15,7 +19,9 @@ from accelerate.state import AcceleratorState
 from scumble.configs.errors import Refused
 from scumble.configs.options import Machine
 
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
+from .run_folder import CUT, STOPPED
+
+EXIT_CODES = {signal.SIGINT: CUT, signal.SIGTERM: STOPPED}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -64,6 +70,25 @@ def memory_mb(device: torch.device) -> int:
     return peak // (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def total_memory_mb(device: torch.device) -> int:
+    """Of the CUDA device, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 2**20
+    return psutil.virtual_memory().total // 2**20
+
+
+@contextmanager
+def device_may_fail(device: torch.device) -> Generator[None]:
+    """Within the block a CUDA device that is lost or hangs stops the run, which can go on: `Refused` (75)."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("CUDA error"):
+            raise
+        line = str(error).splitlines()[0]
+        raise Refused(f"the {device.type} device fails ({line}); look at its driver and cooling", STOPPED) from None
+
+
 class Interrupts:
     """Ctrl-C and SIGTERM while a run lasts: at once until `careful` is set, then noted; a second one is at once again.
 
@@ -86,7 +111,13 @@ class Interrupts:
     def __bool__(self) -> bool:
         return self.code != 0
 
+    @property
+    def cause(self) -> str:
+        """What came, in words; nothing where nothing did."""
+        return {0: "", CUT: "by Ctrl-C", STOPPED: "by SIGTERM"}[self.code]
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.careful or self.code:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(EXIT_CODES[signal.Signals(number)])
         self.code = EXIT_CODES[signal.Signals(number)]
+        os.write(2, b"scumble: stops after this step and saves; once more stops at once\n")  # print might be at work

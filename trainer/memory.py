@@ -1,8 +1,9 @@
-"""One step before the run, measured: how long it takes and what it needs; and what tells of too little memory."""
+"""Too little memory, noticed and met; and one step before the run, measured: how long it takes and what it needs."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -11,6 +12,11 @@ from scumble.configs.errors import Refused
 from .machine import memory_mb
 
 QUICK_S = 2.0
+Found = TypeVar("Found")
+
+
+class TooLarge(Refused):
+    """What was to be computed does not fit into memory, however it is cut."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +33,23 @@ def measure(trial: Callable[[], None], device: torch.device, need_less: Callable
     Where it does not fit into the device's memory, `need_less` takes the next way to need less, and it is tried again.
     Raises `Refused` (69) with the `cure` where no way is left.
     """
-    while True:
-        try:
-            seconds = _timed(trial, device)
-            break
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if not need_less():
-                raise Refused(f"a step does not fit into the memory of the {device.type} device: {cure}", 69) from None
+    while (seconds := unless_too_large(lambda: _timed(trial, device))) is None:
+        if not need_less():
+            raise TooLarge(f"a step does not fit into the memory of the {device.type} device: {cure}", 69)
     if seconds < QUICK_S:
         seconds = _timed(trial, device)
     return Measured(seconds, memory_mb(device))
+
+
+def unless_too_large(compute: Callable[[], Found]) -> Found | None:
+    """What `compute` gives; None where it does not fit into memory, which is free again then."""
+    try:
+        return compute()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    torch.cuda.empty_cache()  # only here: inside `except` the traceback still holds every activation
+    return None
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -46,7 +57,7 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     said = str(error)
-    return "can't allocate memory" in said or "not enough memory" in said or "CUBLAS_STATUS_ALLOC_FAILED" in said
+    return "can't allocate memory" in said or "not enough memory" in said or "STATUS_ALLOC_FAILED" in said
 
 
 def duration(seconds: float) -> str:
@@ -58,6 +69,8 @@ def duration(seconds: float) -> str:
 
 
 def _timed(trial: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     started = time.monotonic()
     trial()
     if device.type == "cuda":

@@ -19,6 +19,7 @@ from scumble.configs.errors import Refused
 from scumble.configs.options import Model
 
 from .bases import BASES, EMBEDDED, FAMILIES, Family, Source, recognise, weights_in
+from .quantize import check_bits, fewer_bits, quantize
 
 __all__ = ["EMBEDDED", "FAMILIES", "PIPELINES", "Base", "Family", "Pipeline", "Source", "load", "load_vae", "recognise"]
 
@@ -41,16 +42,19 @@ class Base:
     text_encoders: list[CLIPTextModel | CLIPTextModelWithProjection]
     tokenizers: list[CLIPTokenizer]
     alphas_cumprod: torch.Tensor  # (1000,), after the zero-terminal rescale where there is one
+    num_weights: int  # of UNet and text encoders
+    bits: int = 16  # of the UNet's transformer blocks; 16: those of its dtype
 
     @property
     def family(self) -> Family:
         return self.source.family
 
 
-def load(model: Model, source: Source, device: torch.device, dtype: torch.dtype) -> Base:
+def load(model: Model, source: Source, device: torch.device, dtype: torch.dtype, bits: int = 16) -> Base:
     """Load every module of a recognised base onto `device`; all weights are frozen.
 
-    The UNet and the text encoders are in `dtype`; the VAE too, but never in fp16, where SDXL's gives NaN.
+    The UNet and the text encoders are in `dtype`; the VAE too, but never in fp16, where SDXL's gives NaN. With 8 or 4
+    `bits` the UNet never lies on the device in more.
     """
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -76,16 +80,36 @@ def load(model: Model, source: Source, device: torch.device, dtype: torch.dtype)
     assert isinstance(scheduler, DDIMScheduler)
     pipeline.register_modules(scheduler=scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
-    if dtype == torch.float16:
-        pipeline.vae.to(torch.float32)
     encoders, tokenizers = [pipeline.text_encoder], [pipeline.tokenizer]
     if isinstance(pipeline, StableDiffusionXLPipeline):
         encoders.append(pipeline.text_encoder_2)
         tokenizers.append(pipeline.tokenizer_2)
     for module in (pipeline.unet, pipeline.vae, *encoders):
         module.requires_grad_(False).eval()
-    return Base(source, pipeline, pipeline.unet, pipeline.vae, encoders, tokenizers, scheduler.alphas_cumprod)
+    num_weights = sum(weight.numel() for module in (pipeline.unet, *encoders) for weight in module.parameters())
+    if bits < 16:
+        check_bits(bits, device.type)
+        quantize(pipeline.unet, bits, device, pipeline.unet)
+    pipeline.to(device)
+    if dtype == torch.float16:
+        pipeline.vae.to(torch.float32)
+    return Base(
+        source, pipeline, pipeline.unet, pipeline.vae, encoders, tokenizers, scheduler.alphas_cumprod, num_weights, bits
+    )
+
+
+def take_fewer_bits(base: Base, model: Model) -> int:
+    """Keep the UNet of a loaded base in the next fewer bits, and say how many; 0, and nothing done, where none are.
+
+    4 bits are made of the weights in the file, so that they are the same whatever came before.
+    """
+    device = base.unet.device
+    bits = fewer_bits(base.bits, device.type)
+    if bits:
+        in_16 = base.unet if base.bits == 16 else load(model, base.source, torch.device("cpu"), base.unet.dtype).unet
+        quantize(base.unet, bits, device, in_16)
+        base.bits = bits
+    return bits
 
 
 def load_vae(vae: str, family: Family, dtype: torch.dtype) -> AutoencoderKL:

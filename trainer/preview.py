@@ -17,7 +17,8 @@ from scumble.configs.options import Model, Previews
 from scumble.datasets.lettering import Font, lettered
 
 from .events import Events
-from .models import Base, load, recognise
+from .memory import TooLarge, unless_too_large
+from .models import Base, Pipeline, load, recognise
 from .prompts import SHOWN_PROMPTS, Shot, shots_of
 
 SAMPLERS = {
@@ -61,22 +62,34 @@ def paint(base: Base, shots: Sequence[Shot], sampler: str) -> list[Image.Image]:
         module.eval()
     try:
         for alike in _batches(shots):
-            first = shots[alike[0]]
-            result = pipeline(
-                [shots[i].prompt for i in alike],
-                negative_prompt=[shots[i].negative for i in alike],
-                num_inference_steps=first.steps,
-                guidance_scale=first.cfg,
-                height=first.height,
-                width=first.width,
-                generator=[torch.Generator().manual_seed(shots[i].seed) for i in alike],
-            )
-            pictures |= dict(zip(alike, result.images, strict=True))
+            pictures |= dict(zip(alike, _painted(pipeline, [shots[index] for index in alike]), strict=True))
     finally:
         pipeline.scheduler = own
         for module in was_training:
             module.train()
     return [pictures[index] for index in range(len(shots))]
+
+
+def _painted(pipeline: Pipeline, shots: Sequence[Shot]) -> list[Image.Image]:
+    """Shots that are alike, all at once, or as many as fit into memory. Raises `TooLarge` where not one does."""
+    first = shots[0]
+    result = unless_too_large(
+        lambda: pipeline(
+            [shot.prompt for shot in shots],
+            negative_prompt=[shot.negative for shot in shots],
+            num_inference_steps=first.steps,
+            guidance_scale=first.cfg,
+            height=first.height,
+            width=first.width,
+            generator=[torch.Generator().manual_seed(shot.seed) for shot in shots],
+        )
+    )
+    if result is not None:
+        return result.images
+    if len(shots) == 1:
+        raise TooLarge(f"a preview of {first.width}x{first.height} does not fit into memory; lower --preview-size", 69)
+    half = len(shots) // 2
+    return _painted(pipeline, shots[:half]) + _painted(pipeline, shots[half:])
 
 
 def _batches(shots: Sequence[Shot]) -> list[list[int]]:

@@ -2,8 +2,8 @@
 
 Hu et al. 2021, equation 3, with its gradients by hand: for g of y, gx = g W + s · (g B) A, gB = s · gᵀ (A x),
 gA = s · (g B)ᵀ x, each one product onto the one before. The factors are used in the dtype of x; their gradients are
-added straight to fp32 `.grad` where that is there. Under torch.compile, which writes better passes itself, the same is
-written plainly. PEFT's own forward stays for what is not here: DoRA, LoHa, LoKr and quantised layers.
+added straight to fp32 `.grad` where that is there. Under torch.compile, which writes better passes itself, and on a
+quantised layer the same is written plainly. PEFT's own forward stays for DoRA, LoHa and LoKr.
 """
 
 from collections.abc import Callable, Iterable
@@ -32,10 +32,10 @@ class Factors:
 
 
 def is_plain(layer: Any) -> bool:
-    """Whether PEFT's layer is a LoRA on an unquantised Linear or convolution, with no magnitudes."""
+    """Whether PEFT's layer is a LoRA on a Linear or a convolution, with no magnitudes."""
     return (
         isinstance(layer, LoraLayer)
-        and type(layer.get_base_layer()) in (torch.nn.Linear, torch.nn.Conv2d)
+        and isinstance(layer.get_base_layer(), torch.nn.Linear | torch.nn.Conv2d)
         and not hasattr(layer, "dora_scale")
     )
 
@@ -50,10 +50,7 @@ def speed_up(layers: Iterable[Any], adapter: str, lowered: Lowered) -> bool:
         if is_plain(layer):
             down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             scale, dropout = layer.scaling[adapter], layer.lora_dropout[adapter]
-            factors = Factors(down, up, lowered(down), lowered(up), scale, dropout)
-            base = layer.get_base_layer()
-            product = linear if isinstance(base, torch.nn.Linear) else convolution
-            layer.forward = partial(_forward, product, base, factors)
+            layer.forward = partial(_forward, layer, Factors(down, up, lowered(down), lowered(up), scale, dropout))
         else:
             everything = False
     return everything
@@ -61,7 +58,7 @@ def speed_up(layers: Iterable[Any], adapter: str, lowered: Lowered) -> bool:
 
 def linear(base: torch.nn.Linear, factors: Factors, x: torch.Tensor) -> torch.Tensor:
     """(…, in) -> (…, out)."""
-    if _drops(factors) or torch.compiler.is_compiling():
+    if _wants_plain(base, factors):
         down, up = factors.down.to(x.dtype), factors.up.to(x.dtype)
         return base(x) + factors.scale * F.linear(F.linear(factors.dropout(x), down), up)
     return _Linear.apply(x, base.weight, base.bias, factors.down, factors.up, factors)
@@ -69,11 +66,11 @@ def linear(base: torch.nn.Linear, factors: Factors, x: torch.Tensor) -> torch.Te
 
 def convolution(base: torch.nn.Conv2d, factors: Factors, x: torch.Tensor) -> torch.Tensor:
     """(B, in, H, W) -> (B, out, H', W')."""
-    if _drops(factors) or torch.compiler.is_compiling():
+    geometry = base.stride, base.padding, base.dilation
+    if _wants_plain(base, factors):
         down, up = factors.down.to(x.dtype), factors.up.to(x.dtype)
-        inner = F.conv2d(factors.dropout(x), down, None, *_geometry(base))
-        return base(x) + factors.scale * F.conv2d(inner, up)
-    return _Convolution.apply(x, base.weight, base.bias, factors.down, factors.up, factors, _geometry(base))
+        return base(x) + factors.scale * F.conv2d(F.conv2d(factors.dropout(x), down, None, *geometry), up)
+    return _Convolution.apply(x, base.weight, base.bias, factors.down, factors.up, factors, geometry)
 
 
 class _Linear(torch.autograd.Function):
@@ -130,12 +127,16 @@ class _Convolution(torch.autograd.Function):
         return of_x, None, None, of_down, of_up, None, None
 
 
-def _forward(product: Any, base: Any, factors: Factors, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return product(base, factors, x)
+def _forward(layer: Any, factors: Factors, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """What the layer gives; its base is asked for each time, since it may be quantised while a run lasts."""
+    base = layer.get_base_layer()
+    return linear(base, factors, x) if isinstance(base, torch.nn.Linear) else convolution(base, factors, x)
 
 
-def _drops(factors: Factors) -> bool:
-    return factors.dropout.training and not isinstance(factors.dropout, torch.nn.Identity)
+def _wants_plain(base: torch.nn.Module, factors: Factors) -> bool:
+    """Whether inputs are dropped, the base is quantised and computes by itself, or a compiler looks on."""
+    drops = factors.dropout.training and not isinstance(factors.dropout, torch.nn.Identity)
+    return drops or type(base) not in (torch.nn.Linear, torch.nn.Conv2d) or torch.compiler.is_compiling()
 
 
 def _given(parameter: torch.nn.Parameter, gradient: torch.Tensor, scale: float) -> torch.Tensor | None:
@@ -144,10 +145,6 @@ def _given(parameter: torch.nn.Parameter, gradient: torch.Tensor, scale: float) 
         return gradient.to(parameter.dtype).mul_(scale)
     parameter.grad.add_(gradient, alpha=scale)
     return None
-
-
-def _geometry(base: torch.nn.Conv2d) -> tuple[Any, ...]:
-    return base.stride, base.padding, base.dilation
 
 
 def _conv_gradients(

@@ -71,9 +71,10 @@ class RunFolder:
         for kind in KINDS_OF_REQUEST:
             (self.path / REQUESTS / kind).unlink(missing_ok=True)
         owner = {"token": self.token, "pid": os.getpid(), "born": born(os.getpid()), "host": socket.gethostname()}
+        before = status_of(self.path)
         write_json(self.path / OWNER, owner)
         (self.path / EXIT).unlink(missing_ok=True)
-        self.beat(0, 0)
+        self.beat(before.step, before.num_steps)
         return self
 
     def check_owner(self) -> None:
@@ -157,7 +158,7 @@ def status_of(folder: Path) -> Status:
         lives = abs(time.time() - float(beat.get("t", 0))) < LOST_AFTER_S
     if lives:
         return Status("running", f"process {owner.get('pid')} on {owner.get('host')}", step, num_steps)
-    return Status("lost", "its process ended without a word", step, num_steps)
+    return Status("lost", f"its process ended without a word; `scumble train {folder}` goes on", step, num_steps)
 
 
 def request(folder: Path, kind: str) -> None:

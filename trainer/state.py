@@ -38,6 +38,7 @@ class State:
     broken_in_a_row: int = 0
     micro_batch: int = 0
     checkpointing: bool = False
+    bits: int = 16
     rows: list[tuple[str, int, int]] = field(default_factory=list)
     checkpoints: list[tuple[str, float]] = field(default_factory=list)
     identity: dict[str, Any] = field(default_factory=dict)

@@ -1,9 +1,10 @@
 """The recipe: options in, adapter out, events on the way. Read it from top to bottom."""
 
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from scumble.configs import files
 from scumble.configs.errors import Refused
-from scumble.configs.options import Options
+from scumble.configs.options import Optimization, Options
 from scumble.datasets.cache import cache_in
 from scumble.datasets.images import Size
 from scumble.datasets.order import epoch_batches
@@ -26,16 +27,18 @@ from .keeping import check_disk, disk_needed, in_words, surplus
 from .kernels import choose_kernels
 from .latents import encode_set
 from .lora import ADAPTER, Trained, attach, component_of, num_parameters, recompute_activations
-from .machine import DTYPES, Interrupts, memory_mb
-from .memory import duration, measure
-from .models import Base, load
+from .machine import DTYPES, Interrupts, device_may_fail, memory_mb, total_memory_mb
+from .memory import TooLarge, duration, measure, unless_too_large
+from .models import Base, load, take_fewer_bits
 from .optimizers import grouped, make_optimizer
 from .pace import Pace
 from .passes import CudaGraphs, Passes
+from .plan import Plan
 from .preview import Gallery, write_picture
 from .product import speed_up
+from .quantize import BITS, fewer_bits
 from .report import loss_curve
-from .run_folder import EVENTS, OPTIONS, STOPPED, RunFolder, TakenOver, is_run, status_of, write_text
+from .run_folder import CUT, EVENTS, OPTIONS, STOPPED, RunFolder, TakenOver, is_run, status_of, write_text
 from .schedules import rate_share
 from .state import Kept, State, newest_state, save_state
 from .step import Objectives
@@ -89,8 +92,9 @@ def train(
         return Result(folder / f"{job.options.output.name}.safetensors", 0)
     if kept:
         notes += changes(kept.state, identity, force)
+        notes += told_schedule(kept.state, job.plan, job.options.optimization)
     try:
-        with Interrupts() as interrupts, RunFolder(folder).claim(force) as run:
+        with Interrupts() as interrupts, RunFolder(folder).claim(force) as run, device_may_fail(job.accelerator.device):
             write_text(folder / OPTIONS, files.dumps(job.options))
             events = Events([*readers, file_reader(folder / EVENTS)])
             announce(job, events, notes)
@@ -98,6 +102,8 @@ def train(
             state = replace(kept.state if kept else State(started=time.time()), identity=identity)
             try_out(job, ready, folder, events, state.step)
             return learn(job, ready, state, run, interrupts, events)
+    except KeyboardInterrupt:
+        raise Refused(f"stopped by Ctrl-C; `scumble train {folder}` goes on", CUT) from None
     except Refused as error:
         if isinstance(error, TakenOver) or error.exit_code not in (73, STOPPED) or not is_run(folder):
             raise
@@ -111,9 +117,8 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
         events.emit("note", text=f"  {line}")
 
     # 1. The base, every picture encoded once, and the adapter.
-    options, plan, device = job.options, job.plan, job.accelerator.device
-    wanted = options.optimization
-    base = load(options.model, job.source, device, job.dtype)
+    options, plan, wanted = job.options, job.plan, job.options.optimization
+    base = load_that_fits(job, kept.state.bits if kept else 16, say)
     cache = None if options.data.cache == "off" else cache_in(options.data.cache)
     latents = encode_set(
         base, [(view.example.image, view.crops) for view in job.views],
@@ -123,10 +128,8 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
     trained = attach(base, options.network, plan.parts, options.output.seed)
     largest = max(job.buckets, key=lambda size: size.width * size.height)
     choose_kernels(base.unet, options.machine.attention, largest, job.source.latent_px)
-    weights = sum(p.numel() for module in (base.unet, *base.text_encoders) for p in module.parameters())
     count = num_parameters(trained)
-    share = count / (weights - count)
-    events.emit("note", text=f"  {count:,} trainable parameters in {len(trained)} layers, {share:.2%} of the base")
+    say(f"{count:,} trainable parameters in {len(trained)} layers, {count / base.num_weights:.2%} of the base")
 
     # 2. What is optimised, and how; then as the state that is gone on from.
     rated = [
@@ -143,7 +146,7 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
     )  # fmt: skip
     passes = Passes(
         objectives, flat, job.accelerator.backward, nullcontext if all_fast else job.accelerator.autocast,
-        CudaGraphs() if device.type == "cuda" else None, say,
+        CudaGraphs() if job.accelerator.device.type == "cuda" else None, say,
     )  # fmt: skip
     update = Update(
         job.accelerator, passes, named, flat, make_optimizer(wanted.optimizer, groups, wanted.weight_decay, flat),
@@ -155,6 +158,8 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
         recompute_activations(base, plan.parts)
     elif options.machine.checkpointing == "auto":
         update.recompute = lambda: recompute_activations(base, plan.parts)
+    if options.machine.quantize == "auto":
+        update.quantize = lambda: take_fewer_bits(base, options.model)
     if kept:
         update.restore(kept.tensors, kept.optimizer)
         update.rate_factor, update.broken_in_a_row = kept.state.rate_factor, kept.state.broken_in_a_row
@@ -166,16 +171,29 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
     return Ready(base, trained, update)
 
 
+def load_that_fits(job: Job, bits: int, say: Callable[[str], None]) -> Base:
+    """The base, with quantize = auto in `bits` bits or as many fewer as fit. Raises `Refused` (69) where none do."""
+    options, device = job.options, job.accelerator.device
+    is_free = options.machine.quantize == "auto"
+    bits = bits if is_free else BITS[options.machine.quantize]
+    while (base := unless_too_large(partial(load, options.model, job.source, device, job.dtype, bits))) is None:
+        bits = fewer_bits(bits, device.type) if is_free else 0
+        if not bits:
+            raise TooLarge(f"{job.source.label} does not fit into the memory of the {device.type} device", 69)
+        say(f"out of memory: the base has {bits} bits (slower, a little less exact)")
+    return base
+
+
 def try_out(job: Job, ready: Ready, folder: Path, events: Events, done: int = 0) -> None:
     """Does a step fit, how long will the run take from step `done`, and is there room for what it leaves in `folder`?
 
     Raises `Refused` (69) where no step fits into memory, (73) where the disk is too small.
     """
-    options, plan, update = job.options, job.plan, ready.update
+    options, plan, update, device = job.options, job.plan, ready.update, job.accelerator.device
     largest = largest_batch(job.buckets, job.repeats, plan.batch)
     size = job.buckets[largest[0]]
     measured = measure(
-        lambda: update.trial(largest), job.accelerator.device, lambda: update.need_less(len(largest)),
+        lambda: update.trial(largest), device, lambda: update.need_less(len(largest)),
         cure=f"{len(largest)} pictures of {size} at once; lower --batch or --resolution",
     )  # fmt: skip
     step_s = measured.seconds * options.optimization.accumulate
@@ -188,11 +206,18 @@ def try_out(job: Job, ready: Ready, folder: Path, events: Events, done: int = 0)
         options.output.keep_count, bool(options.optimization.ema), num_previews * pixels,
     )  # fmt: skip
     free = check_disk(folder, needed)
+    checkpointing = update.recompute is None and options.machine.checkpointing is not False
+    savings = [
+        *(["activations recomputed"] if checkpointing else []),
+        *([f"{update.micro_batch} pictures at once"] if update.micro_batch else []),
+        *([f"a base of {ready.base.bits} bits"] if ready.base.bits < 16 else []),
+    ]
     events.emit(
         "measured", seconds=round(measured.seconds, 4), memory_mb=measured.memory_mb, expected_s=round(steps * step_s),
-        checkpointing=update.recompute is None and options.machine.checkpointing is not False, disk_bytes=needed,
-        text=f"  a step takes {step_s:.2f} s and {measured.memory_mb:,} MB: {steps} steps in about "
-        f"{duration(steps * step_s)} without previews; up to {in_words(needed)} of {in_words(free)} free on the disk",
+        checkpointing=checkpointing, micro_batch=update.micro_batch, bits=ready.base.bits, disk_bytes=needed,
+        text=f"  a step takes {step_s:.2f} s and {measured.memory_mb:,} of {total_memory_mb(device):,} MB"
+        f"{''.join(f', {saving}' for saving in savings)}: {steps} steps in about {duration(steps * step_s)} without "
+        f"previews; up to {in_words(needed)} of {in_words(free)} free on the disk",
     )  # fmt: skip
 
 
@@ -210,8 +235,11 @@ def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Inte
     def preview() -> None:
         run.check_owner()
         label = f"epoch {epoch}" if done == epoch * plan.steps_per_epoch else f"step {done}"
-        with update.finished_weights():
-            gallery.add(label if done else "before", epoch, done)
+        try:
+            with update.finished_weights():
+                gallery.add(label if done else "before", epoch, done)
+        except TooLarge as error:
+            events.emit("note", text=f"  {error}; this row is left out")
 
     def save(file: Path, with_state: bool = True) -> None:
         """The adapter first, then the state."""
@@ -231,8 +259,8 @@ def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Inte
             return
         now = replace(
             state, step=done, losses=losses, rate_factor=update.rate_factor, broken_in_a_row=update.broken_in_a_row,
-            micro_batch=update.micro_batch, checkpointing=update.recompute is None, rows=gallery.rows,
-            checkpoints=checkpoints,
+            micro_batch=update.micro_batch, checkpointing=update.recompute is None, bits=ready.base.bits,
+            rows=gallery.rows, checkpoints=checkpoints,
         )  # fmt: skip
         save_state(folder, now, update.tensors(), update.optimizer_state(), run.check_owner)
 
@@ -270,11 +298,13 @@ def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Inte
         asked = run.requests()
         due = "save" in asked or (plan.save_every and done % plan.save_every == 0)
         if due and done < plan.num_steps and not outcome.broken:
-            save(folder / "checkpoints" / f"{name}-{done:06}.safetensors")
+            save(file := folder / "checkpoints" / f"{name}-{done:06}.safetensors")
+            if "save" in asked:
+                events.emit("note", text=f"  saved as asked: {file}")
         if "sample" in asked or (plan.preview_every and (done % plan.preview_every == 0 or done == plan.num_steps)):
             preview()
         if interrupts or "stop" in asked:
-            run.stopped(interrupts.code or STOPPED, "stopped by a signal" if interrupts else "stopped as asked")
+            run.stopped(interrupts.code or STOPPED, f"stopped {interrupts.cause or 'as asked'}")
             break
     if trouble and (good := newest_state(folder, lambda line: None, before=proven + 1)):
         update.restore(good.tensors, good.optimizer)
@@ -305,6 +335,18 @@ def changes(state: State, identity: dict[str, Any], force: bool) -> list[str]:
         more = f" (and {len(doubtful) - 1} more)" if len(doubtful) > 1 else ""
         raise Refused(f"since the run began, {doubtful[0]}{more}; put it back, or --force goes on all the same")
     return [f"changed: {line}" for line in [*doubtful, *allowed_changes(before, identity)]]
+
+
+def told_schedule(state: State, plan: Plan, wanted: Optimization) -> list[str]:
+    """What another number of steps does to the rate of a run that goes on after its state: a line, or none."""
+    before = state.identity["options"]["optimization"]
+    if before["steps"] == plan.num_steps or plan.schedule == "constant":
+        return []
+    old = rate_share(before["schedule"], state.step - 1, before["steps"], before["warm_up"], before["restarts"])
+    new = rate_share(plan.schedule, state.step, plan.num_steps, wanted.warm_up, wanted.restarts)
+    return [
+        f"the {plan.schedule} rate spans {plan.num_steps} steps now: from {old:.1%} of its peak it goes to {new:.1%}"
+    ]
 
 
 def steps_of(

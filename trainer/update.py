@@ -14,10 +14,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from scumble.configs.errors import Refused
-
 from .flat import Flat
-from .memory import is_out_of_memory
+from .memory import TooLarge, unless_too_large
 from .optimizers import set_rate
 from .passes import Passes
 from .step import Look, seed_for
@@ -43,7 +41,8 @@ class Update:
     """Trained parameters by name, flat, with their optimiser and, where `ema` is not 0, their moving average.
 
     `looks_per_step` is the mean number of looks in a step; 0 divides by those of each step. `recompute` turns gradient
-    checkpointing on, or is None where that is done or forbidden; `say` is told what was changed to go on.
+    checkpointing on, or is None where that is done or forbidden; `quantize` gives the base fewer bits and tells how
+    many, 0 where none are left, or is None where that is forbidden. `say` is told what was changed to go on.
     """
 
     def __init__(
@@ -66,6 +65,7 @@ class Update:
         self.optimizer: AcceleratedOptimizer = accelerator.prepare(optimizer)
         self.average = [values.detach().clone() for values in flat.groups] if ema else []
         self.recompute: Callable[[], None] | None = None
+        self.quantize: Callable[[], int] | None = None
         self.rate_factor, self.broken_in_a_row, self.micro_batch = 1.0, 0, 0
 
     def take(
@@ -119,10 +119,12 @@ class Update:
         return total
 
     def trial(self, batch: Sequence[int]) -> None:
-        """One pass of a batch that leaves nothing behind."""
+        """One pass of a batch that leaves nothing behind, with as much memory taken as an optimiser's two moments."""
+        room = [torch.empty_like(one) for one in 2 * self.flat.groups] if not self.optimizer.state else []
         try:
             self.gradients(0, [batch])
         finally:
+            del room
             self.flat.zero_grad()
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -175,25 +177,19 @@ class Update:
                 values.data.copy_(value)
 
     def _fitting_gradients(self, step: int, batches: Sequence[Sequence[int]]) -> torch.Tensor:
-        while True:
-            try:
-                return self.gradients(step, batches)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                self.flat.zero_grad()
-                if not self.need_less(max(map(len, batches))):
-                    raise Refused(
-                        f"step {step + 1} does not fit into the memory of the {self.accelerator.device.type} device; "
-                        "close other programs, or lower --resolution",
-                        75,
-                    ) from None
+        while (loss := unless_too_large(lambda: self.gradients(step, batches))) is None:
+            self.flat.zero_grad()
+            if not self.need_less(max(map(len, batches))):
+                raise TooLarge(
+                    f"step {step + 1} does not fit into the memory of the {self.accelerator.device.type} device; "
+                    "close other programs, or lower --resolution",
+                    75,
+                )
+        return loss
 
     def need_less(self, largest: int) -> bool:
         """Take the next cheapest way to need less memory in a pass of `largest` looks; False where none is left."""
         self.passes.forget()
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
         at_once = min(self.micro_batch or largest, largest)
         if self.recompute is not None:
             self.recompute()
@@ -202,6 +198,8 @@ class Update:
         elif at_once > 1:
             self.micro_batch = -(-at_once // 2)
             self.say(f"out of memory: {self.micro_batch} pictures at once from here on, the effective batch stays")
+        elif self.quantize is not None and (bits := self.quantize()):
+            self.say(f"out of memory: the base has {bits} bits from here on (slower, a little less exact)")
         else:
             return False
         return True

@@ -1,0 +1,228 @@
+"""A frozen base in 8 or 4 bits: as bitsandbytes and PEFT compute it, under every adapter, and only where it must be."""
+
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant, int8_vectorwise_quant, quantize_4bit
+from bitsandbytes.nn import Linear4bit
+from peft.tuners.lora import Linear as PeftLora
+from peft.tuners.lora import LoraConfig
+from peft.tuners.lora.bnb import Linear4bit as PeftLora4bit
+from test_memory import PARTS, loss_of
+from test_resume import adapter_of, assert_same, begun, go_on
+from test_train import ran
+from tiny import tiny_base
+
+from scumble.configs.errors import Refused
+from scumble.configs.options import Model, Network
+from scumble.trainer import quantize
+from scumble.trainer.lora import attach
+from scumble.trainer.models import EMBEDDED, Base, load, recognise, take_fewer_bits
+from scumble.trainer.quantize import QuantizedLinear, check_bits, fewer_bits
+from scumble.trainer.state import newest_state
+from scumble.trainer.step import Batch, Objectives
+
+CPU = torch.device("cpu")
+SKETCH = Model(base=str(EMBEDDED))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model(base=str(tiny_base("sdxl", tmp_path_factory.mktemp("base"))))
+
+
+def linear(dtype: torch.dtype = torch.float32) -> torch.nn.Linear:
+    torch.manual_seed(0)
+    return torch.nn.Linear(64, 96).to(dtype).requires_grad_(False)
+
+
+def loaded(model: Model, bits: int, dtype: torch.dtype = torch.float32) -> Base:
+    return load(model, recognise(model), CPU, dtype, bits)
+
+
+def weights_of(base: Base) -> dict[str, torch.Tensor]:
+    linears = {path: module for path, module in base.unet.named_modules() if isinstance(module, torch.nn.Linear)}
+    frozen = {path: module for path, module in linears.items() if not module.weight.requires_grad}
+    return {path.removesuffix(".base_layer"): module.weight for path, module in frozen.items()}
+
+
+def test_8_bits_are_those_of_bitsandbytes():
+    layer = linear(torch.float16)
+    theirs, largest, _ = int8_vectorwise_quant(layer.weight)
+    ours = QuantizedLinear(layer, 8, CPU)
+    assert ours.packed.dtype == torch.int8 and torch.equal(ours.packed, theirs)
+    torch.testing.assert_close(ours.weight.float(), int8_vectorwise_dequant(theirs, largest), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_4_bits_under_an_adapter_compute_as_pefts_layer_of_bitsandbytes(dtype: torch.dtype):
+    dense = linear(dtype)
+    theirs_below = Linear4bit(64, 96, compute_dtype=dtype, quant_type="nf4")
+    theirs_below.weight.data = dense.weight.clone()
+    theirs_below.bias = dense.bias
+    config: dict[str, Any] = {"r": 4, "lora_alpha": 8, "config": LoraConfig(r=4, lora_alpha=8)}
+    layers = PeftLora(QuantizedLinear(dense, 4, CPU), "a", **config), PeftLora4bit(theirs_below.to(CPU), "a", **config)
+    inputs, numbers = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1)).to(dtype), []
+    for layer in layers:
+        torch.manual_seed(2)
+        for factor in (*layer.lora_A.parameters(), *layer.lora_B.parameters()):
+            torch.nn.init.normal_(factor, std=0.1)
+        given = inputs.clone().requires_grad_()
+        output = layer(given)
+        output.float().pow(2).sum().backward()
+        numbers.append([output, given.grad, layer.lora_A["a"].weight.grad, layer.lora_B["a"].weight.grad])
+    for ours, theirs in zip(*numbers, strict=True):
+        assert (ours - theirs).norm() < {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype] * theirs.norm()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_neither_input_nor_dense_weight_is_kept_for_the_backward_pass(bits: int):
+    layer, kept = QuantizedLinear(linear(), bits, CPU), []
+    given = torch.randn(3, 64, requires_grad=True) * 2
+    alive = weakref.ref(given)
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda one: one):
+        output = layer(given)
+    del given
+    assert output.requires_grad and kept == [] and alive() is None
+
+
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (4, 0.15)])
+def test_a_quantised_base_predicts_nearly_what_the_base_does(bits: int, error: float):
+    with torch.no_grad():
+        torch.manual_seed(0)
+        noisy, timesteps, hidden = torch.randn(2, 4, 16, 16), torch.tensor([100, 800]), torch.randn(2, 77, 192)
+        dense, few = (base.unet(noisy, timesteps, hidden).sample for base in (loaded(SKETCH, 16), loaded(SKETCH, bits)))
+    assert 0 < (few - dense).norm() / dense.norm() < error
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("network", ["lora", "dora", "loha", "lokr"])
+def test_every_adapter_learns_on_it_as_on_a_dense_base_of_its_weights(network: Any, bits: int, tiny: Model):
+    few, dense = loaded(tiny, bits), loaded(tiny, 16)
+    for path, weight in weights_of(few).items():
+        dense.unet.get_submodule(path).weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    gradients = []
+    for base in (few, dense):
+        trained = attach(base, Network(network=network), PARTS, seed=0)
+        loss_of(base).backward()
+        gradients.append([p.grad for module in trained for p in module.tensors.values() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_weights_come_out_the_same_whether_bits_were_asked_for_or_taken_step_by_step(tiny: Model):
+    base = loaded(tiny, 16, torch.bfloat16)
+    attach(base, Network(), PARTS, seed=0)
+    for bits in (8, 4):
+        assert take_fewer_bits(base, tiny) == bits == base.bits
+        ours, theirs = weights_of(base), weights_of(loaded(tiny, bits, torch.bfloat16))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[path], theirs[path]) for path in theirs)
+    assert take_fewer_bits(base, tiny) == 0 and base.bits == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_run_on_a_quantised_base_previews_exports_and_goes_on_bit_for_bit(kind: str, tmp_path: Path):
+    tables: dict[str, Any] = {
+        "machine": {"quantize": kind}, "optimization": {"steps": 4}, "output": {"preview_every": 2, "save_every": 2},
+    }  # fmt: skip
+    whole = ran(tmp_path / "whole", **tables)
+    cut = begun(tmp_path / "cut", 2, **tables)
+    go_on(cut)
+    assert_same(adapter_of(cut), adapter_of(whole.folder))
+    dense = ran(tmp_path / "dense", optimization={"steps": 4}, output={"preview_every": 0})
+    assert whole.losses != dense.losses and whole.losses == pytest.approx(dense.losses, rel=0.1)
+    assert len(list((cut / "previews").glob("step*.png"))) == 6
+    (measured,) = whole.of("measured")
+    assert measured["bits"] == {"int8": 8, "nf4": 4}[kind] and f"a base of {measured['bits']} bits" in measured["text"]
+    state = newest_state(cut, pytest.fail)
+    assert state and state.state.bits == measured["bits"]
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int, int]]:
+    """A device on which only passes that recompute, of one picture, on a base of 4 bits fit; what was tried on it."""
+    tried: list[tuple[bool, int, int]] = []
+    losses = Objectives.losses_of
+
+    def limited(self: Objectives, batch: Batch) -> torch.Tensor:
+        tried.append((self.base.unet.is_gradient_checkpointing, len(batch["latents"]), self.base.bits))
+        if tried[-1] != (True, 1, 4):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses(self, batch)
+
+    monkeypatch.setattr(Objectives, "losses_of", limited)
+    return tried
+
+
+def test_auto_takes_what_costs_least_speed_first_and_a_resumed_run_what_was_taken(
+    tmp_path: Path, memory: list[tuple[bool, int, int]]
+):
+    tables: dict[str, Any] = {"optimization": {"steps": 3}, "output": {"preview_every": 0}}
+    run = begun(tmp_path, 1, **tables)
+    begins = list(dict.fromkeys(memory))
+    assert begins == [(False, 4, 16), (True, 4, 16), (True, 2, 16), (True, 1, 16), (True, 1, 8), (True, 1, 4)]
+    memory.clear()
+    resumed = go_on(run)
+    assert set(memory) == {(True, 1, 4)}
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    said = [event["text"] for event in events if event["kind"] == "note" and "out of memory" in event["text"]]
+    assert [line.split("out of memory: ")[1].split(" from here")[0] for line in said] == [
+        "activations are recomputed", "2 pictures at once", "1 pictures at once", "the base has 8 bits",
+        "the base has 4 bits",
+    ]  # fmt: skip
+    text = resumed.of("measured")[0]["text"]
+    assert "activations recomputed, 1 pictures at once, a base of 4 bits: 2 steps in about" in text
+
+
+@pytest.mark.parametrize("quantize_", ["off", "int8"])
+def test_what_was_asked_for_stays_and_a_step_that_does_not_fit_is_refused(
+    quantize_: str, tmp_path: Path, memory: list[tuple[bool, int, int]]
+):
+    with pytest.raises(Refused, match=r"the memory of the cpu device: 4 pictures of .* lower --batch"):
+        ran(tmp_path, machine={"quantize": quantize_})
+    assert {bits for _, _, bits in memory} == {{"off": 16, "int8": 8}[quantize_]}
+
+
+def test_a_base_that_does_not_fit_is_loaded_in_fewer_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from scumble.trainer import train
+
+    def small(model: Model, source: Any, device: torch.device, dtype: torch.dtype, bits: int) -> Base:
+        if bits > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load(model, source, device, dtype, bits)
+
+    monkeypatch.setattr(train, "load", small)
+    run = ran(tmp_path, optimization={"steps": 1}, output={"preview_every": 0})
+    assert [event["bits"] for event in run.of("measured")] == [8]
+    with pytest.raises(Refused, match="does not fit into the memory of the cpu device") as error:
+        ran(tmp_path, machine={"quantize": "off"})
+    assert error.value.exit_code == 69
+
+
+def test_nf4_without_bitsandbytes_is_refused_with_the_cure_and_auto_ends_at_8_bits(monkeypatch: pytest.MonkeyPatch):
+    assert [fewer_bits(bits, "cuda") for bits in (16, 8, 4)] == [8, 4, 0]
+    assert [fewer_bits(bits, "mps") for bits in (16, 8)] == [8, 0]
+    monkeypatch.setattr(quantize, "find_spec", lambda name: None)
+    assert [fewer_bits(bits, "cuda") for bits in (16, 8)] == [8, 0]
+    with pytest.raises(Refused, match=r'--quantize nf4 needs bitsandbytes: pip install "scumble\[quantize\]"') as error:
+        check_bits(4, "cuda")
+    assert error.value.exit_code == 69
+
+
+def test_other_bits_in_the_middle_of_a_run_are_named(tmp_path: Path):
+    run = begun(tmp_path, 1, optimization={"steps": 3}, output={"preview_every": 0})
+    (plan,) = go_on(run, machine={"quantize": "int8"}).of("plan")
+    assert "changed: --quantize int8 instead of auto" in plan["why"]
+
+
+def test_4_bits_are_packed_by_bitsandbytes():
+    layer = linear(torch.bfloat16)
+    packed, state = quantize_4bit(layer.weight, quant_type="nf4", compress_statistics=True)
+    ours = QuantizedLinear(layer, 4, CPU)
+    assert torch.equal(ours.packed, packed) and torch.equal(ours.weight, dequantize_4bit(packed, state))

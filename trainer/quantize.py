@@ -1,0 +1,115 @@
+"""A frozen UNet in fewer bits: the linear layers of its transformer blocks, under an adapter or before there is one.
+
+8 bits: round(127 · W / largest of the row) and a scale for each row (vector-wise, Dettmers et al. 2022). 4 bits: NF4
+with quantised scales (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), packed and unpacked by bitsandbytes. Weights are
+made dense for each product, forward and backward, so activations keep the base's precision and none is kept for it;
+bitsandbytes' own 8-bit layer keeps each input, which undoes checkpointing, and rounds it.
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+from scumble.configs.errors import Refused
+
+BITS = {"auto": 16, "off": 16, "int8": 8, "nf4": 4}  # to begin with
+
+
+def check_bits(bits: int, device: str) -> None:
+    """Raises `Refused` where 4 bits cannot be had: (69) without bitsandbytes, (2) on a device that it knows not."""
+    if bits == 4 and device == "mps":
+        raise Refused("--quantize nf4: bitsandbytes does not compute on the mps device; int8 works there")
+    if bits == 4 and find_spec("bitsandbytes") is None:
+        raise Refused('--quantize nf4 needs bitsandbytes: pip install "scumble[quantize]"', 69)
+
+
+def fewer_bits(bits: int, device: str) -> int:
+    """The next step down from 16 over 8 to 4; 0 where this machine has none."""
+    if bits == 16:
+        return 8
+    return 4 if bits == 8 and device != "mps" and find_spec("bitsandbytes") else 0
+
+
+def quantize(unet: UNet2DConditionModel, bits: int, device: torch.device, dense: UNet2DConditionModel) -> None:
+    """Give `unet` the transformer weights of `dense`, which may be itself, in 8 or 4 bits on `device`, one by one.
+
+    An adapter on `unet` stays as it is.
+    """
+    weights = {path.removesuffix(".base_layer"): path for path in _linears(dense)}
+    for path in _linears(unet):
+        layer = dense.get_submodule(weights[path.removesuffix(".base_layer")])
+        assert isinstance(layer, torch.nn.Linear)
+        parent, _, name = path.rpartition(".")
+        setattr(unet.get_submodule(parent), name, QuantizedLinear(layer, bits, device))
+
+
+class QuantizedLinear(torch.nn.Linear):
+    """A frozen Linear that keeps its weight in fewer bits and computes in the dtype of the one that it stands for."""
+
+    packed: torch.Tensor
+
+    def __init__(self, dense: torch.nn.Linear, bits: int, device: torch.device):
+        torch.nn.Module.__init__(self)  # a Linear to PEFT, but without its parameters
+        self.in_features, self.out_features, self.dtype = dense.in_features, dense.out_features, dense.weight.dtype
+        pack, self.unpack = PACKINGS[bits]
+        packed, self.scales = pack(dense.weight.detach().to(device))
+        self.register_buffer("packed", packed, persistent=False)
+        self.bias = None if dense.bias is None else torch.nn.Parameter(dense.bias.detach().to(device), False)
+
+    @property
+    def weight(self) -> torch.Tensor:  # ty: ignore[incompatible-property-override]
+        """(out, in) in `dtype`, made anew."""
+        return self.unpack(self.packed, self.scales, self.dtype)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return _Product.apply(input, self)
+
+
+def _to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Bytes (out, in), and a scale (out, 1) in fp32 for each row."""
+    largest = weight.float().abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return (weight.float() * (127 / largest)).round().to(torch.int8), largest / 127
+
+
+@torch.no_grad()
+def _from_int8(packed: torch.Tensor, scales: Any, dtype: torch.dtype) -> torch.Tensor:
+    return torch.mul(packed, scales, out=torch.empty(packed.shape, dtype=dtype, device=packed.device))
+
+
+def _to_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Two weights a byte, and bitsandbytes' scales, in 8 bits themselves."""
+    from bitsandbytes.functional import quantize_4bit
+
+    return quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+
+
+def _from_nf4(packed: torch.Tensor, scales: Any, dtype: torch.dtype) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(packed, scales)
+
+
+PACKINGS = {8: (_to_int8, _from_int8), 4: (_to_nf4, _from_nf4)}
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b that keeps neither x nor a dense W for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return torch.nn.functional.linear(input.to(layer.dtype), layer.weight, layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0] @ ctx.layer.weight, None
+
+
+def _linears(unet: UNet2DConditionModel) -> list[str]:
+    """Paths of the frozen Linears in transformer blocks; those of an adapter are trained."""
+    return [
+        path for path, module in unet.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".attentions." in path and not module.weight.requires_grad
+    ]  # fmt: skip
