@@ -183,6 +183,9 @@ class Previews(Section):
     preview_steps: Annotated[int, Ge(1), Le(1000)] = option(25, "Sampler steps")
     cfg: Annotated[float, Ge(1), Le(50)] | Auto = option("auto", "Classifier-free guidance scale; 1: none")
     preview_size: Pixels | Auto = option("auto", "Side of the square preview; auto: the resolution", "px")
+    preview_share: Share = option(
+        1.0, "Largest share of the run's time that previews take; those above it are left out, but for first and last"
+    )
     preview_seed: Seed = option(1, "Seed of the first prompt; each prompt has the next")
 
 

@@ -34,7 +34,7 @@ from scumble.trainer.models import EMBEDDED, load, recognise
 from scumble.trainer.plan import DEFAULTS
 from scumble.trainer.state import ADAPTER, NUMBERS, OPTIMIZER
 from scumble.trainer.step import Look, Objectives, generator_for
-from scumble.trainer.train import steps_of, train
+from scumble.trainer.train import share_of_previews, steps_of, train
 
 SAMPLES = Path(__file__).parent.parent / "datasets/samples/clay-style"
 CPU = torch.device("cpu")
@@ -492,3 +492,15 @@ def test_weights_of_regularisation_pictures_and_mirroring_reach_the_loss():
     for mean, example, crop in zip(latents.mean, examples, upright, strict=True):
         mirrored = base.vae.encode(cropped(example.image, crop).flip(-1)[None]).latent_dist.mean[0]
         torch.testing.assert_close(mean[1], mirrored, rtol=1e-4, atol=1e-4)
+
+
+def test_previews_above_their_share_of_the_time_are_left_out_but_for_the_first_and_the_last(tmp_path: Path):
+    output = {"preview_every": 1, "save_every": 0}
+    previews = {"prompts": ("owl",), "preview_steps": 2, "preview_share": 0.0}
+    run = ran(tmp_path, optimization={"steps": 3}, output=output, previews=previews)
+    assert [event["step"] for event in run.of("preview")] == [0, 3]
+    assert [event["text"] for event in run.of("note") if "--preview-share" in event["text"]] == [
+        "  no preview at step 1, for --preview-share", "  no preview at step 2, for --preview-share",
+    ]  # fmt: skip
+    assert "previews took " in run.of("done")[0]["text"]
+    assert share_of_previews([], 5.0) == 0 and share_of_previews([1.0, 3.0], 6.0) == 0.5

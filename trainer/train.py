@@ -231,15 +231,18 @@ def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Inte
     gallery = Gallery(ready.base, job.shots, options.previews.sampler, folder / "previews", events)
     gallery.restore(state.rows)
     pace = Pace(device)
+    preview_s: list[float] = []
 
     def preview() -> None:
         run.check_owner()
+        began = time.monotonic()
         label = f"epoch {epoch}" if done == epoch * plan.steps_per_epoch else f"step {done}"
         try:
             with update.finished_weights():
                 gallery.add(label if done else "before", epoch, done)
         except TooLarge as error:
             events.emit("note", text=f"  {error}; this row is left out")
+        preview_s.append(time.monotonic() - began)
 
     def save(file: Path, with_state: bool = True) -> None:
         """The adapter first, then the state."""
@@ -301,7 +304,15 @@ def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Inte
             save(file := folder / "checkpoints" / f"{name}-{done:06}.safetensors")
             if "save" in asked:
                 events.emit("note", text=f"  saved as asked: {file}")
-        if "sample" in asked or (plan.preview_every and (done % plan.preview_every == 0 or done == plan.num_steps)):
+        is_due = plan.preview_every and done % plan.preview_every == 0
+        if (
+            is_due
+            and done < plan.num_steps
+            and share_of_previews(preview_s, trained_s) > options.previews.preview_share
+        ):
+            events.emit("note", text=f"  no preview at step {done}, for --preview-share")
+            is_due = False
+        if is_due or "sample" in asked or (plan.preview_every and done == plan.num_steps):
             preview()
         if interrupts or "stop" in asked:
             run.stopped(interrupts.code or STOPPED, f"stopped {interrupts.cause or 'as asked'}")
@@ -317,12 +328,22 @@ def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Inte
     if losses:
         write_picture(loss_curve(losses, f"{name}: loss"), folder / "loss.png")
     text = f"adapter {path} ({path.stat().st_size / 1e6:.1f} MB), previews {folder / 'previews'}"
+    if sum(preview_s):
+        text += f"\npreviews took {sum(preview_s) / (sum(preview_s) + trained_s):.0%} of the time of steps and previews"
     if run.code:
         text += f"\nstopped after step {done} of {plan.num_steps}; `scumble train {folder}` goes on"
     events.emit("done", step=done, epoch=epoch, stopped=bool(run.code), text=text)
     if trouble:
         raise Refused(f"{trouble} (what was learned until step {done} is in {path})")
     return Result(path, run.code)
+
+
+def share_of_previews(seconds: Sequence[float], trained_s: float) -> float:
+    """Their share of the time of steps and previews, were there one more as long as the others are."""
+    if not seconds:
+        return 0.0
+    total = sum(seconds) + fmean(seconds)
+    return total / (total + trained_s)
 
 
 def changes(state: State, identity: dict[str, Any], force: bool) -> list[str]:
