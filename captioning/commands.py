@@ -1,57 +1,24 @@
 """`scumble caption`. Models and torch are imported when it needs them."""
 
 import sys
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from scumble.configs.errors import Refused
 
 from .commands_edit import Folder, take_back
-from .request import Category, Detail, Device, Existing, Precision, Subject
+from .flags import Wanted
+from .request import Device, Existing, Precision
+
+DEFAULTS = Wanted()
 
 
 def caption(
     source: Folder,
     /,
     *,
-    captioner: Annotated[
-        Literal["filename", "blip", "florence2", "vlm", "wd-tagger"],
-        Parameter(
-            help="filename: its words; blip: a short sentence; florence2: sentences; vlm: any model that takes "
-            "pictures and does as told, as Qwen-VL; wd-tagger: tags, for drawings"
-        ),
-    ] = "filename",
-    kind: Annotated[
-        Subject, Parameter(help="What the set teaches: captions leave out its looks, or who the character is")
-    ] = "style",
-    model: Annotated[str | None, Parameter(help="Folder or hub id of the model; none: the captioner's usual")] = None,
-    detail: Annotated[Detail | None, Parameter(help="How much is told; CLIP reads about 50 words")] = None,
-    prompt: Annotated[
-        str | None, Parameter(help="Words for the model instead of its template; blip goes on from them")
-    ] = None,
-    max_tokens: Annotated[int | None, Parameter(help="Longest answer")] = None,
-    threshold: Annotated[float | None, Parameter(help="Least probability of a tag; none: 0.35")] = None,
-    character_threshold: Annotated[
-        float | None, Parameter(help="Least probability of a character's name; none: 0.85")
-    ] = None,
-    categories: Annotated[
-        list[Category] | None,
-        Parameter(help="Kinds of tags that are said; none: general", consume_multiple=True, negative=""),
-    ] = None,
-    keep_underscores: Annotated[
-        bool, Parameter(help="Leave tags as long_hair; else spaces, but for faces as ^_^", negative="")
-    ] = False,
-    trigger: Annotated[
-        str, Parameter(help="Words that call the adapter; training puts them in front too if it is told them")
-    ] = "",
-    trigger_at: Annotated[
-        Literal["front", "back", "none"], Parameter(help="Where they are written; none: only the template knows them")
-    ] = "front",
-    drop: Annotated[
-        list[str] | None,
-        Parameter(help="Words and tags that are never written", consume_multiple=True, negative=""),
-    ] = None,
+    wanted: Annotated[Wanted, Parameter(name="*")] = DEFAULTS,
     existing: Annotated[
         Existing, Parameter(help="Captions that are there: replace touches none by hand, line adds one as a new line")
     ] = "keep",
@@ -80,22 +47,10 @@ def caption(
         return
     if overwrite and existing not in ("keep", "replace"):
         raise Refused(f"--overwrite replaces whole captions, --existing {existing} keeps them: use one of the two")
-    if batch < 0 or (max_tokens is not None and max_tokens < 1):
-        raise Refused("--batch and --max-tokens: must be whole numbers above 0")
-    for flag, value in (("--threshold", threshold), ("--character-threshold", character_threshold)):
-        if value is not None and not 0 <= value <= 1:
-            raise Refused(f"{flag} {value}: must be a number from 0 to 1")
-    from .captioner import request_for
+    if batch < 0:
+        raise Refused(f"--batch {batch}: must be a whole number above 0, or 0 for the captioner's usual")
+    request = wanted.request(device, precision)
     from .progress import Progress, told
-
-    given = {
-        "model": model, "detail": detail, "prompt": prompt, "max_tokens": max_tokens, "threshold": threshold,
-        "character_threshold": character_threshold, "categories": tuple(categories) if categories else None,
-        "keep_underscores": keep_underscores or None, "device": device, "precision": precision,
-    }  # fmt: skip
-    request = request_for(
-        captioner, given, subject=kind, trigger=trigger.strip(), trigger_at=trigger_at, drop=tuple(drop or ())
-    )
     from .recipe import caption_set
 
     way: Existing = "replace" if overwrite else existing
@@ -105,4 +60,4 @@ def caption(
     except KeyboardInterrupt:
         print("stopped: the captions so far stay, and the same command goes on with the others", file=sys.stderr)
         raise SystemExit(130) from None
-    print(told(outcome, source, captioner, dry_run))
+    print(told(outcome, source, request.captioner, dry_run))

@@ -4,7 +4,7 @@ import io
 from collections.abc import Sequence
 from math import ceil, sqrt
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from .checkup import Checkup, Finding, verdict
 from .lettering import Font, lettered
@@ -37,9 +37,10 @@ def sheet(done: Checkup, name: str, base: str) -> Image.Image:
     _write(pen, (EDGE_PX, EDGE_PX - 8), name, TITLE_PX, INK, width - 2 * EDGE_PX)
     tone = told[0].severity if told else "good"
     _write(pen, (EDGE_PX, EDGE_PX + 46), _headline(done, base, len(shown)), TEXT_PX, TONES[tone], width - 2 * EDGE_PX)
+    dot = _dot(12)
     for row, (line, colour) in enumerate(lines):
         y = EDGE_PX + 92 + 30 * row
-        pen.ellipse([EDGE_PX, y + 4, EDGE_PX + 12, y + 16], colour)
+        paper.paste(colour, (EDGE_PX, y + 4), dot)
         _write(pen, (EDGE_PX + 24, y), line, TEXT_PX, INK, width - 2 * EDGE_PX - 24)
     for place, (number, look) in enumerate(shown):
         x = EDGE_PX + place % columns * (CELL_PX + GAP_PX)
@@ -86,7 +87,7 @@ def _cell(look: Look, findings: Sequence[Finding]) -> Image.Image:
     film = tint_of(thumb)
     if film:
         picture.paste(film, mask=film.getchannel("A"))
-    picture.thumbnail((CELL_PX - 20, CELL_PX - 20), Image.Resampling.LANCZOS)
+    picture = ImageOps.contain(picture, (CELL_PX - 20, CELL_PX - 20), Image.Resampling.LANCZOS)
     first, *others = frames_of(look.subject.crops)
     if not first.whole and not others:
         box = _box(first, picture)
@@ -106,6 +107,13 @@ def _cell(look: Look, findings: Sequence[Finding]) -> Image.Image:
     return cell
 
 
+def _dot(side_px: int) -> Image.Image:
+    """A disc with a smooth edge, as a mask."""
+    large = Image.new("L", (8 * side_px, 8 * side_px))
+    ImageDraw.Draw(large).ellipse([0, 0, 8 * side_px - 1, 8 * side_px - 1], 255)
+    return large.resize((side_px, side_px), Image.Resampling.BOX)
+
+
 def _box(frame: Frame, picture: Image.Image) -> tuple[int, int, int, int]:
     left, top = round(frame.left * picture.width / 100), round(frame.top * picture.height / 100)
     right = round((frame.left + frame.width) * picture.width / 100)
@@ -117,14 +125,17 @@ def _say(
 ) -> None:
     """Caption, findings and file name below a picture."""
     x, y = place
-    lines = [(f"{look.path.name}   {look.size}", SOFT, SMALL_PX)]
+    size, size_font = lettered(str(look.size), SMALL_PX)
+    width = round(size_font.getlength(size))
+    pen.text((x + CELL_PX - width, y), size, SOFT, size_font)
+    _write(pen, place, look.path.name, SMALL_PX, SOFT, CELL_PX - width - GAP_PX)
     room = max(1, LINES - 1 - min(2, len(findings)))
     caption, font = lettered(heard[0] or "no caption", TEXT_PX)
-    lines += [(line, INK, TEXT_PX) for line in wrapped(caption, font, CELL_PX, min(2, room))]
+    lines = [(line, INK, TEXT_PX) for line in wrapped(caption, font, CELL_PX, min(2, room))]
     for finding in findings[:2]:
         lines.append((finding.details[str(look.path)], TONES[finding.severity], SMALL_PX))
-    for row, (line, colour, size) in enumerate(lines[:LINES]):
-        _write(pen, (x, y + 23 * row), line, size, colour, CELL_PX)
+    for row, (line, colour, text_px) in enumerate(lines[: LINES - 1], 1):
+        _write(pen, (x, y + 23 * row), line, text_px, colour, CELL_PX)
 
 
 def _write(

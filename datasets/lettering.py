@@ -20,17 +20,22 @@ NO_LETTER = "\uffff"  # Unicode keeps it free of a letter for ever, so every fon
 
 
 def lettered(text: str, size: int) -> tuple[str, Font]:
-    """The text and a font of so many pixels that draws all of it.
+    """The text and a font of so many pixels that draws all of it, else most of it.
 
-    Where none does, letters lose their accents, and those that are still not drawn become `?`.
+    Letters that it lacks lose their accents, and those that are still not drawn become `?`.
     """
-    for name in ("", *SYSTEM):
-        font = _font(name, size)
-        if font and all(_draws(name, letter) for letter in set(text)):
+    fonts = [(name, font) for name in ("", *SYSTEM) if (font := _font(name, size))]
+    for name, font in fonts:
+        if all(_draws(name, letter) for letter in set(text)):
             return text, font
-    decomposed = unicodedata.normalize("NFKD", text.translate(PLAIN))
-    plain = "".join(letter for letter in decomposed if not unicodedata.combining(letter))
-    return "".join(letter if _draws("", letter) else "?" for letter in plain), ImageFont.load_default(size)
+    name, font = max(fonts, key=lambda one: sum(_draws(one[0], letter) for letter in text))
+    return "".join(letter if _draws(name, letter) else _simpler(name, letter) for letter in text), font
+
+
+def _simpler(name: str, letter: str) -> str:
+    decomposed = unicodedata.normalize("NFKD", letter.translate(PLAIN))
+    plain = "".join(part for part in decomposed if not unicodedata.combining(part))
+    return plain if all(_draws(name, part) for part in plain) else "?"
 
 
 @lru_cache(maxsize=256)

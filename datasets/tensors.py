@@ -31,10 +31,11 @@ def all_cropped(path: Path, crops: Sequence[Crop]) -> Iterator[torch.Tensor]:
         yield pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
-def weights_of(view: View, latent_px: int, floor: float) -> tuple[torch.Tensor, ...]:
-    """Weights (H, W) of a view's latents, of mean 1, for each of its crops; none where it has no mask.
+def masks_of(view: View, latent_px: int, floor: float) -> tuple[torch.Tensor, ...]:
+    """Masks (H, W) over a view's latents, as `cropped_masks` gives them, for each of its crops; none where it has none.
 
-    Raises `Refused` naming a picture in whose crop nothing counts.
+    They stay in memory for a whole run: bytes are a quarter of the weights that `mask_weights` makes of them. Raises
+    `Refused` naming a picture in whose crop nothing counts.
     """
     image, mask = view.example.image, view.example.mask
     if mask is None:
@@ -45,25 +46,25 @@ def weights_of(view: View, latent_px: int, floor: float) -> tuple[torch.Tensor, 
         raise Refused(
             f"{image}: its mask is black in the crop that is seen; widen it, take --crop focus, or --masks off"
         )
-    return tuple(weights(one, floor) for one in masks)
+    return tuple(masks)
 
 
 def cropped_masks(image: Path, mask: Path, crops: Sequence[Crop], size: Size) -> list[torch.Tensor]:
-    """How much each part of each crop counts, (H, W) of `size` (of the latents, say), in [0, 1]: means over areas."""
+    """How much each part of each crop counts, (H, W) of `size` (of the latents, say), 0 to 255: means over areas."""
     picture = read_mask(image, mask)
     if picture is None:
-        return [torch.ones(size.height, size.width) for _ in crops]
+        return [torch.full((size.height, size.width), 255, dtype=torch.uint8) for _ in crops]
     parts = [resized(picture, crop, size, Image.Resampling.BOX) for crop in crops]
-    return [torch.from_numpy(np.asarray(part).copy()).float() / 255 for part in parts]
+    return [torch.from_numpy(np.asarray(part).copy()) for part in parts]
 
 
-def weights(mask: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
-    """Weights of mean 1 from a mask (H, W) in [0, 1], whose black parts weigh `floor` beside 1.
+def mask_weights(mask: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
+    """Weights of mean 1 from a mask (H, W) from 0 to 255, whose black parts weigh `floor` beside 1.
 
     The mean of a weighted loss is then the mean over what counts, however small that is. Raises ValueError for a mask
     that is black all over.
     """
-    lifted = floor + (1 - floor) * mask
+    lifted = floor + (1 - floor) * (mask.float() / 255)
     mean = lifted.mean()
     if mean <= 0:
         raise ValueError("a mask that is black all over")

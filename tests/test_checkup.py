@@ -435,8 +435,10 @@ def test_every_letter_of_a_sheet_is_one_that_its_font_has(monkeypatch: pytest.Mo
         shown, font = lettering.lettered(text, 16)
         assert all(letter.isspace() or drawn(letter, font) != drawn("\uffff", font) for letter in shown)
         assert len(shown) == len(text) and (shown == text or not text.isascii())
+    assert lettering.lettered("ü\uffff", 16)[0] == lettering.lettered("ü", 16)[0] + "?"
     monkeypatch.setattr(lettering, "SYSTEM", ())
-    assert [lettering.lettered(text, 16)[0] for text in ("Fuchs – ärger", "熊の絵, é")] == ["Fuchs - arger", "???, e"]
+    texts = ["Fuchs – ärger", "熊の絵, é", "고양이"]
+    assert [lettering.lettered(text, 16)[0] for text in texts] == ["Fuchs - arger", "???, e", "???"]
 
 
 def test_every_file_that_is_left_out_or_remarked_upon_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -14,7 +14,7 @@ from scumble.configs.options import Data, Model, Objective
 from scumble.datasets.folder import Masks, read_set
 from scumble.datasets.images import Size, centre_crop, crop_at, read_size
 from scumble.datasets.masks import read_mask
-from scumble.datasets.tensors import cropped_masks, weights, weights_of
+from scumble.datasets.tensors import cropped_masks, mask_weights, masks_of
 from scumble.datasets.views import tables, views_of
 from scumble.trainer.latents import encode_set
 from scumble.trainer.models import load, recognise
@@ -115,17 +115,19 @@ def test_a_mask_goes_through_the_crop_of_its_picture_as_means_over_latents(mirro
     Image.fromarray(values).save(tmp_path / "mask.png")
     crop = crop_at(Size(128, 64), Size(64, 64), 0.25, mirrored)
     (mask,) = cropped_masks(tmp_path / "a.png", tmp_path / "mask.png", [crop], Size(8, 8))
-    blocks = values[:, 16:80].reshape(8, 8, 8, 8).mean((1, 3)) / 255
-    np.testing.assert_allclose(mask, blocks[:, ::-1] if mirrored else blocks, atol=1 / 255)
+    blocks = values[:, 16:80].reshape(8, 8, 8, 8).mean((1, 3))
+    assert mask.dtype == torch.uint8
+    np.testing.assert_allclose(mask, blocks[:, ::-1] if mirrored else blocks, atol=1)
 
 
 def test_weights_have_mean_one_and_black_parts_weigh_the_floor():
-    mask = torch.tensor([[1.0, 0.5], [0.0, 0.0]])
-    torch.testing.assert_close(weights(mask), torch.tensor([[8 / 3, 4 / 3], [0.0, 0.0]]))
-    lifted = weights(mask, floor=0.1)
+    mask = torch.tensor([[250, 125], [0, 0]], dtype=torch.uint8)
+    torch.testing.assert_close(mask_weights(mask), torch.tensor([[8 / 3, 4 / 3], [0.0, 0.0]]))
+    mask[0] = torch.tensor([255, 125])
+    lifted = mask_weights(mask, floor=0.1)
     assert float(lifted.mean()) == pytest.approx(1) and float(lifted[1, 0] / lifted[0, 0]) == pytest.approx(0.1)
     with pytest.raises(ValueError, match="black all over"):
-        weights(torch.zeros(2, 2))
+        mask_weights(torch.zeros(2, 2, dtype=torch.uint8))
 
 
 def test_a_mask_that_is_black_in_the_crop_is_refused_by_name_before_anything_is_loaded(tmp_path: Path):
@@ -145,13 +147,13 @@ def test_a_masked_loss_is_the_plain_loss_of_what_the_mask_shows():
     examples = read_set(SAMPLES).examples[:2]
     crops = [[centre_crop(read_size(example.image), Size(64, 64))] for example in examples]
     latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)])
-    half = torch.zeros(16, 16)
-    half[:, :5] = 1
-    masks: list[tuple[torch.Tensor, ...]] = [(weights(half),), ()]  # the second picture has none
-    data = Data(caption_dropout=0.0)
+    half = torch.zeros(16, 16, dtype=torch.uint8)
+    half[:, :5] = 255
+    masks: list[tuple[torch.Tensor, ...]] = [(half,), ()]  # the second picture has none
     looks = [Look(0, 3, 0), Look(1, 3, 1)]
 
-    def losses(masks: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
+    def losses(masks: list[tuple[torch.Tensor, ...]], floor: float = 0.0) -> torch.Tensor:
+        data = Data(caption_dropout=0.0, mask_floor=floor)
         objectives = Objectives(
             base, examples, crops, latents, data, Objective(weighting="none"), 5, text_is_trained=False, masks=masks
         )
@@ -166,7 +168,12 @@ def test_a_masked_loss_is_the_plain_loss_of_what_the_mask_shows():
     with torch.no_grad():
         noisy = base.pipeline.scheduler.add_noise(clean[None], noise[None], timestep)
         prediction = base.unet(noisy, timestep, base.text_encoders[0](ids)[0]).sample
-    by_hand = ((prediction[0] - noise)[:, :, :5] ** 2).mean()
+    distances = (prediction[0] - noise) ** 2
+    by_hand = distances[:, :, :5].mean()
+    columns = torch.tensor([1.0] * 5 + [0.25] * 11)
+    torch.testing.assert_close(
+        losses(masks, 0.25)[0], (distances * columns / columns.mean()).mean(), rtol=1e-4, atol=1e-6
+    )
     masked, plain_loss = losses(masks), losses([(), ()])
     torch.testing.assert_close(masked[0], by_hand, rtol=1e-4, atol=1e-6)
     assert float(masked[1]) == pytest.approx(float(plain_loss[1]), rel=1e-5) and masked[0] != plain_loss[0]
@@ -188,7 +195,7 @@ def test_a_mask_reaches_the_training_of_a_folder(tmp_path: Path):
     assert losses("auto") != losses("off") and all(loss > 0 for loss in losses("alpha"))
 
 
-def test_a_view_without_a_mask_has_no_weights(tmp_path: Path):
+def test_a_view_without_a_mask_has_none_over_its_latents(tmp_path: Path):
     plain().save(tmp_path / "a.png")
     (view,) = views_of(read_set(tmp_path).examples, tables(Data(), 64, 16), Data(), 0)
-    assert weights_of(view, 4, 0.0) == ()
+    assert masks_of(view, 4, 0.0) == ()

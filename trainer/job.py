@@ -11,7 +11,7 @@ from scumble.configs.options import Options
 from scumble.datasets.folder import Example, PictureSet
 from scumble.datasets.images import Crop, Size
 from scumble.datasets.order import batches_per_epoch, told_batches
-from scumble.datasets.tensors import weights_of
+from scumble.datasets.tensors import masks_of
 from scumble.datasets.views import View
 from scumble.datasets.waste import bucket_uses, told_waste
 
@@ -66,7 +66,7 @@ def look(options: Options, goes_on: bool = False) -> Job:
     check_attention(options.machine.attention)
     found = read_examples(options)
     views = read_views(found, options, source)
-    masks = [weights_of(view, source.latent_px, options.data.mask_floor) for view in views]
+    masks = [masks_of(view, source.latent_px, options.data.mask_floor) for view in views]
     captions = [heard(example, options) for example in found.examples if not example.prior]
     prompts = derived(captions, options.data.prefix, options.data.suffix)
     shots = shots_of(options.previews, resolution_of(options, source), prompts, default_cfg(source.name))

@@ -11,6 +11,7 @@ from scumble.configs.options import Data, Objective
 from scumble.datasets.captions import ruled, said
 from scumble.datasets.folder import Example
 from scumble.datasets.images import Crop
+from scumble.datasets.tensors import mask_weights
 
 from . import diffusion
 from .latents import Latents
@@ -34,7 +35,7 @@ class Look:
 
 class Objectives:
     """The loss of looks at a set, on one base. `crops[i]` are those of example i, of which each look sees one, and
-    `masks[i]` weights over the latents of each, or none. Text encodings are kept where the text encoders are frozen."""
+    `masks[i]` masks over the latents of each, or none. Text encodings are kept where the text encoders are frozen."""
 
     def __init__(
         self,
@@ -140,7 +141,10 @@ class Objectives:
     def _masks(self, places: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Weights of mean 1 over the latents of each (example, crop), (B, 1, H/8, W/8); 1 where one has no mask."""
         ones = torch.ones(self.latents.mean[places[0][0]][0].shape[1:])
-        return torch.stack([self.masks[index][crop] if self.masks[index] else ones for index, crop in places])[:, None]
+        floor = self.data.mask_floor
+        return torch.stack(
+            [mask_weights(self.masks[index][crop], floor) if self.masks[index] else ones for index, crop in places]
+        )[:, None]
 
     def _weight(self, look: Look) -> float:
         return self.data.prior_weight if self.examples[look.index].prior else 1.0
