@@ -13,6 +13,7 @@ from scumble.configs.errors import Refused
 from scumble.trainer.adapters import commands_math
 from scumble.trainer.adapters.adapter import Adapter, Module, read_adapter, to_tensors
 from scumble.trainer.adapters.files import write_adapter
+from scumble.trainer.adapters.keys import Place
 from scumble.trainer.adapters.weights import find_weights
 from scumble.trainer.models import EMBEDDED
 
@@ -60,6 +61,32 @@ def test_merge_writes_the_weighted_sum_and_says_of_what(folder: Path):
     assert comment.startswith("merged with scumble (linear): clay x 0.7 {mid_block: 0.5}, paper x -0.5 {")
     assert told["modelspec.trigger_phrase"] == "clay, paper" and told["ss_network_dim"] == "8"
     assert not any(str(folder) in value for value in told.values())
+
+
+def test_a_large_exact_sum_is_refused_with_both_sizes_unless_it_is_asked_for(tmp_path: Path):
+    place = Place("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    whole, out = {"lokr_w1": torch.ones(4, 4), "lokr_w2": torch.randn(320, 320)}, tmp_path / "out.safetensors"
+    for name, module in (("whole", Module("lokr", whole, None)), ("small", loha(rank=4))):
+        write_adapter(to_tensors(Adapter({place: module})), {}, tmp_path / f"{name}.safetensors")
+    line = (
+        r"the exact sum of LoKr has whole layers, 13\.1 MB; cut to rank 32 it is 0\.3 MB: "
+        "use --method svd --rank 32, or --method linear to have it whole"
+    )
+    files = tmp_path / "small.safetensors", tmp_path / "whole.safetensors"
+    with pytest.raises(Refused, match=f"^{line}$"):
+        run("merge", *files, "--out", out)
+    assert not out.exists()
+    run("merge", *files, "--out", out, "--method", "svd", "--rank", 32)
+    assert out.stat().st_size == pytest.approx(0.3e6, rel=0.1)
+    run("merge", *files, "--out", out, "--method", "linear", "--force")
+    assert out.stat().st_size == pytest.approx(13.1e6, rel=0.01)
+    run("merge", files[0], "--out", out, "--force")  # of rank 16, a plain LoRA
+    assert read_adapter(out).modules[place].rank == 16
+
+
+def loha(rank: int) -> Module:
+    parts = {f"hada_w{n}_{end}": torch.randn(1280, rank) for n in (1, 2) for end in "ab"}
+    return Module("loha", {name: x.T if name.endswith("b") else x for name, x in parts.items()}, float(rank))
 
 
 def test_resize_tells_what_each_block_loses(folder: Path, capsys: pytest.CaptureFixture[str]):
