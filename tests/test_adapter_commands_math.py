@@ -1,5 +1,6 @@
 """The commands on real files: what they write loads in diffusers, says how it was made and has no path in it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,15 +94,29 @@ def test_resize_tells_what_each_block_loses(folder: Path, capsys: pytest.Capture
     out = folder / "small.safetensors"
     run("resize", folder / "clay.safetensors", "--out", out, "--rank", 2)
     printed = capsys.readouterr().out
-    assert "mid_block" in printed and "of its change is lost" in printed and "rank 2" in printed
+    assert "mid_block" in printed and "rank 2" in printed and "nothing changed" not in printed
+    for norm, energy in re.findall(r"error +([\d.]+)% of its norm \(([\d.]+)% of its energy is lost\)", printed):
+        assert float(energy) / 100 == pytest.approx((float(norm) / 100) ** 2, abs=1e-3)
+    assert "of its energy is lost" in printed
     assert {module.rank for module in read_adapter(out).modules.values()} == {2}
     with pytest.raises(Refused, match=r"small\.safetensors exists: choose another --out, or --force"):
         run("resize", folder / "clay.safetensors", "--out", out, "--rank", 2)
     run("resize", folder / "clay.safetensors", "--out", out, "--energy", 0.9, "--force")
+    capsys.readouterr()
+    run("resize", folder / "clay.safetensors", "--out", out, "--rank", 9, "--force")
+    assert "nothing changed: no layer's rank became smaller than it was, 4 at most" in capsys.readouterr().out
 
 
-def test_what_is_baked_is_extracted_again_and_can_be_taken_out(folder: Path):
+def test_the_error_of_dare_is_said_to_be_its_own_noise(folder: Path, capsys: pytest.CaptureFixture[str]):
+    for method, is_said in (("dare", True), ("ties", False)):
+        run("merge", folder / "clay.safetensors", "--out", folder / "d.safetensors", "--method", method, "--force")
+        assert ("dare drops values at random by design" in capsys.readouterr().out) == is_said
+
+
+def test_what_is_baked_is_extracted_again_and_can_be_taken_out(folder: Path, capsys: pytest.CaptureFixture[str]):
     run("bake", folder / "clay.safetensors", "--base", "sketch", "--out", folder / "baked", "--strengths", 0.5)
+    size = sum(file.stat().st_size for file in (folder / "baked").rglob("*") if file.is_file())
+    assert f"wrote {folder / 'baked'}: {size / 1e6:.1f} MB" in capsys.readouterr().out
     run("extract", folder / "baked", "--base", "sketch", "--out", folder / "found.safetensors", "--rank", 4,
         "--dtype", "fp32")  # fmt: skip
     found, clay = read_adapter(folder / "found.safetensors"), read_adapter(folder / "clay.safetensors")

@@ -68,6 +68,8 @@ def merge(
     parents = ", ".join(f"{file.stem} x {weight:g}{_told(table)}" for file, weight, table in parts)
     how = recipe.method if recipe.method in ("linear", "svd") else f"{method}, density {density:g}"
     tell(write_result(result, adapters, out, f"merged with scumble ({how}): {parents}", force))
+    if recipe.method.startswith("dare") and density < 1:
+        print("dare drops values at random by design and keeps their mean: most of an error above is that noise")
 
 
 def resize(
@@ -94,6 +96,9 @@ def resize(
     told = [f"{name} {value:g}" for name, value in (("rank", rank), ("energy", energy), ("ratio", ratio)) if value]
     comment = f"resized with scumble ({', '.join(told)}): {file.stem}"
     tell(write_result(result, [adapter], out, comment, force))
+    pairs = [(adapter.modules[place], module) for place, module in result.adapter.modules.items()]
+    if all(old.label == "LoRA" and old.rank == new.rank for old, new in pairs):
+        print(f"nothing changed: no layer's rank became smaller than it was, {result.rank} at most")
 
 
 def extract(
@@ -150,7 +155,8 @@ def bake(
 
     doses = [Dose(file.stem, read_adapter(file), amount) for file, amount in zip(files, amounts, strict=True)]
     tell(baked(place_of_base(base), out, doses, undo, force))
-    print(f"wrote {out}")
+    files_out = out.rglob("*") if out.is_dir() else [out]
+    print(f"wrote {out}: {sum(file.stat().st_size for file in files_out if file.is_file()) / 1e6:,.1f} MB")
 
 
 def check_out(out: Path, force: bool, *sources: Path) -> None:
