@@ -316,7 +316,9 @@ def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Inte
         write_picture(gallery.cover, folder / f"{name}.png")
     if losses:
         write_picture(loss_curve(losses, f"{name}: loss"), folder / "loss.png")
-    text = f"adapter {path} ({path.stat().st_size / 1e6:.1f} MB), previews {folder / 'previews'}"
+    text = f"adapter {path} ({path.stat().st_size / 1e6:.1f} MB)"
+    if (previews := folder / "previews").is_dir():
+        text += f", previews {previews}"
     if run.code:
         text += f"\nstopped after step {done} of {plan.num_steps}; `scumble train {folder}` goes on"
     events.emit("done", step=done, epoch=epoch, stopped=bool(run.code), text=text)
