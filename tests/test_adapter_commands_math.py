@@ -1,5 +1,6 @@
 """The commands on real files: what they write loads in diffusers, says how it was made and has no path in it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from scumble.configs.errors import Refused
 from scumble.trainer.adapters import commands_math
 from scumble.trainer.adapters.adapter import Adapter, Module, read_adapter, to_tensors
 from scumble.trainer.adapters.files import write_adapter
+from scumble.trainer.adapters.keys import Place
 from scumble.trainer.adapters.weights import find_weights
 from scumble.trainer.models import EMBEDDED
 
@@ -62,19 +64,59 @@ def test_merge_writes_the_weighted_sum_and_says_of_what(folder: Path):
     assert not any(str(folder) in value for value in told.values())
 
 
+def test_a_large_exact_sum_is_refused_with_both_sizes_unless_it_is_asked_for(tmp_path: Path):
+    place = Place("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    whole, out = {"lokr_w1": torch.ones(4, 4), "lokr_w2": torch.randn(320, 320)}, tmp_path / "out.safetensors"
+    for name, module in (("whole", Module("lokr", whole, None)), ("small", loha(rank=4))):
+        write_adapter(to_tensors(Adapter({place: module})), {}, tmp_path / f"{name}.safetensors")
+    line = (
+        r"the exact sum of LoKr has whole layers, 13\.1 MB; cut to rank 32 it is 0\.3 MB: "
+        "use --method svd --rank 32, or --method linear to have it whole"
+    )
+    files = tmp_path / "small.safetensors", tmp_path / "whole.safetensors"
+    with pytest.raises(Refused, match=f"^{line}$"):
+        run("merge", *files, "--out", out)
+    assert not out.exists()
+    run("merge", *files, "--out", out, "--method", "svd", "--rank", 32)
+    assert out.stat().st_size == pytest.approx(0.3e6, rel=0.1)
+    run("merge", *files, "--out", out, "--method", "linear", "--force")
+    assert out.stat().st_size == pytest.approx(13.1e6, rel=0.01)
+    run("merge", files[0], "--out", out, "--force")  # of rank 16, a plain LoRA
+    assert read_adapter(out).modules[place].rank == 16
+
+
+def loha(rank: int) -> Module:
+    parts = {f"hada_w{n}_{end}": torch.randn(1280, rank) for n in (1, 2) for end in "ab"}
+    return Module("loha", {name: x.T if name.endswith("b") else x for name, x in parts.items()}, float(rank))
+
+
 def test_resize_tells_what_each_block_loses(folder: Path, capsys: pytest.CaptureFixture[str]):
     out = folder / "small.safetensors"
     run("resize", folder / "clay.safetensors", "--out", out, "--rank", 2)
     printed = capsys.readouterr().out
-    assert "mid_block" in printed and "of its change is lost" in printed and "rank 2" in printed
+    assert "mid_block" in printed and "rank 2" in printed and "nothing changed" not in printed
+    for norm, energy in re.findall(r"error +([\d.]+)% of its norm \(([\d.]+)% of its energy is lost\)", printed):
+        assert float(energy) / 100 == pytest.approx((float(norm) / 100) ** 2, abs=1e-3)
+    assert "of its energy is lost" in printed
     assert {module.rank for module in read_adapter(out).modules.values()} == {2}
     with pytest.raises(Refused, match=r"small\.safetensors exists: choose another --out, or --force"):
         run("resize", folder / "clay.safetensors", "--out", out, "--rank", 2)
     run("resize", folder / "clay.safetensors", "--out", out, "--energy", 0.9, "--force")
+    capsys.readouterr()
+    run("resize", folder / "clay.safetensors", "--out", out, "--rank", 9, "--force")
+    assert "nothing changed: no layer's rank became smaller than it was, 4 at most" in capsys.readouterr().out
 
 
-def test_what_is_baked_is_extracted_again_and_can_be_taken_out(folder: Path):
+def test_the_error_of_dare_is_said_to_be_its_own_noise(folder: Path, capsys: pytest.CaptureFixture[str]):
+    for method, is_said in (("dare", True), ("ties", False)):
+        run("merge", folder / "clay.safetensors", "--out", folder / "d.safetensors", "--method", method, "--force")
+        assert ("dare drops values at random by design" in capsys.readouterr().out) == is_said
+
+
+def test_what_is_baked_is_extracted_again_and_can_be_taken_out(folder: Path, capsys: pytest.CaptureFixture[str]):
     run("bake", folder / "clay.safetensors", "--base", "sketch", "--out", folder / "baked", "--strengths", 0.5)
+    size = sum(file.stat().st_size for file in (folder / "baked").rglob("*") if file.is_file())
+    assert f"wrote {folder / 'baked'}: {size / 1e6:.1f} MB" in capsys.readouterr().out
     run("extract", folder / "baked", "--base", "sketch", "--out", folder / "found.safetensors", "--rank", 4,
         "--dtype", "fp32")  # fmt: skip
     found, clay = read_adapter(folder / "found.safetensors"), read_adapter(folder / "clay.safetensors")

@@ -147,7 +147,8 @@ def test_what_cannot_be_done_is_refused_in_one_line(tmp_path: Path, capsys: pyte
     assert "numbers that fp16 cannot hold; use --dtype bf16" in refused(
         source, "--to", "kohya", "--dtype", "fp16", *out
     )
-    assert "lokr has no place in a PEFT file" in refused(str(tmp_path / "k.safetensors"), "--to", "peft", *out)
+    line = refused(kron := str(tmp_path / "k.safetensors"), "--to", "peft", *out)
+    assert f"{kron}: unet" in line and "LoKr has no place in a PEFT file; use --to kohya" in line
     assert "--to" in refused(source, "--to", "comfy", *out)
     assert not (tmp_path / "out.safetensors").exists() and (tmp_path / "there.safetensors").read_bytes() == b"mine"
 
@@ -215,7 +216,7 @@ def test_dora_is_not_written_where_it_would_mean_something_else(tmp_path: Path, 
     save_file({f"{stem}.{slot}": tensor for slot, tensor in parts.items()}, tmp_path / "kohya.safetensors")
     for source, dialect, line in (
         ("peft", "kohya", "PEFT's DoRA has magnitudes by outputs, which no UI computes as PEFT does; bake it into"),
-        ("kohya", "peft", "DoRA by inputs has no place in a PEFT file; use kohya"),
+        ("kohya", "peft", "DoRA by inputs has no place in a PEFT file; use --to kohya"),
     ):
         with pytest.raises(SystemExit):
             convert(tmp_path / f"{source}.safetensors", tmp_path / "no.safetensors", "--to", dialect)

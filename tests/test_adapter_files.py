@@ -145,14 +145,14 @@ def entry(dtype: str = "F32", shape: object = (1,), offsets: object = (0, 4)) ->
 @pytest.mark.parametrize(
     ("header", "data", "length", "line"),
     [
-        ({}, b"", 2**63, "shorter than its header says"),
+        ({}, b"", 2**63, r"shorter than its header says\): copy or download it again"),
         (b"{" * 100_000, b"", None, "not a safetensors file"),
         (b'{"a": 1, "a": 2}', b"", None, "a name stands twice"),
         (b"[]", b"", None, "its header is no table"),
         ({"a": entry(offsets=(0, 8))}, b"0" * 8, None, "has 8 bytes, not those of its shape"),
         ({"a": entry(offsets=(4, 8))}, b"0" * 8, None, "overlaps another or leaves a gap"),
         ({"a": entry(), "b": entry()}, b"0" * 4, None, "overlaps another or leaves a gap"),
-        ({"a": entry()}, b"", None, "holds 0 bytes of tensors, its header tells of 4"),
+        ({"a": entry()}, b"", None, "holds 0 bytes of tensors, its header tells of 4; copy or download it again"),
         ({"a": entry()}, b"0" * 9, None, "holds 9 bytes of tensors, its header tells of 4"),
         ({"a": entry(dtype="F31")}, b"0" * 4, None, "has the unknown type F31"),
         ({"a": entry(shape=(-1,))}, b"0" * 4, None, "impossible shape or place"),

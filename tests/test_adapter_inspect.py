@@ -109,7 +109,10 @@ def test_a_file_is_told_by_its_parts_words_and_settings(tmp_path: Path):
     assert report.settings == {"base": "my.safetensors", "rate (UNet)": "0.0001"}
     assert [match.matched for match in report.uis] == [3] * 5
     text = shown(path)
-    assert all(word in text for word in ("LoRA for Stable Diffusion 1", "zwx (5)", "text encoder layers 4-7", "3 / 3"))
+    assert all(
+        word in text
+        for word in ("LoRA for Stable Diffusion 1", "zwx (5)", "text encoder layers 4-7", "up_blocks.1", "3 / 3")
+    )
 
 
 def test_blocks_add_squares_and_stand_in_the_order_of_the_signal(tmp_path: Path):
@@ -165,6 +168,7 @@ def test_the_command_speaks_json_loads_no_diffusers_and_refuses_in_one_line(
     for arguments, line in (
         ([], "adapter inspect: name at least one adapter file"),
         ([str(tmp_path / "none.safetensors")], "cannot be read (No such file or directory)"),
+        ([str(tmp_path)], "is a folder; name a .safetensors file in it"),
     ):
         with pytest.raises(SystemExit):
             cli.main(["adapter", "inspect", *arguments])

@@ -140,6 +140,7 @@ def test_a_dry_run_writes_nothing_and_says_what_would_happen(tmp_path: Path):
 
 def test_previews_leave_training_untouched(run: Run, tmp_path: Path):
     without = ran(tmp_path, optimization={"steps": 7}, output={"preview_every": 0})
+    assert ", previews " in run.events[-1]["text"] and ", previews " not in without.events[-1]["text"]
     assert without.losses == run.losses
 
 

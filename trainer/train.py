@@ -327,7 +327,9 @@ def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Inte
         write_picture(gallery.cover, folder / f"{name}.png")
     if losses:
         write_picture(loss_curve(losses, f"{name}: loss"), folder / "loss.png")
-    text = f"adapter {path} ({path.stat().st_size / 1e6:.1f} MB), previews {folder / 'previews'}"
+    text = f"adapter {path} ({path.stat().st_size / 1e6:.1f} MB)"
+    if (previews := folder / "previews").is_dir():
+        text += f", previews {previews}"
     if sum(preview_s):
         text += f"\npreviews took {sum(preview_s) / (sum(preview_s) + trained_s):.0%} of the time of steps and previews"
     if run.code:

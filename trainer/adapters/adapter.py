@@ -138,7 +138,7 @@ def to_tensors(adapter: Adapter, dialect: str = "kohya") -> dict[str, torch.Tens
 def _pefts_tensors(place: Place, module: Module) -> dict[str, torch.Tensor]:
     """A module under PEFT's names. Raises `Refused` for what PEFT has not."""
     if module.kind != "lora" or "lora_mid" in module.tensors:
-        raise Refused(f"{place.component} {place.path}: {module.kind} has no place in a PEFT file; use kohya")
+        raise Refused(f"{place.component} {place.path}: {module.label} has no place in a PEFT file; use --to kohya")
     stem, down = peft_stem(place), module.tensors["lora_down"]
     tensors = {
         f"{stem}.lora_A.weight": down,
@@ -147,7 +147,7 @@ def _pefts_tensors(place: Place, module: Module) -> dict[str, torch.Tensor]:
     if module.is_dora:
         magnitude = module.tensors["dora_scale"]
         if magnitude.shape[0] == 1:
-            raise Refused(f"{place.component} {place.path}: DoRA by inputs has no place in a PEFT file; use kohya")
+            raise Refused(f"{place.component} {place.path}: DoRA by inputs has no place in a PEFT file; use --to kohya")
         tensors[f"{stem}.lora_magnitude_vector"] = magnitude.reshape([-1] if down.dim() == 2 else [1, -1, 1, 1])
     return tensors
 

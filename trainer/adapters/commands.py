@@ -8,6 +8,7 @@ from cyclopts import App, Parameter
 
 from scumble.configs.errors import Refused
 
+from ..check import SERIOUS
 from .commands_math import Force, bake, check_out, extract, merge, resize, tell
 
 adapter = App(name="adapter", help="Look into finished adapter files, and change them.", help_format="plaintext")
@@ -75,7 +76,7 @@ def verify(
 ) -> None:
     """Check that every UI finds a home for every key, that numbers and shapes are right, and that diffusers agrees.
 
-    Exit code 1 where something is wrong.
+    Exit code 65 where something is wrong.
     """
     from . import tables
     from .verify import verify as verdict_of
@@ -86,7 +87,7 @@ def verify(
     table = tables.ui_table(verdict.uis, verdict.beyond_diffusers)
     _print(tables.verdict_page(str(file), table, trials, verdict.untried, verdict.faults, poor))
     if not verdict.is_sound:
-        raise SystemExit(1)
+        raise SystemExit(SERIOUS)
 
 
 def _print(page: object) -> None:

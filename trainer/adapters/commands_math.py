@@ -30,8 +30,11 @@ def merge(
         ),
     ] = None,
     method: Annotated[
-        Method, Parameter(help="linear is the exact sum; svd cuts it to a rank; the others fight interference")
-    ] = "linear",
+        Method | None,
+        Parameter(
+            help="linear is the exact sum; svd cuts it to a rank; the others fight interference; none: linear, if small"
+        ),
+    ] = None,
     rank: Annotated[int, Parameter(help="Rank of the result, but for linear; 0: the largest of the files'")] = 0,
     density: Annotated[float, Parameter(help="Share of values that ties and dare keep")] = 0.5,
     seed: Annotated[int, Parameter(help="Draws of dare")] = 0,
@@ -48,20 +51,25 @@ def merge(
     strengths = as_many(weights, files, "--weights")
     factors = block_factors(blocks or [], len(files))
     from .adapter import read_adapter
-    from .merge import Input, Recipe, rank_stabilised
+    from .merge import Input, Recipe, check, check_size, rank_stabilised
     from .merge import merge as merged
     from .provenance import write_result
     from .weights import find_weights
 
     adapters = [rank_stabilised(read_adapter(file)) if rslora else read_adapter(file) for file in files]
     inputs = [Input(*one) for one in zip([file.stem for file in files], adapters, strengths, factors, strict=True)]
-    result = merged(inputs, Recipe(method, rank, density, seed), find_weights(place_of_base(base)) if base else None)
+    recipe = Recipe(method or "linear", rank, density, seed)
+    dora_base = find_weights(place_of_base(base)) if base else None
+    if not method:
+        check(inputs, recipe, dora_base)
+        check_size(inputs)
+    result = merged(inputs, recipe, dora_base)
     parts = zip(files, strengths, factors, strict=True)
     parents = ", ".join(f"{file.stem} x {weight:g}{_told(table)}" for file, weight, table in parts)
-    how = method if method in ("linear", "svd") else f"{method}, density {density:g}"
+    how = recipe.method if recipe.method in ("linear", "svd") else f"{method}, density {density:g}"
     tell(write_result(result, adapters, out, f"merged with scumble ({how}): {parents}", force))
-    if method == "linear" and any(module.label != "LoRA" for one in adapters for module in one.modules.values()):
-        print("kinds other than LoRA need a high rank to be exact; --method svd --rank 32 makes a small file")
+    if recipe.method.startswith("dare") and density < 1:
+        print("dare drops values at random by design and keeps their mean: most of an error above is that noise")
 
 
 def resize(
@@ -88,6 +96,9 @@ def resize(
     told = [f"{name} {value:g}" for name, value in (("rank", rank), ("energy", energy), ("ratio", ratio)) if value]
     comment = f"resized with scumble ({', '.join(told)}): {file.stem}"
     tell(write_result(result, [adapter], out, comment, force))
+    pairs = [(adapter.modules[place], module) for place, module in result.adapter.modules.items()]
+    if all(old.label == "LoRA" and old.rank == new.rank for old, new in pairs):
+        print(f"nothing changed: no layer's rank became smaller than it was, {result.rank} at most")
 
 
 def extract(
@@ -144,7 +155,8 @@ def bake(
 
     doses = [Dose(file.stem, read_adapter(file), amount) for file, amount in zip(files, amounts, strict=True)]
     tell(baked(place_of_base(base), out, doses, undo, force))
-    print(f"wrote {out}")
+    files_out = out.rglob("*") if out.is_dir() else [out]
+    print(f"wrote {out}: {sum(file.stat().st_size for file in files_out if file.is_file()) / 1e6:,.1f} MB")
 
 
 def check_out(out: Path, force: bool, *sources: Path) -> None:

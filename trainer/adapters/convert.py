@@ -31,7 +31,10 @@ def convert(path: Path, dialect: str, dtype: str, out: Path, force: bool = False
     if dtype and dtype not in DTYPES:
         raise Refused(f"--dtype {dtype}: must be {' | '.join(DTYPES)}")
     adapter = read_adapter(path)
-    tensors = converted(adapter, dialect, DTYPES.get(dtype))
+    try:
+        tensors = converted(adapter, dialect, DTYPES.get(dtype))
+    except Refused as refused:
+        raise Refused(f"{path}: {refused}") from None
     overflown = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if overflown and dtype == "fp16":
         raise Refused(f"{out} was not written: {overflown[0]} has numbers that fp16 cannot hold; use --dtype bf16")

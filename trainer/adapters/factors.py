@@ -80,6 +80,12 @@ def factors_of(module: Module) -> Factors | None:
     return factors_of_kronecker(first, Factors(*second))
 
 
+def exact_rank(module: Module) -> int:
+    """The rank at which dW is a LoRA exactly: that of its factors, or the layer's shorter side."""
+    assert module.shape
+    return len(known.down) if (known := factors_of(module)) else min(module.shape)
+
+
 def change_of(place: Place, module: Module, base: Weights | None) -> torch.Tensor:
     """W' - W as a matrix (out, in · h · w) in fp32; only DoRA reads `base`'s weight for it."""
     if not module.is_dora:

@@ -44,12 +44,16 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """The checked header of a safetensors file. Raises `Refused` naming the file and what is wrong with it."""
+    if path.is_dir():
+        raise Refused(f"{path}: is a folder; name a .safetensors file in it")
     try:
         with path.open("rb") as file:
             total = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if total < 8 or length > total - 8:
-                raise Refused(f"{path}: not a safetensors file (it is shorter than its header says)")
+                raise Refused(
+                    f"{path}: not a safetensors file (it is shorter than its header says): copy or download it again"
+                )
             if length > MAX_HEADER_BYTES:
                 raise Refused(f"{path}: a header of {length:,} bytes; more than {MAX_HEADER_BYTES:,} are not read")
             raw = file.read(length)
@@ -75,7 +79,10 @@ def read_header(path: Path) -> Header:
             raise Refused(f"{path}: tensor {_short(name)} overlaps another or leaves a gap")
         position = entry.end
     if position != total - 8 - length:
-        raise Refused(f"{path}: holds {total - 8 - length:,} bytes of tensors, its header tells of {position:,}")
+        raise Refused(
+            f"{path}: holds {total - 8 - length:,} bytes of tensors, its header tells of {position:,}; copy or "
+            "download it again"
+        )
     return Header(entries, metadata, 8 + length)
 
 

@@ -23,6 +23,7 @@ from .factors import (
     check_dora,
     collect,
     dtype_of,
+    exact_rank,
     factors_of,
     kernel_of,
     module_of,
@@ -35,6 +36,7 @@ from .module import Module
 from .progress import with_bar
 from .weights import Weights
 
+SMALL_RANK = 32  # offered where the exact sum is large
 METHODS = ("linear", "svd", "ties", "dare", "dare_ties")
 
 
@@ -70,12 +72,7 @@ def merge(inputs: Sequence[Input], recipe: Recipe, base: Weights | None = None) 
     places = sorted({place for one in inputs for place in one.adapter.modules})
     modules = {}
     for place in with_bar(places, "merging", len(places)):
-        weighted = [
-            (one.weight_at(place), one.adapter.modules[place])
-            for one in inputs
-            if place in one.adapter.modules and one.weight_at(place) != 0
-        ]
-        if weighted:
+        if weighted := weighted_at(inputs, place):
             kernel = kernel_of(place, weighted[0][1], inputs[0].adapter.family)
             modules[place] = _merged(place, weighted, recipe, kernel, base)
     if not modules:
@@ -114,6 +111,38 @@ def check(inputs: Sequence[Input], recipe: Recipe, base: Weights | None = None) 
                     f"{one.name}: {place.component} {place.path} is {module.label}, which has no rank of a LoRA: "
                     "give --rank"
                 )
+
+
+def weighted_at(inputs: Sequence[Input], place: Place) -> list[tuple[float, Module]]:
+    """Weights and modules of the inputs that change a layer."""
+    weighted = [(one.weight_at(place), one.adapter.modules.get(place)) for one in inputs]
+    return [(weight, module) for weight, module in weighted if module and weight != 0]
+
+
+def check_size(inputs: Sequence[Input]) -> None:
+    """Raises `Refused` where the exact sum needs more than SMALL_RANK for a layer of LoHa, LoKr or DoRA.
+
+    Tells the size of the exact sum beside that of an SVD of SMALL_RANK; neither is computed for it.
+    """
+    exact_bytes = small_bytes = 0
+    label = ""
+    for place in sorted({place for one in inputs for place in one.adapter.modules}):
+        modules = [module for _, module in weighted_at(inputs, place)]
+        ranks = [exact_rank(module) for module in modules]
+        for module, rank in zip(modules, ranks, strict=True):
+            if module.label != "LoRA" and rank > SMALL_RANK:
+                label = label or module.label
+        if modules:
+            shape = modules[0].shape
+            assert shape
+            rank, bytes_a_rank = min(sum(ranks), *shape), sum(shape) * dtype_of(modules[0]).itemsize
+            exact_bytes += rank * bytes_a_rank
+            small_bytes += min(rank, SMALL_RANK) * bytes_a_rank
+    if label:
+        raise Refused(
+            f"the exact sum of {label} has whole layers, {exact_bytes / 1e6:,.1f} MB; cut to rank {SMALL_RANK} it is "
+            f"{small_bytes / 1e6:,.1f} MB: use --method svd --rank {SMALL_RANK}, or --method linear to have it whole"
+        )
 
 
 def rank_stabilised(adapter: Adapter) -> Adapter:

@@ -50,7 +50,11 @@ def write_result(result: Reduction, parents: Sequence[Adapter], out: Path, comme
     cut = write_adapter(to_tensors(result.adapter), metadata, out, force)
     losses = sorted(result.errors.items(), key=lambda item: -item[1])
     return [
-        *(f"{block:<16} {error:6.1%} of its change is lost" for block, error in losses if error > LOSS_TOLD),
+        *(
+            f"{block:<16} error {error:6.1%} of its norm ({error**2:.2%} of its energy is lost)"
+            for block, error in losses
+            if error > LOSS_TOLD
+        ),
         *words_for_cut(cut),
         f"wrote {out}: {len(result.adapter.modules)} layers, rank {result.rank}, {out.stat().st_size / 1e6:.1f} MB",
     ]

@@ -13,6 +13,7 @@ from .inspect import (
     Report,
     beyond_diffusers,
     block_norms,
+    block_of,
     poor_uis,
 )
 from .keys import Place
@@ -185,10 +186,11 @@ def _bars(report: Report) -> Table:
     """Where the adapter works: the norm of each block's deltas together."""
     blocks = block_norms(report.norms)
     largest = max((norm for norm, _ in blocks.values()), default=0.0) or 1.0
-    table = _table("block", "modules", "strength", "")
-    table.columns[2].justify = "right"
+    names = {block_of(place): place.block for place in report.norms}  # as `merge --blocks` takes them
+    table = _table("block", "--blocks", "modules", "strength", "")
+    table.columns[3].justify = "right"
     for label, (norm, count) in blocks.items():
-        table.add_row(label, str(count), f"{norm:.3g}", Text(bar(norm / largest), "dark_orange"))
+        table.add_row(label, names[label], str(count), f"{norm:.3g}", Text(bar(norm / largest), "dark_orange"))
     return table
 
 
