@@ -162,6 +162,9 @@ class Machine(Section):
 
     device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "Where to train")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = option("auto", "Of the base; the adapter is always fp32")
+    compile: Literal["auto", "on", "off"] = option(
+        "auto", "torch.compile the UNet's blocks; auto: on CUDA, in a long run, if a measured step is faster for it"
+    )
     quantize: Literal["auto", "off", "int8", "nf4"] = option(
         "auto", "Frozen UNet in 8 or 4 bits (QLoRA), slower; auto: only if a step does not fit otherwise"
     )

@@ -33,11 +33,11 @@ def measure(trial: Callable[[], None], device: torch.device, need_less: Callable
     Where it does not fit into the device's memory, `need_less` takes the next way to need less, and it is tried again.
     Raises `Refused` (69) with the `cure` where no way is left.
     """
-    while (seconds := unless_too_large(lambda: _timed(trial, device))) is None:
+    while (seconds := unless_too_large(lambda: timed(trial, device))) is None:
         if not need_less():
             raise TooLarge(f"a step does not fit into the memory of the {device.type} device: {cure}", 69)
     if seconds < QUICK_S:
-        seconds = _timed(trial, device)
+        seconds = timed(trial, device)
     return Measured(seconds, memory_mb(device))
 
 
@@ -68,7 +68,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _timed(trial: Callable[[], None], device: torch.device) -> float:
+def timed(trial: Callable[[], None], device: torch.device) -> float:
+    """Seconds of a trial, all that it queued on the device included."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.monotonic()

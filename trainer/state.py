@@ -39,6 +39,7 @@ class State:
     micro_batch: int = 0
     checkpointing: bool = False
     bits: int = 16
+    compiled: bool = False
     rows: list[tuple[str, int, int]] = field(default_factory=list)
     checkpoints: list[tuple[str, float]] = field(default_factory=list)
     identity: dict[str, Any] = field(default_factory=dict)

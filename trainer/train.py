@@ -18,6 +18,7 @@ from scumble.datasets.cache import cache_in
 from scumble.datasets.images import Size
 from scumble.datasets.order import epoch_batches
 
+from .compiling import PAYS_S, compile_blocks
 from .events import Events, Reader, file_reader
 from .export import Progress, export, metadata_of
 from .flat import Flat
@@ -28,7 +29,7 @@ from .kernels import choose_kernels
 from .latents import encode_set
 from .lora import ADAPTER, Trained, attach, component_of, num_parameters, recompute_activations
 from .machine import DTYPES, Interrupts, device_may_fail, memory_mb, total_memory_mb
-from .memory import TooLarge, duration, measure, unless_too_large
+from .memory import TooLarge, duration, measure, timed, unless_too_large
 from .models import Base, load, take_fewer_bits
 from .optimizers import grouped, make_optimizer
 from .pace import Pace
@@ -100,7 +101,7 @@ def train(
             announce(job, events, notes)
             ready = make_ready(job, events, kept)
             state = replace(kept.state if kept else State(started=time.time()), identity=identity)
-            try_out(job, ready, folder, events, state.step)
+            try_out(job, ready, folder, events, state.step, state.compiled)
             return learn(job, ready, state, run, interrupts, events)
     except KeyboardInterrupt:
         raise Refused(f"stopped by Ctrl-C; `scumble train {folder}` goes on", CUT) from None
@@ -184,9 +185,10 @@ def load_that_fits(job: Job, bits: int, say: Callable[[str], None]) -> Base:
     return base
 
 
-def try_out(job: Job, ready: Ready, folder: Path, events: Events, done: int = 0) -> None:
+def try_out(job: Job, ready: Ready, folder: Path, events: Events, done: int = 0, was_compiled: bool = False) -> None:
     """Does a step fit, how long will the run take from step `done`, and is there room for what it leaves in `folder`?
 
+    A run that goes on is compiled if it `was_compiled`, so that its numbers stay.
     Raises `Refused` (69) where no step fits into memory, (73) where the disk is too small.
     """
     options, plan, update, device = job.options, job.plan, ready.update, job.accelerator.device
@@ -196,8 +198,20 @@ def try_out(job: Job, ready: Ready, folder: Path, events: Events, done: int = 0)
         lambda: update.trial(largest), device, lambda: update.need_less(len(largest)),
         cure=f"{len(largest)} pictures of {size} at once; lower --batch or --resolution",
     )  # fmt: skip
-    step_s = measured.seconds * options.optimization.accumulate
-    steps = plan.num_steps - done
+    steps, passes = plan.num_steps - done, options.optimization.accumulate
+    expected_s = steps * passes * measured.seconds
+    wanted = options.machine.compile
+    pays = wanted == "auto" and not done and device.type == "cuda" and expected_s > PAYS_S
+    if wanted == "on" or pays or (was_compiled and wanted != "off"):
+        update.passes.forget()
+        compiled_s = compile_blocks(
+            ready.base.unet, lambda: timed(lambda: update.trial(largest), device), measured.seconds,
+            whatever=wanted == "on" or was_compiled, say=lambda line: events.emit("note", text=f"  {line}"),
+        )  # fmt: skip
+        update.passes.forget()
+        update.is_compiled = compiled_s is not None
+        measured = replace(measured, seconds=compiled_s or measured.seconds)
+    step_s = measured.seconds * passes
     num_saves = plan.num_steps // plan.save_every if plan.save_every else 0
     num_previews = plan.num_steps // plan.preview_every + 2 if plan.preview_every else 0
     pixels = sum((shot.width or size.width) * (shot.height or size.height) for shot in job.shots)
@@ -263,6 +277,7 @@ def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Inte
         now = replace(
             state, step=done, losses=losses, rate_factor=update.rate_factor, broken_in_a_row=update.broken_in_a_row,
             micro_batch=update.micro_batch, checkpointing=update.recompute is None, bits=ready.base.bits,
+            compiled=update.is_compiled,
             rows=gallery.rows, checkpoints=checkpoints,
         )  # fmt: skip
         save_state(folder, now, update.tensors(), update.optimizer_state(), run.check_owner)

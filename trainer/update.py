@@ -66,7 +66,7 @@ class Update:
         self.average = [values.detach().clone() for values in flat.groups] if ema else []
         self.recompute: Callable[[], None] | None = None
         self.quantize: Callable[[], int] | None = None
-        self.rate_factor, self.broken_in_a_row, self.micro_batch = 1.0, 0, 0
+        self.rate_factor, self.broken_in_a_row, self.micro_batch, self.is_compiled = 1.0, 0, 0, False
 
     def take(
         self, step: int, batches: Sequence[Sequence[int]], rate_share: float, after: Sequence[int] = ()
