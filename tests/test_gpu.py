@@ -1,12 +1,14 @@
 """All that needs a CUDA device, in one command: `pytest -m gpu`. Skipped, with the reason, where there is none."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_train import ran
 
 from scumble.configs.errors import Refused
+from scumble.trainer import train as recipe
 from scumble.trainer.adapters.files import read_tensors
 
 pytestmark = [
@@ -49,3 +51,27 @@ def test_a_pass_that_does_not_fit_recomputes_or_is_refused(tmp_path: Path):
 
 def test_two_runs_on_one_device_have_the_same_losses(tmp_path: Path):
     assert on_cuda(tmp_path / "a", "bf16") == pytest.approx(on_cuda(tmp_path / "b", "bf16"), rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_captured_passes_have_the_losses_of_run_ones(
+    precision: str, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    machine = {"device": "cuda", "precision": precision, "checkpointing": checkpointing}
+    tables: Any = {"machine": machine, "optimization": {"steps": 20}, "output": {"preview_every": 10}}
+    captured = ran(tmp_path / "captured", **tables)
+    assert not [event for event in captured.of("note") if "CUDA graphs are off" in event["text"]]
+    monkeypatch.setattr(recipe, "CudaGraphs", lambda: None)
+    run = ran(tmp_path / "run", **tables)
+    assert captured.losses == pytest.approx(run.losses, rel=1e-4 if precision == "fp32" else 1e-2)
+
+
+def test_compiled_blocks_train_as_the_others_do(tmp_path: Path):
+    plain = on_cuda(tmp_path / "plain", "fp32")
+    compiled = ran(
+        tmp_path / "compiled", machine={"device": "cuda", "precision": "fp32", "compile": "on"},
+        optimization={"steps": 20}, output={"preview_every": 10},
+    )  # fmt: skip
+    assert [event for event in compiled.of("note") if "compiled: a step takes" in event["text"]]
+    assert compiled.losses == pytest.approx(plain, rel=1e-3)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.loha.layer import LoHaLayer
 from peft.tuners.lokr.layer import LoKrLayer
 from peft.tuners.lora import LoraLayer
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from scumble.configs.errors import Refused
@@ -131,14 +133,22 @@ def component_of(base: Base, part: str) -> UNet2DConditionModel | CLIPTextModel 
 
 
 def recompute_activations(base: Base, parts: Sequence[Part]) -> None:
-    """Gradient checkpointing in every part that is trained: less memory, the same gradients, more time."""
+    """Gradient checkpointing in every part that is trained: less memory, the same gradients, more time.
+
+    Random states are kept for it only where something is dropped at random: reading them cannot be captured on CUDA.
+    """
     for part in parts:
-        if part.name == "unet":
-            base.unet.enable_gradient_checkpointing()
+        component = component_of(base, part.name)
+        drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in component.modules())
+        how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": drops}
+        if isinstance(component, UNet2DConditionModel):
+            component.enable_gradient_checkpointing(partial(_checkpointed, how))
         else:
-            component = component_of(base, part.name)
-            assert isinstance(component, CLIPTextModel | CLIPTextModelWithProjection)
-            component.gradient_checkpointing_enable({"use_reentrant": False})
+            component.gradient_checkpointing_enable(how)
+
+
+def _checkpointed(how: dict[str, Any], module: torch.nn.Module, *inputs: Any) -> Any:
+    return checkpoint(module.__call__, *inputs, **how)
 
 
 def num_parameters(trained: list[Trained]) -> int:
