@@ -15,26 +15,25 @@ from scumble.configs import files
 from scumble.configs.errors import Refused
 from scumble.configs.options import Optimization, Options
 from scumble.datasets.cache import cache_in
-from scumble.datasets.images import Size
 from scumble.datasets.order import epoch_batches
 
-from .compiling import PAYS_S, compile_blocks
 from .events import Events, Reader, file_reader
 from .export import Progress, export, metadata_of
 from .flat import Flat
 from .identity import allowed_changes, doubtful_changes, identity_of, refused_changes
 from .job import Job, announce, look
-from .keeping import check_disk, disk_needed, in_words, surplus
+from .keeping import surplus
 from .kernels import choose_kernels
 from .latents import encode_set
 from .lora import ADAPTER, Trained, attach, component_of, num_parameters, recompute_activations
-from .machine import DTYPES, Interrupts, device_may_fail, memory_mb, total_memory_mb
-from .memory import TooLarge, duration, measure, timed, unless_too_large
+from .machine import DTYPES, Interrupts, device_may_fail, memory_mb
+from .memory import TooLarge, unless_too_large
 from .models import Base, load, take_fewer_bits
 from .optimizers import grouped, make_optimizer
 from .pace import Pace
 from .passes import CudaGraphs, Passes
 from .plan import Plan
+from .preflight import try_out
 from .preview import Gallery, write_picture
 from .product import speed_up
 from .quantize import BITS, fewer_bits
@@ -83,7 +82,8 @@ def train(
         events = Events(readers)
         announce(job, events)
         if measured:
-            try_out(job, make_ready(job, events), folder, events)
+            ready = make_ready(job, events)
+            try_out(job, ready.base, ready.update, folder, events)
         return None
     notes: list[str] = []
     identity = identity_of(job.source, job.options, job.examples, job.crops)
@@ -101,7 +101,7 @@ def train(
             announce(job, events, notes)
             ready = make_ready(job, events, kept)
             state = replace(kept.state if kept else State(started=time.time()), identity=identity)
-            try_out(job, ready, folder, events, state.step, state.compiled)
+            try_out(job, ready.base, ready.update, folder, events, state.step, state.compiled)
             return learn(job, ready, state, run, interrupts, events)
     except KeyboardInterrupt:
         raise Refused(f"stopped by Ctrl-C; `scumble train {folder}` goes on", CUT) from None
@@ -183,56 +183,6 @@ def load_that_fits(job: Job, bits: int, say: Callable[[str], None]) -> Base:
             raise TooLarge(f"{job.source.label} does not fit into the memory of the {device.type} device", 69)
         say(f"out of memory: the base has {bits} bits (slower, a little less exact)")
     return base
-
-
-def try_out(job: Job, ready: Ready, folder: Path, events: Events, done: int = 0, was_compiled: bool = False) -> None:
-    """Does a step fit, how long will the run take from step `done`, and is there room for what it leaves in `folder`?
-
-    A run that goes on is compiled if it `was_compiled`, so that its numbers stay.
-    Raises `Refused` (69) where no step fits into memory, (73) where the disk is too small.
-    """
-    options, plan, update, device = job.options, job.plan, ready.update, job.accelerator.device
-    largest = largest_batch(job.buckets, job.repeats, plan.batch)
-    size = job.buckets[largest[0]]
-    measured = measure(
-        lambda: update.trial(largest), device, lambda: update.need_less(len(largest)),
-        cure=f"{len(largest)} pictures of {size} at once; lower --batch or --resolution",
-    )  # fmt: skip
-    steps, passes = plan.num_steps - done, options.optimization.accumulate
-    expected_s = steps * passes * measured.seconds
-    wanted = options.machine.compile
-    pays = wanted == "auto" and not done and device.type == "cuda" and expected_s > PAYS_S
-    if wanted == "on" or pays or (was_compiled and wanted != "off"):
-        update.passes.forget()
-        compiled_s = compile_blocks(
-            ready.base.unet, lambda: timed(lambda: update.trial(largest), device), measured.seconds,
-            whatever=wanted == "on" or was_compiled, say=lambda line: events.emit("note", text=f"  {line}"),
-        )  # fmt: skip
-        update.passes.forget()
-        update.is_compiled = compiled_s is not None
-        measured = replace(measured, seconds=compiled_s or measured.seconds)
-    step_s = measured.seconds * passes
-    num_saves = plan.num_steps // plan.save_every if plan.save_every else 0
-    num_previews = plan.num_steps // plan.preview_every + 2 if plan.preview_every else 0
-    pixels = sum((shot.width or size.width) * (shot.height or size.height) for shot in job.shots)
-    needed = disk_needed(
-        num_parameters(ready.trained), DTYPES[options.output.save_dtype].itemsize, num_saves, options.output.keep,
-        options.output.keep_count, bool(options.optimization.ema), num_previews * pixels,
-    )  # fmt: skip
-    free = check_disk(folder, needed)
-    checkpointing = update.recompute is None and options.machine.checkpointing is not False
-    savings = [
-        *(["activations recomputed"] if checkpointing else []),
-        *([f"{update.micro_batch} pictures at once"] if update.micro_batch else []),
-        *([f"a base of {ready.base.bits} bits"] if ready.base.bits < 16 else []),
-    ]
-    events.emit(
-        "measured", seconds=round(measured.seconds, 4), memory_mb=measured.memory_mb, expected_s=round(steps * step_s),
-        checkpointing=checkpointing, micro_batch=update.micro_batch, bits=ready.base.bits, disk_bytes=needed,
-        text=f"  a step takes {step_s:.2f} s and {measured.memory_mb:,} of {total_memory_mb(device):,} MB"
-        f"{''.join(f', {saving}' for saving in savings)}: {steps} steps in about {duration(steps * step_s)} without "
-        f"previews; up to {in_words(needed)} of {in_words(free)} free on the disk",
-    )  # fmt: skip
 
 
 def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Interrupts, events: Events) -> Result:
@@ -400,9 +350,3 @@ def steps_of(
             yield step, epoch, batches[start : start + accumulate]
             step += 1
         epoch += 1
-
-
-def largest_batch(buckets: Sequence[Size], repeats: Sequence[int], batch: int) -> list[int]:
-    """Example indices of the batch that needs the most memory: most pixels in all."""
-    batches = epoch_batches(buckets, repeats, batch, seed=0, epoch=0)
-    return max(batches, key=lambda one: len(one) * buckets[one[0]].width * buckets[one[0]].height)

@@ -1,0 +1,76 @@
+"""Before the long part: one real step at the largest batch, measured; what it takes, what fits, room on the disk."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from scumble.datasets.images import Size
+from scumble.datasets.order import epoch_batches
+
+from .compiling import PAYS_S, compile_blocks
+from .events import Events
+from .job import Job
+from .keeping import check_disk, disk_needed, in_words
+from .machine import DTYPES, total_memory_mb
+from .memory import duration, measure, timed
+from .models import Base
+from .update import Update
+
+
+def try_out(
+    job: Job, base: Base, update: Update, folder: Path, events: Events, done: int = 0, was_compiled: bool = False
+) -> None:
+    """Does a step fit, how long will the run take from step `done`, and is there room for what it leaves in `folder`?
+
+    A run that goes on is compiled if it `was_compiled`, so that its numbers stay.
+    Raises `Refused` (69) where no step fits into memory, (73) where the disk is too small.
+    """
+    options, plan, device = job.options, job.plan, job.accelerator.device
+    largest = largest_batch(job.buckets, job.repeats, plan.batch)
+    size = job.buckets[largest[0]]
+    measured = measure(
+        lambda: update.trial(largest), device, lambda: update.need_less(len(largest)),
+        cure=f"{len(largest)} pictures of {size} at once; lower --batch or --resolution",
+    )  # fmt: skip
+    steps, passes = plan.num_steps - done, options.optimization.accumulate
+    expected_s = steps * passes * measured.seconds
+    wanted = options.machine.compile
+    pays = wanted == "auto" and not done and device.type == "cuda" and expected_s > PAYS_S
+    if wanted == "on" or pays or (was_compiled and wanted != "off"):
+        update.passes.forget()
+        compiled_s = compile_blocks(
+            base.unet, lambda: timed(lambda: update.trial(largest), device), measured.seconds,
+            whatever=wanted == "on" or was_compiled, say=lambda line: events.emit("note", text=f"  {line}"),
+        )  # fmt: skip
+        update.passes.forget()
+        update.is_compiled = compiled_s is not None
+        measured = replace(measured, seconds=compiled_s or measured.seconds)
+    step_s = measured.seconds * passes
+    num_saves = plan.num_steps // plan.save_every if plan.save_every else 0
+    num_previews = plan.num_steps // plan.preview_every + 2 if plan.preview_every else 0
+    pixels = sum((shot.width or size.width) * (shot.height or size.height) for shot in job.shots)
+    count = sum(parameter.numel() for parameter in update.named.values())
+    needed = disk_needed(
+        count, DTYPES[options.output.save_dtype].itemsize, num_saves, options.output.keep,
+        options.output.keep_count, bool(options.optimization.ema), num_previews * pixels,
+    )  # fmt: skip
+    free = check_disk(folder, needed)
+    checkpointing = update.recompute is None and options.machine.checkpointing is not False
+    savings = [
+        *(["activations recomputed"] if checkpointing else []),
+        *([f"{update.micro_batch} pictures at once"] if update.micro_batch else []),
+        *([f"a base of {base.bits} bits"] if base.bits < 16 else []),
+    ]
+    events.emit(
+        "measured", seconds=round(measured.seconds, 4), memory_mb=measured.memory_mb, expected_s=round(steps * step_s),
+        checkpointing=checkpointing, micro_batch=update.micro_batch, bits=base.bits, disk_bytes=needed,
+        text=f"  a step takes {step_s:.2f} s and {measured.memory_mb:,} of {total_memory_mb(device):,} MB"
+        f"{''.join(f', {saving}' for saving in savings)}: {steps} steps in about {duration(steps * step_s)} without "
+        f"previews; up to {in_words(needed)} of {in_words(free)} free on the disk",
+    )  # fmt: skip
+
+
+def largest_batch(buckets: Sequence[Size], repeats: Sequence[int], batch: int) -> list[int]:
+    """Example indices of the batch that needs the most memory: most pixels in all."""
+    batches = epoch_batches(buckets, repeats, batch, seed=0, epoch=0)
+    return max(batches, key=lambda one: len(one) * buckets[one[0]].width * buckets[one[0]].height)
