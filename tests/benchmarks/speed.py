@@ -348,7 +348,7 @@ def main() -> None:
     if chosen.guard:
         raise SystemExit(guard(record, device, dtype, chosen.turns, chosen.steps))
     card = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor()}, {chosen.threads} threads"
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {chosen.threads} threads"
     )
     peak = rate_of_products(device, dtype, 8192 if device.type == "cuda" else 1024)
     lines = [
