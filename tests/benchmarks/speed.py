@@ -347,9 +347,7 @@ def main() -> None:
     record = HERE / "results" / f"speed-{device.type}.json"
     if chosen.guard:
         raise SystemExit(guard(record, device, dtype, chosen.turns, chosen.steps))
-    card = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {chosen.threads} threads"
-    )
+    card = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {chosen.threads} threads"
     peak = rate_of_products(device, dtype, 8192 if device.type == "cuda" else 1024)
     lines = [
         "# Speed of a step", "", f"{card}; torch {torch.__version__}; {peak / 1e12:.2f} TFLOP/s in matrix products.",
