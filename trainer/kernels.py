@@ -6,10 +6,14 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from scumble.datasets.images import Size
 
+from .packing import pack_convolutions
+
 FEW_LATENTS = 1024  # more, and attention that keeps its whole matrix takes too much memory
 
 
-def choose_kernels(unet: UNet2DConditionModel, attention: str, largest: Size, latent_px: int) -> None:
+def choose_kernels(
+    unet: UNet2DConditionModel, attention: str, largest: Size, latent_px: int, packs: bool = True
+) -> None:
     """Settle attention, memory layout and the search for convolutions, for pictures of up to `largest`.
 
     In bf16 on a CPU, torch's flash attention takes up to three times as long for few tokens as plain products do
@@ -19,6 +23,8 @@ def choose_kernels(unet: UNet2DConditionModel, attention: str, largest: Size, la
         unet.enable_xformers_memory_efficient_attention()
     elif (unet.device.type, unet.dtype) == ("cpu", torch.bfloat16) and num_latents(largest, latent_px) <= FEW_LATENTS:
         unet.set_attn_processor(AttnProcessor())
+    if packs and unet.device.type == "cpu":
+        pack_convolutions(unet)
     if unet.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)
         torch.backends.cudnn.benchmark = True

@@ -54,7 +54,7 @@ class Objectives:
         self.data, self.objective, self.seed = data, objective, seed
         self.rules_of_prior = data.model_copy(update={"trigger": "", "prefix": "", "suffix": ""})
         self.text_is_trained = text_is_trained
-        self.device = base.unet.device
+        self.device, self.dtype = base.unet.device, base.unet.dtype
         self.alphas_cumprod = base.alphas_cumprod.to(self.device)
         self.encodings: dict[str, Conditioning] = {}
 
@@ -96,9 +96,8 @@ class Objectives:
         added = None
         if conditioning.pooled is not None:
             added = {"text_embeds": conditioning.pooled, "time_ids": batch["time_ids"]}
-        dtype = self.base.unet.dtype
         prediction = self.base.unet(
-            noisy.to(dtype), timesteps, conditioning.hidden.to(dtype), added_cond_kwargs=added
+            noisy.to(self.dtype), timesteps, conditioning.hidden.to(self.dtype), added_cond_kwargs=added
         ).sample
         kind = self.base.source.prediction
         target = diffusion.target(kind, latents, noise, timesteps, self.alphas_cumprod)

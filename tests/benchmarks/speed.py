@@ -53,6 +53,7 @@ SAMPLES = HERE.parent.parent / "datasets/samples/clay-style"
 RANK, NUM_PICTURES, ALLOWED_FALL = 16, 16, 0.25
 TECHNIQUES = {
     "product": "PEFT's forward under autocast",
+    "packing": "torch's own convolutions",
     "flat": "an update of each tensor",
     "kernels": "stock kernels",
 }
@@ -128,7 +129,7 @@ class Bench:
         base = Base(source, nothing, unet, nothing, encoders, [], self.scheduler.alphas_cumprod, 1)
         trained = attach(base, Network(), [Part("unet", RANK, RANK)], seed=0)
         if without != "kernels":
-            choose_kernels(unet, "sdpa", size, self.layout.latent_px)
+            choose_kernels(unet, "sdpa", size, self.layout.latent_px, packs=without != "packing")
         named = {f"{one.key}.{slot}": p for one in trained for slot, p in one.tensors.items()}
         groups = grouped([(1e-4, list(named.values()))])
         flat = Flat([group["params"] for group in groups], self.dtype)
