@@ -21,7 +21,7 @@ from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Network
 from scumble.trainer import quantize
 from scumble.trainer.lora import attach
-from scumble.trainer.models import EMBEDDED, Base, load, recognise, take_fewer_bits
+from scumble.trainer.models import EMBEDDED, Base, load, place_unet, recognise, take_fewer_bits
 from scumble.trainer.quantize import QuantizedLinear, check_bits, fewer_bits
 from scumble.trainer.state import newest_state
 from scumble.trainer.step import Batch, Objectives
@@ -41,7 +41,9 @@ def linear(dtype: torch.dtype = torch.float32) -> torch.nn.Linear:
 
 
 def loaded(model: Model, bits: int, dtype: torch.dtype = torch.float32) -> Base:
-    return load(model, recognise(model), CPU, dtype, bits)
+    base = load(model, recognise(model), CPU, dtype)
+    place_unet(base, model, bits)
+    return base
 
 
 def weights_of(base: Base) -> dict[str, torch.Tensor]:
@@ -192,12 +194,12 @@ def test_what_was_asked_for_stays_and_a_step_that_does_not_fit_is_refused(
 def test_a_base_that_does_not_fit_is_loaded_in_fewer_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from scumble.trainer import train
 
-    def small(model: Model, source: Any, device: torch.device, dtype: torch.dtype, bits: int) -> Base:
+    def small(base: Base, model: Model, bits: int) -> torch.nn.Module:
         if bits > 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return load(model, source, device, dtype, bits)
+        return place_unet(base, model, bits)
 
-    monkeypatch.setattr(train, "load", small)
+    monkeypatch.setattr(train, "place_unet", small)
     run = ran(tmp_path, optimization={"steps": 1}, output={"preview_every": 0})
     assert [event["bits"] for event in run.of("measured")] == [8]
     with pytest.raises(Refused, match="does not fit into the memory of the cpu device") as error:

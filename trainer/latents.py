@@ -76,7 +76,7 @@ def encode_set(
     Raises `Refused` where the VAE gives numbers that are not finite, and (73) where a set that is too large for the
     memory cannot be written into the cache, or there is none.
     """
-    device, scale = base.vae.device, float(base.vae.config["scaling_factor"])
+    device, scale = base.device, float(base.vae.config["scaling_factor"])
     shrink = 2 ** (len(base.vae.config["block_out_channels"]) - 1)
     pixels = sum(crop.target.width * crop.target.height for _, crops in views for crop in crops)
     large = pixels // shrink**2 * 2 * 4 * 4 > max_resident_bytes

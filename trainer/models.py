@@ -43,6 +43,7 @@ class Base:
     tokenizers: list[CLIPTokenizer]
     alphas_cumprod: torch.Tensor  # (1000,), after the zero-terminal rescale where there is one
     num_weights: int  # of UNet and text encoders
+    device: torch.device  # where it computes; what waits lies in `resting_place`, see parking
     bits: int = 16  # of the UNet's transformer blocks; 16: those of its dtype
 
     @property
@@ -50,11 +51,10 @@ class Base:
         return self.source.family
 
 
-def load(model: Model, source: Source, device: torch.device, dtype: torch.dtype, bits: int = 16) -> Base:
+def load(model: Model, source: Source, device: torch.device, dtype: torch.dtype) -> Base:
     """Load every module of a recognised base onto `device`; all weights are frozen.
 
-    The UNet and the text encoders are in `dtype`; the VAE too, but never in fp16, where SDXL's gives NaN. With 8 or 4
-    `bits` the UNet never lies on the device in more.
+    The UNet and the text encoders are in `dtype`; the VAE too, but never in fp16, where SDXL's gives NaN.
     """
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -87,28 +87,49 @@ def load(model: Model, source: Source, device: torch.device, dtype: torch.dtype,
     for module in (pipeline.unet, pipeline.vae, *encoders):
         module.requires_grad_(False).eval()
     num_weights = sum(weight.numel() for module in (pipeline.unet, *encoders) for weight in module.parameters())
-    if bits < 16:
-        check_bits(bits, device.type)
-        quantize(pipeline.unet, bits, device, pipeline.unet)
     pipeline.to(device)
     if dtype == torch.float16:
         pipeline.vae.to(torch.float32)
     return Base(
-        source, pipeline, pipeline.unet, pipeline.vae, encoders, tokenizers, scheduler.alphas_cumprod, num_weights, bits
-    )
+        source, pipeline, pipeline.unet, pipeline.vae, encoders, tokenizers, scheduler.alphas_cumprod, num_weights,
+        device,
+    )  # fmt: skip
 
 
-def take_fewer_bits(base: Base, model: Model) -> int:
-    """Keep the UNet of a loaded base in the next fewer bits, and say how many; 0, and nothing done, where none are.
+def resting_place(device: torch.device) -> torch.device:
+    """Where modules lie while they do not compute: for CUDA in the machine's memory."""
+    return torch.device("cpu") if device.type == "cuda" else device
+
+
+def load_waiting(model: Model, source: Source, device: torch.device, dtype: torch.dtype) -> Base:
+    """As `load`, but every module waits to be fetched, see parking; the UNet for `place_unet`."""
+    base = load(model, source, resting_place(device), dtype)
+    base.device = device
+    return base
+
+
+def place_unet(base: Base, model: Model, bits: int) -> UNet2DConditionModel:
+    """Bring a waiting UNet to where it computes; with 8 or 4 bits it never lies there in more.
 
     4 bits are made of the weights in the file, so that they are the same whatever came before.
     """
-    device = base.unet.device
-    bits = fewer_bits(base.bits, device.type)
+    if bits < 16:
+        check_bits(bits, base.device.type)
+        is_dense, base.bits = base.bits == 16, bits
+        in_16 = base.unet if is_dense else load(model, base.source, torch.device("cpu"), base.unet.dtype).unet
+        quantize(base.unet, bits, base.device, in_16)
+    try:
+        return base.unet.to(base.device)
+    except torch.OutOfMemoryError:
+        base.unet.to(resting_place(base.device))
+        raise
+
+
+def take_fewer_bits(base: Base, model: Model) -> int:
+    """Keep the UNet of a base in the next fewer bits, and say how many; 0, and nothing done, where none are."""
+    bits = fewer_bits(base.bits, base.device.type)
     if bits:
-        in_16 = base.unet if base.bits == 16 else load(model, base.source, torch.device("cpu"), base.unet.dtype).unet
-        quantize(base.unet, bits, device, in_16)
-        base.bits = bits
+        place_unet(base, model, bits)
     return bits
 
 

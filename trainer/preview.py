@@ -1,8 +1,9 @@
 """Previews: shots painted by diffusers' own pipeline, and grids with a label at each picture."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -18,7 +19,8 @@ from scumble.datasets.lettering import Font, lettered
 
 from .events import Events
 from .memory import TooLarge, unless_too_large
-from .models import Base, Pipeline, load, recognise
+from .models import Base, load, recognise
+from .parking import at_hand
 from .prompts import SHOWN_PROMPTS, Shot, shots_of
 
 SAMPLERS = {
@@ -27,6 +29,7 @@ SAMPLERS = {
     "euler_a": EulerAncestralDiscreteScheduler,
     "dpmpp_2m": DPMSolverMultistepScheduler,
 }
+EMBEDDINGS = "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
 BATCH = 8
 GAP_PX = 8
 CELL_PX = range(128, 385)  # longer side of a picture on a grid
@@ -57,12 +60,14 @@ def paint(base: Base, shots: Sequence[Shot], sampler: str) -> list[Image.Image]:
     pipeline = base.pipeline
     own, was_training = pipeline.scheduler, [module for module in (base.unet, *base.text_encoders) if module.training]
     pipeline.scheduler = SAMPLERS[sampler].from_config(own.config)
+    if base.device.type == "cuda":
+        base.vae.enable_slicing()  # of all that paints, decoding needs the most memory
     pictures: dict[int, Image.Image] = {}
     for module in was_training:
         module.eval()
     try:
         for alike in _batches(shots):
-            pictures |= dict(zip(alike, _painted(pipeline, [shots[index] for index in alike]), strict=True))
+            pictures |= dict(zip(alike, _painted(base, [shots[index] for index in alike]), strict=True))
     finally:
         pipeline.scheduler = own
         for module in was_training:
@@ -70,26 +75,36 @@ def paint(base: Base, shots: Sequence[Shot], sampler: str) -> list[Image.Image]:
     return [pictures[index] for index in range(len(shots))]
 
 
-def _painted(pipeline: Pipeline, shots: Sequence[Shot]) -> list[Image.Image]:
+def _painted(base: Base, shots: Sequence[Shot]) -> list[Image.Image]:
     """Shots that are alike, all at once, or as many as fit into memory. Raises `TooLarge` where not one does."""
-    first = shots[0]
-    result = unless_too_large(
-        lambda: pipeline(
-            [shot.prompt for shot in shots],
-            negative_prompt=[shot.negative for shot in shots],
-            num_inference_steps=first.steps,
-            guidance_scale=first.cfg,
-            height=first.height,
-            width=first.width,
-            generator=[torch.Generator().manual_seed(shot.seed) for shot in shots],
-        )
-    )
-    if result is not None:
-        return result.images
+    first, encode_prompt = shots[0], cast("Callable[..., tuple[torch.Tensor, ...]]", base.pipeline.encode_prompt)
+
+    def painted() -> list[Image.Image]:
+        with at_hand(base, *base.text_encoders):
+            heard = encode_prompt(
+                [shot.prompt for shot in shots],
+                device=base.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=first.cfg > 1,
+                negative_prompt=[shot.negative for shot in shots],
+            )
+        with at_hand(base, base.vae):
+            return base.pipeline(
+                **dict(zip(EMBEDDINGS, heard, strict=False)),
+                num_inference_steps=first.steps,
+                guidance_scale=first.cfg,
+                height=first.height,
+                width=first.width,
+                generator=[torch.Generator().manual_seed(shot.seed) for shot in shots],
+            ).images
+
+    images = unless_too_large(painted)
+    if images is not None:
+        return images
     if len(shots) == 1:
         raise TooLarge(f"a preview of {first.width}x{first.height} does not fit into memory; lower --preview-size", 69)
     half = len(shots) // 2
-    return _painted(pipeline, shots[:half]) + _painted(pipeline, shots[half:])
+    return _painted(base, shots[:half]) + _painted(base, shots[half:])
 
 
 def _batches(shots: Sequence[Shot]) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from scumble.datasets.tensors import mask_weights
 from . import diffusion
 from .latents import Latents
 from .models import Base
+from .parking import at_hand
 from .text import Conditioning, encode, encode_ids, size_numbers, token_ids
 
 MAX_ENCODINGS = 512  # for SDXL 0.3 MB each
@@ -54,7 +55,7 @@ class Objectives:
         self.data, self.objective, self.seed = data, objective, seed
         self.rules_of_prior = data.model_copy(update={"trigger": "", "prefix": "", "suffix": ""})
         self.text_is_trained = text_is_trained
-        self.device, self.dtype = base.unet.device, base.unet.dtype
+        self.device, self.dtype = base.device, base.unet.dtype
         self.alphas_cumprod = base.alphas_cumprod.to(self.device)
         self.encodings: dict[str, Conditioning] = {}
 
@@ -148,6 +149,18 @@ class Objectives:
     def _weight(self, look: Look) -> float:
         return self.data.prior_weight if self.examples[look.index].prior else 1.0
 
+    def encode_ahead(self, looks: Iterable[Look]) -> bool:
+        """Encode the captions of all looks, so that frozen text encoders can wait; not, where they are too many."""
+        captions: dict[str, None] = {}
+        for look in looks:
+            captions[self._caption(look)] = None
+            if len(captions) > MAX_ENCODINGS:
+                return False
+        with at_hand(self.base, *self.base.text_encoders):
+            for caption in captions:
+                self._encoding(caption)
+        return True
+
     def _caption(self, look: Look) -> str:
         example = self.examples[look.index]
         rules = ruled(self.rules_of_prior if example.prior else self.data, example.rules)
@@ -158,7 +171,7 @@ class Objectives:
         if caption not in self.encodings:
             if len(self.encodings) >= MAX_ENCODINGS:
                 del self.encodings[next(iter(self.encodings))]
-            with torch.no_grad():
+            with torch.no_grad(), at_hand(self.base, *self.base.text_encoders):
                 self.encodings[caption] = encode(self.base, [caption])
         return self.encodings[caption]
 

@@ -28,9 +28,10 @@ from .latents import encode_set
 from .lora import ADAPTER, Trained, attach, component_of, num_parameters, recompute_activations
 from .machine import DTYPES, Interrupts, device_may_fail, memory_mb
 from .memory import TooLarge, unless_too_large
-from .models import Base, load, take_fewer_bits
+from .models import Base, load_waiting, place_unet, resting_place, take_fewer_bits
 from .optimizers import grouped, make_optimizer
 from .pace import Pace
+from .parking import at_hand, fetch
 from .passes import CudaGraphs, Passes
 from .plan import Plan
 from .preflight import try_out
@@ -41,8 +42,8 @@ from .report import loss_curve
 from .run_folder import CUT, EVENTS, OPTIONS, STOPPED, RunFolder, TakenOver, is_run, status_of, write_text
 from .schedules import rate_share
 from .state import Kept, State, newest_state, save_state
-from .step import Objectives
-from .update import STOPPED_AFTER, Update
+from .step import Look, Objectives
+from .update import STOPPED_AFTER, Update, looks_of
 
 
 @dataclass(frozen=True)
@@ -117,15 +118,26 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
     def say(line: str) -> None:
         events.emit("note", text=f"  {line}")
 
-    # 1. The base, every picture encoded once, and the adapter.
-    options, plan, wanted = job.options, job.plan, job.options.optimization
-    base = load_that_fits(job, kept.state.bits if kept else 16, say)
+    # 1. The base, every picture and caption encoded once, and the adapter.
+    options, plan, wanted, device = job.options, job.plan, job.options.optimization, job.accelerator.device
+    base = unless_too_large(partial(load_waiting, options.model, job.source, device, job.dtype))
+    if base is None:
+        raise TooLarge(f"{job.source.label} does not fit into the memory of this machine", 69)
     cache = None if options.data.cache == "off" else cache_in(options.data.cache)
-    latents = encode_set(
-        base, [(view.example.image, view.crops) for view in job.views],
-        tell=lambda done: events.emit("encoded", done=done, total=len(job.views)), cache=cache,
-        say=say,
+    with at_hand(base, base.vae):
+        latents = encode_set(
+            base, [(view.example.image, view.crops) for view in job.views],
+            tell=lambda done: events.emit("encoded", done=done, total=len(job.views)), cache=cache,
+            say=say,
+        )  # fmt: skip
+    objectives = Objectives(
+        base, job.examples, job.crops, latents, options.data, options.objective, options.output.seed,
+        text_is_trained=len(plan.parts) > 1, masks=job.masks,
     )  # fmt: skip
+    can_wait = resting_place(device) != device and not objectives.text_is_trained
+    if not (can_wait and objectives.encode_ahead(looks_of_run(job))):
+        fetch(base, *base.text_encoders)
+    place_unet_that_fits(job, base, kept.state.bits if kept else 16, say)
     trained = attach(base, options.network, plan.parts, options.output.seed)
     largest = max(job.buckets, key=lambda size: size.width * size.height)
     choose_kernels(base.unet, options.machine.attention, largest, job.source.latent_px)
@@ -141,13 +153,9 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
     groups = grouped(rated, [module.tensors["dora_scale"] for module in trained if "dora_scale" in module.tensors])
     flat = Flat([group["params"] for group in groups], job.dtype)
     all_fast = speed_up([module.layer for module in trained], ADAPTER, flat.lowered)
-    objectives = Objectives(
-        base, job.examples, job.crops, latents, options.data, options.objective, options.output.seed,
-        text_is_trained=len(plan.parts) > 1, masks=job.masks,
-    )  # fmt: skip
     passes = Passes(
         objectives, flat, job.accelerator.backward, nullcontext if all_fast else job.accelerator.autocast,
-        CudaGraphs() if job.accelerator.device.type == "cuda" else None, say,
+        CudaGraphs() if device.type == "cuda" else None, say,
     )  # fmt: skip
     update = Update(
         job.accelerator, passes, named, flat, make_optimizer(wanted.optimizer, groups, wanted.weight_decay, flat),
@@ -172,17 +180,29 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
     return Ready(base, trained, update)
 
 
-def load_that_fits(job: Job, bits: int, say: Callable[[str], None]) -> Base:
-    """The base, with quantize = auto in `bits` bits or as many fewer as fit. Raises `Refused` (69) where none do."""
-    options, device = job.options, job.accelerator.device
+def place_unet_that_fits(job: Job, base: Base, bits: int, say: Callable[[str], None]) -> None:
+    """The UNet onto the device, with quantize = auto in `bits` bits or as many fewer as fit.
+
+    Raises `Refused` (69) where none do.
+    """
+    options, device = job.options, base.device
     is_free = options.machine.quantize == "auto"
     bits = bits if is_free else BITS[options.machine.quantize]
-    while (base := unless_too_large(partial(load, options.model, job.source, device, job.dtype, bits))) is None:
+    while unless_too_large(partial(place_unet, base, options.model, bits)) is None:
         bits = fewer_bits(bits, device.type) if is_free else 0
         if not bits:
             raise TooLarge(f"{job.source.label} does not fit into the memory of the {device.type} device", 69)
         say(f"out of memory: the base has {bits} bits (slower, a little less exact)")
-    return base
+
+
+def looks_of_run(job: Job) -> Iterator[Look]:
+    """Every look of the run, in order."""
+    options, plan = job.options, job.plan
+    steps = steps_of(
+        plan.num_steps, job.buckets, job.repeats, plan.batch, options.optimization.accumulate, options.output.seed
+    )
+    for step, _, batches in steps:
+        yield from looks_of(step, [index for batch in batches for index in batch])
 
 
 def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Interrupts, events: Events) -> Result:

@@ -126,7 +126,7 @@ class Bench:
         )  # fmt: skip
         encoders: Any = [None, None] if self.text.pooled is not None else [None]
         nothing: Any = None
-        base = Base(source, nothing, unet, nothing, encoders, [], self.scheduler.alphas_cumprod, 1)
+        base = Base(source, nothing, unet, nothing, encoders, [], self.scheduler.alphas_cumprod, 1, self.device)
         trained = attach(base, Network(), [Part("unet", RANK, RANK)], seed=0)
         if without != "kernels":
             choose_kernels(unet, "sdpa", size, self.layout.latent_px, packs=without != "packing")
