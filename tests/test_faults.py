@@ -108,7 +108,7 @@ def test_a_step_that_does_not_fit_is_cut_and_its_gradient_stays(fits: int):
     whole.take(0, [[0, 1, 2, 3], [4, 5]], 1.0)
     cut, other, said = update_of(fits=fits)
     recomputed = []
-    cut.recompute = lambda: recomputed.append(1)
+    cut.recompute = [lambda: recomputed.append(1)]
     outcome = cut.take(0, [[0, 1, 2, 3], [4, 5]], 1.0)
     torch.testing.assert_close(other.weight.detach(), line.weight.detach(), rtol=1e-6, atol=0)
     assert not outcome.broken and recomputed == ([1] if fits < 4 else [])
@@ -121,11 +121,11 @@ def limited(monkeypatch: pytest.MonkeyPatch, owner: Any, method: str, most: int)
     tried: list[int] = []
     whole = getattr(owner, method)
 
-    def cut(self: Any, batch: Any, *others: Any, **named: Any) -> Any:
-        tried.append(len(batch))
-        if len(batch) > most:
+    def cut(self: Any, *given: Any, **named: Any) -> Any:
+        tried.append(len([*given, *named.values()][0]))
+        if tried[-1] > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return whole(self, batch, *others, **named)
+        return whole(self, *given, **named)
 
     monkeypatch.setattr(owner, method, cut)
     return tried

@@ -1,14 +1,18 @@
 """The pass that is measured before a run: activations are recomputed only where it does not fit otherwise."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from tiny import tiny_base
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Network
-from scumble.trainer.lora import Part, attach, component_of, recompute_activations
+from scumble.trainer.bases import BASES
+from scumble.trainer.lora import Part, attach, component_of, recompute_activations, shallow_blocks
 from scumble.trainer.memory import duration, measure
 from scumble.trainer.models import Base, load, recognise
 from scumble.trainer.text import encode
@@ -61,23 +65,45 @@ def test_another_error_of_a_pass_is_no_lack_of_memory():
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_recomputed_activations_give_the_same_gradients(kind: str, tmp_path: Path):
-    def gradients(recomputed: bool) -> list[torch.Tensor]:
-        model = Model(base=str(tiny_base(kind, tmp_path / str(recomputed))))
+def test_recomputed_activations_give_the_same_gradients_and_the_more_the_fewer_are_kept(kind: str, tmp_path: Path):
+    def gradients(recompute: Sequence[bool]) -> tuple[list[torch.Tensor], int]:
+        model = Model(base=str(tiny_base(kind, tmp_path / "base")))
         base = load(model, recognise(model), CPU, torch.float32)
         trained = attach(base, Network(), PARTS, seed=0)
         for part in PARTS:
             component_of(base, part.name).train()
-        if recomputed:
-            recompute_activations(base, PARTS)
-            assert base.unet.is_gradient_checkpointing and base.text_encoders[0].is_gradient_checkpointing
-        loss_of(base).backward()
-        return [p.grad.clone() for module in trained for p in module.tensors.values() if p.grad is not None]
+        for only_shallow in recompute:
+            recompute_activations(base, PARTS, only_shallow)
+            assert base.text_encoders[0].is_gradient_checkpointing is not only_shallow
+        kept = 0
 
-    plain, again = gradients(False), gradients(True)
-    assert len(plain) == len(again) > 0
-    for one, two in zip(plain, again, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-8)
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = loss_of(base)
+        loss.backward()
+        return [p.grad.clone() for module in trained for p in module.tensors.values() if p.grad is not None], kept
+
+    (plain, most), *others = [gradients(recompute) for recompute in ([], [True], [True, False], [False])]
+    assert len(plain) > 0
+    for again, _ in others:
+        assert len(plain) == len(again)
+        for one, two in zip(plain, again, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-8)
+    some, fewer, fewest = (kept for _, kept in others)
+    assert most > some > fewer == fewest
+
+
+@pytest.mark.parametrize(("config", "shallow"), [("sd15", ["0", "1", "2", "3"]), ("sdxl", ["0", "1", "1", "2"])])
+def test_shallow_blocks_are_those_of_fewer_channels(config: str, shallow: list[str]):
+    settings = json.loads((BASES / config / "unet/config.json").read_text())
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**{name: value for name, value in settings.items() if not name.startswith("_")})
+    paths = {id(module): path for path, module in unet.named_modules()}
+    assert [paths[id(block)].split(".")[1] for block in shallow_blocks(unet)] == shallow
 
 
 def loss_of(base: Base) -> torch.Tensor:

@@ -55,9 +55,10 @@ def try_out(
         options.output.keep_count, bool(options.optimization.ema), num_previews * pixels,
     )  # fmt: skip
     free = check_disk(folder, needed)
-    checkpointing = update.recompute is None and options.machine.checkpointing is not False
+    checkpointing = options.machine.checkpointing is True or update.recomputed > 0
+    recomputed = "some activations recomputed" if update.recomputed and update.recompute else "activations recomputed"
     savings = [
-        *(["activations recomputed"] if checkpointing else []),
+        *([recomputed] if checkpointing else []),
         *([f"{update.micro_batch} pictures at once"] if update.micro_batch else []),
         *([f"a base of {base.bits} bits"] if base.bits < 16 else []),
     ]

@@ -37,7 +37,7 @@ class State:
     rate_factor: float = 1.0
     broken_in_a_row: int = 0
     micro_batch: int = 0
-    checkpointing: bool = False
+    recomputed: int = 0
     bits: int = 16
     compiled: bool = False
     rows: list[tuple[str, int, int]] = field(default_factory=list)

@@ -166,16 +166,17 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
     if options.machine.checkpointing is True:
         recompute_activations(base, plan.parts)
     elif options.machine.checkpointing == "auto":
-        update.recompute = lambda: recompute_activations(base, plan.parts)
+        update.recompute = [
+            partial(recompute_activations, base, plan.parts, only_shallow=shallow) for shallow in (True, False)
+        ]
     if options.machine.quantize == "auto":
         update.quantize = lambda: take_fewer_bits(base, options.model)
     if kept:
         update.restore(kept.tensors, kept.optimizer)
         update.rate_factor, update.broken_in_a_row = kept.state.rate_factor, kept.state.broken_in_a_row
         update.micro_batch = kept.state.micro_batch
-        if kept.state.checkpointing and update.recompute:
-            update.recompute()
-            update.recompute = None
+        for _ in range(min(kept.state.recomputed, len(update.recompute))):
+            update.recompute_next()
 
     return Ready(base, trained, update)
 
@@ -246,7 +247,7 @@ def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Inte
             return
         now = replace(
             state, step=done, losses=losses, rate_factor=update.rate_factor, broken_in_a_row=update.broken_in_a_row,
-            micro_batch=update.micro_batch, checkpointing=update.recompute is None, bits=ready.base.bits,
+            micro_batch=update.micro_batch, recomputed=update.recomputed, bits=ready.base.bits,
             compiled=update.is_compiled,
             rows=gallery.rows, checkpoints=checkpoints,
         )  # fmt: skip

@@ -40,9 +40,9 @@ def looks_of(step: int, batch: Sequence[int], slot: int = 0) -> list[Look]:
 class Update:
     """Trained parameters by name, flat, with their optimiser and, where `ema` is not 0, their moving average.
 
-    `looks_per_step` is the mean number of looks in a step; 0 divides by those of each step. `recompute` turns gradient
-    checkpointing on, or is None where that is done or forbidden; `quantize` gives the base fewer bits and tells how
-    many, 0 where none are left, or is None where that is forbidden. `say` is told what was changed to go on.
+    `looks_per_step` is the mean number of looks in a step; 0 divides by those of each step. Each of `recompute` turns
+    gradient checkpointing on for more blocks; `quantize` gives the base fewer bits and tells how many, 0 where none are
+    left, or is None where that is forbidden. `say` is told what was changed to go on.
     """
 
     def __init__(
@@ -64,9 +64,10 @@ class Update:
         # accelerate unscales gradients in fp16
         self.optimizer: AcceleratedOptimizer = accelerator.prepare(optimizer)
         self.average = [values.detach().clone() for values in flat.groups] if ema else []
-        self.recompute: Callable[[], None] | None = None
+        self.recompute: list[Callable[[], None]] = []
         self.quantize: Callable[[], int] | None = None
         self.rate_factor, self.broken_in_a_row, self.micro_batch, self.is_compiled = 1.0, 0, 0, False
+        self.recomputed = 0  # steps of `recompute` that are taken
 
     def take(
         self, step: int, batches: Sequence[Sequence[int]], rate_share: float, after: Sequence[int] = ()
@@ -191,10 +192,10 @@ class Update:
         """Take the next cheapest way to need less memory in a pass of `largest` looks; False where none is left."""
         self.passes.forget()
         at_once = min(self.micro_batch or largest, largest)
-        if self.recompute is not None:
-            self.recompute()
-            self.recompute = None
-            self.say("out of memory: activations are recomputed from here on (slower, the same result)")
+        if self.recompute:
+            which = "more" if self.recomputed else "some" if len(self.recompute) > 1 else "all"
+            self.recompute_next()
+            self.say(f"out of memory: {which} activations are recomputed from here on (slower, the same result)")
         elif at_once > 1:
             self.micro_batch = -(-at_once // 2)
             self.say(f"out of memory: {self.micro_batch} pictures at once from here on, the effective batch stays")
@@ -203,6 +204,11 @@ class Update:
         else:
             return False
         return True
+
+    def recompute_next(self) -> None:
+        """Take the next step of gradient checkpointing."""
+        self.recompute.pop(0)()
+        self.recomputed += 1
 
     def _leave_out(self, step: int, broken: str) -> None:
         self.broken_in_a_row += 1
