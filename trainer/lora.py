@@ -136,28 +136,37 @@ def recompute_activations(base: Base, parts: Sequence[Part], only_shallow: bool 
     """Gradient checkpointing in every part that is trained: less memory, the same gradients, more time.
 
     `only_shallow`: only where it saves the most memory for the time it takes, see `shallow_blocks`.
-    Random states are kept for it only where something is dropped at random: reading them cannot be captured on CUDA.
     """
     for part in parts:
         component = component_of(base, part.name)
-        drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in component.modules())
-        how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": drops}
-        if isinstance(component, UNet2DConditionModel) and only_shallow:
-            for block in shallow_blocks(component):
-                for module in block.modules():
-                    if hasattr(module, "gradient_checkpointing"):
-                        module.gradient_checkpointing = True
-                        module._gradient_checkpointing_func = partial(_checkpointed, how)
-        elif isinstance(component, UNet2DConditionModel):
-            component.enable_gradient_checkpointing(partial(_checkpointed, how))
+        if isinstance(component, UNet2DConditionModel):
+            recompute_unet(component, only_shallow)
         elif not only_shallow:
-            component.gradient_checkpointing_enable(how)
+            component.gradient_checkpointing_enable(_how_to_checkpoint(component))
+
+
+def recompute_unet(unet: UNet2DConditionModel, only_shallow: bool = False) -> None:
+    """Gradient checkpointing in all of a UNet's blocks, or in its `shallow_blocks`."""
+    function = partial(_checkpointed, _how_to_checkpoint(unet))
+    if not only_shallow:
+        unet.enable_gradient_checkpointing(function)
+        return
+    for block in shallow_blocks(unet):
+        for module in block.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing, module._gradient_checkpointing_func = True, function
+
+
+def _how_to_checkpoint(component: torch.nn.Module) -> dict[str, Any]:
+    """Random states are kept only where something is dropped at random: reading them cannot be captured on CUDA."""
+    drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in component.modules())
+    return {"use_reentrant": False, "preserve_rng_state": drops}
 
 
 def shallow_blocks(unet: UNet2DConditionModel) -> list[Any]:
     """Blocks with fewer channels than the deepest ones: c channels at n places keep n · c numbers and take n · c² work.
 
-    Recomputing them costs a third of what recomputing all does, see tests/benchmarks/results/memory.md.
+    Recomputing SDXL's costs a quarter of what recomputing all does, see tests/benchmarks/results/memory.md.
     """
     widths = unet.config["block_out_channels"]
     pairs = [*zip(unet.down_blocks, widths, strict=True), *zip(unet.up_blocks, reversed(widths), strict=True)]
