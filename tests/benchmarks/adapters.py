@@ -1,4 +1,4 @@
-"""How long do inspecting, resizing, merging and baking take at the real size of SDXL, and in how much memory?
+"""How long do inspecting, resizing, merging, baking and verifying take at SDXL's real size, and in how much memory?
 
 `python tests/benchmarks/adapters.py` draws LoRAs of rank 64 in fp16 for all 722 attention, feed-forward and projection
 layers of SDXL's UNet, and a checkpoint in fp16 to bake into (UNet, text encoders and VAE, 6.9 GB of random weights; the
@@ -23,6 +23,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from scumble.configs.options import Model
 from scumble.trainer.adapters.adapter import Adapter, read_adapter, to_tensors
 from scumble.trainer.adapters.bake import Dose, bake
 from scumble.trainer.adapters.files import write_adapter
@@ -34,6 +35,9 @@ from scumble.trainer.adapters.merge import Input, Recipe, merge
 from scumble.trainer.adapters.module import Module
 from scumble.trainer.adapters.provenance import write_result
 from scumble.trainer.adapters.resize import resize
+from scumble.trainer.adapters.trial import tried_by_layers
+from scumble.trainer.adapters.weights import find_weights
+from scumble.trainer.bases import recognise
 from scumble.trainer.lora import FULL
 
 HERE = Path(__file__).parent
@@ -47,6 +51,7 @@ TASKS = {
     "merge-linear": "merge two, exact (rank 128)",
     "merge-svd": "merge two, svd to rank 64",
     "bake": "bake into {base}",
+    "verify": "verify on it, layer by layer",
 }
 
 
@@ -125,6 +130,10 @@ def run_task(task: str, folder: Path, base: Path) -> None:
             p: m for p, m in adapter.modules.items() if base.name != "reduced.safetensors" or p.block == "mid_block"
         }
         bake(base, out, [Dose("a", Adapter(in_it, {}, "sdxl"), 0.8)])
+    elif task == "verify":
+        source = recognise(Model(base=str(base)))
+        trials = list(tried_by_layers(source, find_weights(base), adapter, folder / "a.safetensors"))
+        assert len(trials) == len(adapter.modules) and all(trial.agrees for trial in trials)
     elif task not in ("read", "inspect"):
         if task.startswith("resize"):
             result = resize(adapter, Rule(16) if task == "resize-rank" else Rule(energy=0.9), "a")
@@ -198,6 +207,8 @@ def main() -> None:
             "|---|---|---|---|",
         ]
         for task, words in TASKS.items():
+            if task == "verify" and base.name == "reduced.safetensors":
+                continue
             command = [sys.executable, __file__, "--task", task, "--folder", folder, "--base", base]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found = json.loads(done.stdout.splitlines()[-1])

@@ -8,7 +8,6 @@ from rich.table import Table
 from rich.text import Text
 
 from .inspect import (
-    COMPONENT_LABELS,
     FAMILY_LABELS,
     Report,
     beyond_diffusers,
@@ -119,12 +118,6 @@ def verdict_page(
     lines = [_line(f"! {fault}", "bold red") for fault in [*shown, *([poor] if poor else [])]]
     told = [*trials, *([f"not tried in diffusers: {untried}"] if untried else [])]
     return Group(_line(path, "bold"), table, *map(_line, told), *(lines or [_line("nothing is wrong", "green")]))
-
-
-def trial_line(component: str, effect: float, difference: float | None) -> str:
-    """How far the adapter moves a component's output, beside how far diffusers' output differs from ours."""
-    beside = "" if difference is None else f"; diffusers differs from ours by {difference:.2g}"
-    return f"{COMPONENT_LABELS[component]}: its output moves by {effect:.2g}{beside}"
 
 
 def not_whole(poor: Sequence[str], dialect: str) -> str:
