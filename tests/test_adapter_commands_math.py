@@ -70,7 +70,7 @@ def test_a_large_exact_sum_is_refused_with_both_sizes_unless_it_is_asked_for(tmp
     for name, module in (("whole", Module("lokr", whole, None)), ("small", loha(rank=4))):
         write_adapter(to_tensors(Adapter({place: module})), {}, tmp_path / f"{name}.safetensors")
     line = (
-        r"the exact sum of LoKr has whole layers, 13\.1 MB; cut to rank 32 it is 0\.3 MB: "
+        r"the exact sum of LoKr has whole layers, 13\.1 MB; cut to rank 32 it is 328 kB: "
         "use --method svd --rank 32, or --method linear to have it whole"
     )
     files = tmp_path / "small.safetensors", tmp_path / "whole.safetensors"

@@ -7,6 +7,8 @@ from cyclopts import Parameter
 
 from scumble.configs.errors import Refused
 
+from ..sizes import in_words
+
 Method = Literal["linear", "svd", "ties", "dare", "dare_ties"]
 OutFile = Annotated[Path, Parameter(help="File to write, .safetensors")]
 Force = Annotated[bool, Parameter(help="Write over what is there", negative="", show_default=False)]
@@ -156,7 +158,7 @@ def bake(
     doses = [Dose(file.stem, read_adapter(file), amount) for file, amount in zip(files, amounts, strict=True)]
     tell(baked(place_of_base(base), out, doses, undo, force))
     files_out = out.rglob("*") if out.is_dir() else [out]
-    print(f"wrote {out}: {sum(file.stat().st_size for file in files_out if file.is_file()) / 1e6:,.1f} MB")
+    print(f"wrote {out}: {in_words(sum(file.stat().st_size for file in files_out if file.is_file()))}")
 
 
 def check_out(out: Path, force: bool, *sources: Path) -> None:

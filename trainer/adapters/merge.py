@@ -14,6 +14,7 @@ import torch
 
 from scumble.configs.errors import Refused, nearest
 
+from ..sizes import in_words
 from .adapter import Adapter
 from .factors import (
     Reduced,
@@ -140,8 +141,8 @@ def check_size(inputs: Sequence[Input]) -> None:
             small_bytes += min(rank, SMALL_RANK) * bytes_a_rank
     if label:
         raise Refused(
-            f"the exact sum of {label} has whole layers, {exact_bytes / 1e6:,.1f} MB; cut to rank {SMALL_RANK} it is "
-            f"{small_bytes / 1e6:,.1f} MB: use --method svd --rank {SMALL_RANK}, or --method linear to have it whole"
+            f"the exact sum of {label} has whole layers, {in_words(exact_bytes)}; cut to rank {SMALL_RANK} it is "
+            f"{in_words(small_bytes)}: use --method svd --rank {SMALL_RANK}, or --method linear to have it whole"
         )
 
 

@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..sizes import in_words
 from .inspect import (
     FAMILY_LABELS,
     Report,
@@ -50,9 +51,8 @@ def headline(report: Report) -> str:
     """`LoRA for Stable Diffusion 1, 144 modules, 1.2 MB, float16`."""
     network = " + ".join(LABELS[name] for name in report.network.split("+"))
     count = sum(group.modules for group in report.groups)
-    size = f"{report.bytes / 1e6:.1f} MB" if report.bytes >= 1e6 else f"{report.bytes / 1e3:.0f} kB"
     base = "sketch" if report.settings.get("base") == "sketch" else FAMILY_LABELS[report.family]
-    return f"{network} for {base}, {count} modules, {size}, {' + '.join(report.dtypes)}"
+    return f"{network} for {base}, {count} modules, {in_words(report.bytes)}, {' + '.join(report.dtypes)}"
 
 
 def troubles(report: Report) -> Iterator[str]:

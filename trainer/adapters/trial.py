@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ..bases import Source
 from ..hollow import hollow
 from ..models import Base
+from ..sizes import in_words
 from .adapter import Adapter
 from .keys import Place
 from .module import Module
@@ -64,9 +65,7 @@ def too_large(weights: Weights, adapter: Adapter) -> str:
     values = sum(prod(spot.shape) for spot in weights.spots.values())
     kept = sum(prod(weights.spots[place].shape) for place in adapter.modules)  # to be given back
     needed, free = ROOM * 4 * (values + kept), psutil.virtual_memory().available
-    return (
-        f"the whole base would take {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} are free" if needed > free else ""
-    )
+    return f"the whole base would take {in_words(needed)} of memory, {in_words(free)} are free" if needed > free else ""
 
 
 @torch.no_grad()
