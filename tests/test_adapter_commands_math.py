@@ -64,13 +64,13 @@ def test_merge_writes_the_weighted_sum_and_says_of_what(folder: Path):
     assert not any(str(folder) in value for value in told.values())
 
 
-def test_a_large_exact_sum_is_refused_with_both_sizes_unless_it_is_asked_for(tmp_path: Path):
+def test_a_large_exact_sum_is_refused_with_its_file_and_both_sizes_unless_it_is_asked_for(tmp_path: Path):
     place = Place("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
     whole, out = {"lokr_w1": torch.ones(4, 4), "lokr_w2": torch.randn(320, 320)}, tmp_path / "out.safetensors"
     for name, module in (("whole", Module("lokr", whole, None)), ("small", loha(rank=4))):
         write_adapter(to_tensors(Adapter({place: module})), {}, tmp_path / f"{name}.safetensors")
     line = (
-        r"the exact sum of LoKr has whole layers, 13\.1 MB; cut to rank 32 it is 328 kB: "
+        r"whole is LoKr: the exact sum has whole layers, 13\.1 MB; cut to rank 32 it is 328 kB: "
         "use --method svd --rank 32, or --method linear to have it whole"
     )
     files = tmp_path / "small.safetensors", tmp_path / "whole.safetensors"

@@ -121,27 +121,29 @@ def weighted_at(inputs: Sequence[Input], place: Place) -> list[tuple[float, Modu
 
 
 def check_size(inputs: Sequence[Input]) -> None:
-    """Raises `Refused` where the exact sum needs more than SMALL_RANK for a layer of LoHa, LoKr or DoRA.
+    """Raises `Refused` where the exact sum needs more than SMALL_RANK for a layer of LoHa, LoKr or DoRA; names whose.
 
     Tells the size of the exact sum beside that of an SVD of SMALL_RANK; neither is computed for it.
     """
     exact_bytes = small_bytes = 0
-    label = ""
+    whole: dict[str, str] = {}  # the inputs with such layers, and of what kind their first one is
     for place in sorted({place for one in inputs for place in one.adapter.modules}):
-        modules = [module for _, module in weighted_at(inputs, place)]
-        ranks = [exact_rank(module) for module in modules]
-        for module, rank in zip(modules, ranks, strict=True):
-            if module.label != "LoRA" and rank > SMALL_RANK:
-                label = label or module.label
-        if modules:
-            shape = modules[0].shape
-            assert shape
-            rank, bytes_a_rank = min(sum(ranks), *shape), sum(shape) * dtype_of(modules[0]).itemsize
+        ranks = []
+        for one in inputs:
+            for _, module in weighted_at([one], place):
+                ranks.append(exact_rank(module))
+                if module.label != "LoRA" and ranks[-1] > SMALL_RANK:
+                    whole.setdefault(one.name, module.label)
+        if weighted := weighted_at(inputs, place):
+            first = weighted[0][1]
+            assert first.shape
+            rank, bytes_a_rank = min(sum(ranks), *first.shape), sum(first.shape) * dtype_of(first).itemsize
             exact_bytes += rank * bytes_a_rank
             small_bytes += min(rank, SMALL_RANK) * bytes_a_rank
-    if label:
+    if whole:
+        told = ", ".join(f"{name} is {label}" for name, label in whole.items())
         raise Refused(
-            f"the exact sum of {label} has whole layers, {in_words(exact_bytes)}; cut to rank {SMALL_RANK} it is "
+            f"{told}: the exact sum has whole layers, {in_words(exact_bytes)}; cut to rank {SMALL_RANK} it is "
             f"{in_words(small_bytes)}: use --method svd --rank {SMALL_RANK}, or --method linear to have it whole"
         )
 
