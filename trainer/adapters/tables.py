@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rich.bar import Bar
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -21,9 +22,8 @@ from .module import LABELS
 from .uis import Match
 
 DIALECT_LABELS = {"kohya": "kohya's", "peft": "PEFT's (diffusers)"}
-BAR_CELLS = 32
+BAR_CELLS = 32  # at most; a narrow terminal has shorter bars
 DORA_NOTE = "without DoRA's magnitudes, whose effect depends on the base"
-EIGHTHS = " ▏▎▍▌▋▊▉"
 MOST_FAULTS = 20
 NAMED = 3  # modules named where many have the same trouble
 
@@ -132,12 +132,6 @@ def safe(text: str, most: int = 400) -> Text:
     return Text(shown if len(shown) <= most else shown[: most - 1] + "…")
 
 
-def bar(share: float) -> str:
-    """A bar of BAR_CELLS · share cells, to an eighth of a cell."""
-    eighths = max(round(8 * BAR_CELLS * share), 1 if share > 0 else 0)
-    return "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
-
-
 def _verdict(match: Match) -> str:
     if match.refusal:
         return f"turns the file away: {match.refusal}"
@@ -182,8 +176,10 @@ def _bars(report: Report) -> Table:
     names = {block_of(place): place.block for place in report.norms}  # as `merge --blocks` takes them
     table = _table("block", "--blocks", "modules", "strength", "")
     table.columns[3].justify = "right"
+    table.columns[4].max_width = BAR_CELLS
     for label, (norm, count) in blocks.items():
-        table.add_row(label, names[label], str(count), f"{norm:.3g}", Text(bar(norm / largest), "dark_orange"))
+        strength = f"{norm:.3g}" if norm < 1000 else f"{norm:,.0f}"
+        table.add_row(label, names[label], str(count), strength, Bar(largest, 0, norm, color="dark_orange"))
     return table
 
 
