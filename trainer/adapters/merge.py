@@ -108,10 +108,7 @@ def check(inputs: Sequence[Input], recipe: Recipe, base: Weights | None = None) 
                 )
         for place, module in one.adapter.modules.items():
             if module.label != "LoRA" and not recipe.rank and recipe.method != "linear":
-                raise Refused(
-                    f"{one.name}: {place.component} {place.path} is {module.label}, which has no rank of a LoRA: "
-                    "give --rank"
-                )
+                raise Refused(f"{one.name}: {place} is {module.label}, which has no rank of a LoRA: give --rank")
 
 
 def weighted_at(inputs: Sequence[Input], place: Place) -> list[tuple[float, Module]]:
@@ -240,4 +237,4 @@ def _merged(
 def _check_shapes(place: Place, shapes: Sequence[tuple[int, int] | None]) -> None:
     if len(set(shapes)) > 1:
         told = " and ".join(f"{shape[0]} x {shape[1]}" for shape in dict.fromkeys(shapes) if shape)
-        raise Refused(f"{place.component} {place.path} has {told} in the inputs: they are of different bases")
+        raise Refused(f"{place} has {told} in the inputs: they are of different bases")

@@ -89,10 +89,10 @@ def as_json(report: Report) -> dict[str, Any]:
             "stored_is_true": report.hashes.stored == report.hashes.model if report.hashes.stored else None,
         },
         "blocks": {label: norm for label, (norm, _) in block_norms(report.norms).items()},
-        "norms": {_name(place): norm for place, norm in report.norms.items()},
+        "norms": {str(place): norm for place, norm in report.norms.items()},
         "paths_in_metadata": report.paths,
-        "zero": [_name(place) for place in report.zero],
-        "not_finite": [_name(place) for place in report.broken],
+        "zero": [str(place) for place in report.zero],
+        "not_finite": [str(place) for place in report.broken],
         "uis": {
             match.ui: {"matched": match.matched, "total": match.total, "refusal": match.refusal}
             for match in report.uis
@@ -196,10 +196,6 @@ def _line(text: str, style: str = "") -> Text:
     return line
 
 
-def _name(place: Place) -> str:
-    return f"{place.component}.{place.path}"
-
-
 def _named(places: Sequence[Place]) -> str:
     more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
-    return ", ".join(map(_name, places[:NAMED])) + more
+    return ", ".join(map(str, places[:NAMED])) + more

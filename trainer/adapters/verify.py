@@ -104,13 +104,12 @@ def trial_lines(trials: Sequence[Trial], parted: str) -> Iterator[str]:
 def _faults(adapter: Adapter, weights: Weights) -> Iterator[str]:
     """What is wrong with single layers."""
     for place, why in misfits(adapter, weights):
-        yield f"{place.component}.{place.path}: {why}"
+        yield f"{place}: {why}"
     for place, module in adapter.modules.items():
-        name = f"{place.component}.{place.path}"
         if not is_finite(module):
-            yield f"{name}: holds numbers that are not finite"
+            yield f"{place}: holds numbers that are not finite"
         if module.is_dora and module.tensors["dora_scale"].shape[0] != 1:
-            yield f"{name}: has DoRA magnitudes by outputs, which UIs compute otherwise; bake it into the base"
+            yield f"{place}: has DoRA magnitudes by outputs, which UIs compute otherwise; bake it into the base"
 
 
 def _fault_of(trial: Trial) -> str:
