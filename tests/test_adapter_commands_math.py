@@ -139,6 +139,8 @@ def test_what_is_baked_is_extracted_again_and_can_be_taken_out(folder: Path, cap
     [
         (["merge", "--out", "x.safetensors"], "name at least one adapter file"),
         (["merge", "a", "b", "--out", "x.safetensors", "--weights", "1"], "--weights: 1 numbers for 2 files"),
+        (["merge", "a", "--out", "x.safetensors", "--weights", "1,2"], "--weights: 2 numbers for 1 files"),
+        (["merge", "a", "--out", "x.safetensors", "--weights", "x"], "--weights x: must be numbers, such as 0.7 0.5"),
         (["merge", "a", "--out", "x.safetensors", "--blocks", "3:text=1"], "--blocks 3:text=1: write BLOCK=FACTOR"),
         (["merge", "a", "--out", "x.safetensors", "--blocks", "text=much"], "--blocks text=much: write BLOCK=FACTOR"),
         (["resize", "a", "--out", "x.pt"], r"--out x\.pt: give a name that ends in \.safetensors"),
