@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers.utils import logging as transformers_logging
 
 from .bases import Source
 from .models import PIPELINES, Pipeline
@@ -17,6 +18,7 @@ def hollow(source: Source) -> Pipeline:
     Every weight has its shape and is 0 throughout, all its numbers lying in one. It is on the CPU, not on the meta
     device, to which diffusers would move the factors that it loads.
     """
+    transformers_logging.disable_progress_bar()
     folder = source.configs
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(json.loads((folder / "unet/config.json").read_text(encoding="utf-8")))

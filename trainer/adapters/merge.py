@@ -98,7 +98,10 @@ def check(inputs: Sequence[Input], recipe: Recipe, base: Weights | None = None) 
         check_biases(one.name, one.adapter)
         check_dora(one.name, one.adapter, base)
         if one.adapter.family != first.adapter.family:
-            raise Refused(f"{one.name} is for {one.adapter.family}, {first.name} for {first.adapter.family}")
+            raise Refused(
+                f"{one.name} is for {one.adapter.family}, {first.name} for {first.adapter.family}: merge "
+                "adapters of one kind of base"
+            )
         if not math.isfinite(one.weight) or not all(math.isfinite(factor) for factor in one.blocks.values()):
             raise Refused(f"{one.name}: a weight is no finite number")
         for block in one.blocks:

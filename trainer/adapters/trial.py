@@ -65,7 +65,11 @@ def too_large(weights: Weights, adapter: Adapter) -> str:
     values = sum(prod(spot.shape) for spot in weights.spots.values())
     kept = sum(prod(weights.spots[place].shape) for place in adapter.modules)  # to be given back
     needed, free = ROOM * 4 * (values + kept), psutil.virtual_memory().available
-    return f"the whole base would take {in_words(needed)} of memory, {in_words(free)} are free" if needed > free else ""
+    return (
+        f"the whole base would take up to {in_words(needed)} of memory, {in_words(free)} are free"
+        if needed > free
+        else ""
+    )
 
 
 @torch.no_grad()
