@@ -294,7 +294,7 @@ def test_what_does_not_fit_is_one_line_before_anything_is_written(tiny: Path, tm
     wide = Adapter({place: Module("lora", {"lora_down": torch.ones(2, 9), "lora_up": torch.ones(4, 2)}, None)})
     dora = {place: Module("lora", fits.modules[place].tensors | {"dora_scale": torch.ones(99, 1)}, None)}
     for adapter, undo, line in (
-        (other, False, r"x: unet down_blocks\.7\.attentions\.0\.proj_in is not in the base; it is for another"),
+        (other, False, r"x: unet\.down_blocks\.7\.attentions\.0\.proj_in is not in the base; it is for another"),
         (wide, False, r"x: .* is 4 x 9 and the base's layer \d+ x \d+; it is for another base than .*base"),
         (Adapter(dora), False, r"DoRA magnitudes \(99, 1\)"),
         (Adapter(dora), True, "--undo x: .* is DoRA, which sets lengths anew.*keep the base itself"),

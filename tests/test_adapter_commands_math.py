@@ -64,13 +64,13 @@ def test_merge_writes_the_weighted_sum_and_says_of_what(folder: Path):
     assert not any(str(folder) in value for value in told.values())
 
 
-def test_a_large_exact_sum_is_refused_with_both_sizes_unless_it_is_asked_for(tmp_path: Path):
+def test_a_large_exact_sum_is_refused_with_its_file_and_both_sizes_unless_it_is_asked_for(tmp_path: Path):
     place = Place("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
     whole, out = {"lokr_w1": torch.ones(4, 4), "lokr_w2": torch.randn(320, 320)}, tmp_path / "out.safetensors"
     for name, module in (("whole", Module("lokr", whole, None)), ("small", loha(rank=4))):
         write_adapter(to_tensors(Adapter({place: module})), {}, tmp_path / f"{name}.safetensors")
     line = (
-        r"the exact sum of LoKr has whole layers, 13\.1 MB; cut to rank 32 it is 0\.3 MB: "
+        r"whole is LoKr: the exact sum has whole layers, 13\.1 MB; cut to rank 32 it is 328 kB: "
         "use --method svd --rank 32, or --method linear to have it whole"
     )
     files = tmp_path / "small.safetensors", tmp_path / "whole.safetensors"
@@ -139,6 +139,8 @@ def test_what_is_baked_is_extracted_again_and_can_be_taken_out(folder: Path, cap
     [
         (["merge", "--out", "x.safetensors"], "name at least one adapter file"),
         (["merge", "a", "b", "--out", "x.safetensors", "--weights", "1"], "--weights: 1 numbers for 2 files"),
+        (["merge", "a", "--out", "x.safetensors", "--weights", "1,2"], "--weights: 2 numbers for 1 files"),
+        (["merge", "a", "--out", "x.safetensors", "--weights", "x"], "--weights x: must be numbers, such as 0.7 0.5"),
         (["merge", "a", "--out", "x.safetensors", "--blocks", "3:text=1"], "--blocks 3:text=1: write BLOCK=FACTOR"),
         (["merge", "a", "--out", "x.safetensors", "--blocks", "text=much"], "--blocks text=much: write BLOCK=FACTOR"),
         (["resize", "a", "--out", "x.pt"], r"--out x\.pt: give a name that ends in \.safetensors"),

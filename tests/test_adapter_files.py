@@ -1,5 +1,6 @@
 """Adapters as numbers, against PEFT's own deltas; and files that mean harm."""
 
+import hashlib
 import json
 import struct
 from pathlib import Path
@@ -106,6 +107,21 @@ def test_one_alpha_is_written_for_a_component_and_every_delta_stays():
     again = from_tensors(tensors, {}, "x")
     for place, module in adapter.modules.items():
         torch.testing.assert_close(again.modules[place].delta(), module.delta())
+
+
+def test_a_file_is_written_as_safetensors_writes_it_byte_for_byte(tmp_path: Path):
+    generator = torch.Generator().manual_seed(0)
+    types = [torch.float16, torch.float32, torch.bfloat16, torch.float64]
+    tensors = {f"b{n}": torch.randn(n + 1, 5, generator=generator).to(types[n % 4]) for n in range(8)}
+    tensors |= {"alpha": torch.tensor(4.0), "a.turned": tensors["b3"].T, "a.part": tensors["b5"][:, 1:3]}
+    write_adapter(tensors, {}, tmp_path / "ours.safetensors")
+    ours = (tmp_path / "ours.safetensors").read_bytes()
+    header = read_header(tmp_path / "ours.safetensors")
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "theirs.safetensors", header.metadata)
+    assert ours == (tmp_path / "theirs.safetensors").read_bytes()
+    assert header.metadata == {"sshs_model_hash": hashlib.sha256(ours[header.size :]).hexdigest()}
+    with pytest.raises(Refused, match=r"whole is torch\.int8"):
+        write_adapter({"whole": torch.ones(2, dtype=torch.int8)}, {}, tmp_path / "ints.safetensors")
 
 
 def test_a_missing_alpha_is_the_rank_and_the_family_is_told_by_the_text_that_is_heard():

@@ -127,6 +127,24 @@ def test_blocks_add_squares_and_stand_in_the_order_of_the_signal(tmp_path: Path)
     assert block_of(Place("text2", "encoder.layers.31.mlp.fc1")) == "text encoder 2 layers 28-31"
 
 
+def test_the_longest_names_of_blocks_leave_room_for_whole_bars_on_80_columns(tmp_path: Path):
+    deltas = {
+        "lora_te2_text_model_encoder_layers_31_mlp_fc1": 4.0,
+        "lora_unet_time_embed_0": 1.0,
+        "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k": 2.0,
+    }
+    parts = {}
+    for stem, size in deltas.items():
+        down, up = torch.zeros(1, 2048), torch.ones(1, 1)
+        down[0, 0] = 500 * size
+        parts |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+    write_adapter(parts, {}, tmp_path / "x.safetensors")
+    lines = shown(tmp_path / "x.safetensors", width=80).splitlines()
+    bars = {line.split("  ")[0]: line.count("█") for line in lines if "█" in line}
+    assert bars == {"text encoder 2 layers 28-31": 16, "UNet time embedding": 4, "UNet down 1": 8}
+    assert "2,000" in "".join(lines) and max(map(len, lines)) <= 80
+
+
 def test_dead_and_broken_modules_are_named(tmp_path: Path):
     path = tmp_path / "x.safetensors"
     parts = tensors()

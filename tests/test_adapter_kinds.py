@@ -205,14 +205,19 @@ def test_what_cannot_be_known_is_one_line(base: Weights):
     wide = Adapter({TO_Q: Module("loha", {n: t.T if n.endswith("b") else t for n, t in halves.items()}, 30.0)})
     biased = Adapter({TO_Q: Module("lora", lora.modules[TO_Q].tensors | {"diff_b": torch.ones(64)}, 1.0)})
     for one, rule, where, line in (
-        (adapter, Rule(4), None, "x: unet mid_block.* is DoRA, whose change depends on its base; name it: --base FILE"),
-        (foreign, Rule(4), base, r"x: unet conv_in is not in the base; it is for another base than .*\.safetensors"),
+        (
+            adapter,
+            Rule(4),
+            None,
+            r"x: unet\.mid_block.* is DoRA, whose change depends on its base; name it: --base FILE",
+        ),
+        (foreign, Rule(4), base, r"x: unet\.conv_in is not in the base; it is for another base than .*\.safetensors"),
         (wrong, Rule(4), base, r"DoRA magnitudes \(9, 1\), neither one for each input nor for each output"),
         (wide, Rule(energy=0.9), None, "is LoHa, whose rank has no bound of its own: give --rank"),
-        (biased, Rule(4), base, r"x: unet .*to_q changes a bias too \(diff_b\), which would be lost"),
+        (biased, Rule(4), base, r"x: unet\..*to_q changes a bias too \(diff_b\), which would be lost"),
     ):
         with pytest.raises(Refused, match=line) as error:
             resize(one, rule, "x", where)
         assert "\n" not in str(error.value)
-    with pytest.raises(Refused, match=r"a: unet .* is DoRA, which has no rank of a LoRA: give --rank"):
+    with pytest.raises(Refused, match=r"a: unet\..* is DoRA, which has no rank of a LoRA: give --rank"):
         merge([Input("a", adapter)], Recipe("ties"), base)

@@ -2,14 +2,20 @@
 
 import json
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from test_adapter_keys import LAYOUTS, OTHERS
 from tiny import CONFIGS, tiny_base
@@ -19,8 +25,9 @@ from scumble.configs.options import Model, Network
 from scumble.trainer import cli
 from scumble.trainer.adapters.adapter import from_tensors, to_tensors
 from scumble.trainer.adapters.keys import Place, kohya_stem
+from scumble.trainer.adapters.trial import output_of
 from scumble.trainer.adapters.uis import matches
-from scumble.trainer.adapters.verify import output_of, verify
+from scumble.trainer.adapters.verify import verify
 from scumble.trainer.adapters.weights import find_weights
 from scumble.trainer.export import export
 from scumble.trainer.lora import ATTENTION, CONVS, FULL, TEXT, Part, attach
@@ -191,27 +198,112 @@ def test_the_embedded_base_has_a_layout_too():
     assert matches([], found, "sd1")[0].is_whole
 
 
+@pytest.fixture(params=["whole", "by layers"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The base is tried as a whole, or as on a machine that has no memory free for it."""
+    if request.param == "by layers":
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    return request.param
+
+
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_a_sound_file_passes_and_diffusers_computes_the_same(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     folder = tiny_base(kind, tmp_path / "base")
     tensors = factors(folder, TEXT)
     save_file(tensors, tmp_path / "it.safetensors")  # sdxl is told by its second text encoder
     code, out = verified(tmp_path / "it.safetensors", folder, capsys)
-    assert code == 0 and "nothing is wrong" in out
+    assert code == 0 and "nothing is wrong" in out and ("tried layer by layer" in out) == (way == "by layers")
     assert out.count("diffusers differs from ours by") == (3 if kind == "sdxl" else 2)
     total = len(tensors) // 3
     assert out.count(f"{total} / {total}") == 5
 
 
 def test_text_attention_that_diffusers_drops_without_its_output_projection_is_found(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     folder = tiny_base("sd1", tmp_path / "base")
     save_file(factors(folder, r".*\.(q_proj|fc1)"), tmp_path / "it.safetensors")
     code, out = verified(tmp_path / "it.safetensors", folder, capsys)
-    assert code == 65 and "diffusers: its text is" in out and "nothing is wrong" not in out
+    assert code == 65 and "nothing is wrong" not in out
+    dropped = ["text"] if way == "whole" else [f"text.encoder.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    assert re.findall(r"diffusers: its ([\w.]+) is", out) == dropped
+
+
+def adapted_layers(pipeline: StableDiffusionPipeline) -> dict[str, LoraLayer]:
+    return {name: layer for name, layer in pipeline.unet.named_modules() if isinstance(layer, LoraLayer)}
+
+
+def double(pipeline: StableDiffusionPipeline) -> list[str]:
+    """One layer with twice its strength."""
+    name, layer = next(iter(adapted_layers(pipeline).items()))
+    layer.scale_layer(2.0)
+    return [name]
+
+
+def swap(pipeline: StableDiffusionPipeline) -> list[str]:
+    """The factors of two layers, of the same shapes, each on the other."""
+    layers = {name: layer for name, layer in adapted_layers(pipeline).items() if "mid_block" not in name}
+    names = [name for name in layers if name.endswith("to_q")][-2:]
+    one, other = (layers[name] for name in names)
+    one.lora_A, other.lora_A = other.lora_A, one.lora_A
+    return names
+
+
+def spread(pipeline: StableDiffusionPipeline) -> list[str]:
+    """Factors on a layer of which the file says nothing."""
+    pipeline.unet.add_adapter(LoraConfig(target_modules=["mid_block.resnets.0.conv2"], init_lora_weights=False), "more")
+    pipeline.unet.set_adapters(["default_0", "more"])
+    return ["mid_block.resnets.0.conv2"]
+
+
+@pytest.mark.parametrize("spoil", [double, swap, spread])
+def test_layers_that_diffusers_loads_otherwise_are_named_where_the_base_is_tried_layer_by_layer(
+    spoil: Callable[[StableDiffusionPipeline], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tiny_base("sd1", tmp_path / "base")
+    save_file(factors(folder, TEXT, r".*\.attn2\.to_[qv]"), tmp_path / "it.safetensors")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    loads, spoilt = StableDiffusionPipeline.load_lora_weights, []
+
+    def load_otherwise(pipeline: StableDiffusionPipeline, file: str) -> None:
+        loads(pipeline, file)
+        spoilt.extend(spoil(pipeline))
+
+    monkeypatch.setattr(StableDiffusionPipeline, "load_lora_weights", load_otherwise)
+    faults = verify(tmp_path / "it.safetensors", str(folder)).faults
+    assert spoilt and {fault.split()[2] for fault in faults} == {f"unet.{name}" for name in spoilt}
+
+
+def test_an_effect_beyond_fp32_is_found(way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tiny_base("sd1", tmp_path / "base")
+    tensors = factors(folder, "none", r"mid_block\..*attn2\.to_q")
+    save_file({name: 1e25 * tensor for name, tensor in tensors.items()}, tmp_path / "it.safetensors")
+    code, out = verified(tmp_path / "it.safetensors", folder, capsys)
+    assert code == 65 and "with the adapter its output is not finite" in out
+
+
+def test_what_one_layer_does_is_what_pefts_layer_does_on_the_loaded_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The effects by layers, on weights that are read one by one, against those on the base as diffusers loads it."""
+    folder = tiny_base("sdxl", tmp_path / "base")
+    save_file(factors(folder, TEXT), tmp_path / "it.safetensors")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    trials = [t for t in verify(tmp_path / "it.safetensors", str(folder)).trials if t.component == "unet"]
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(str(tmp_path / "it.safetensors"))
+    layers = {name: layer for name, layer in pipeline.unet.named_modules() if isinstance(layer, LoraLayer)}
+    assert {trial.layer for trial in trials} == set(layers) and any("conv1" in name for name in layers)
+    for trial in trials:
+        layer, generator = layers[trial.layer], torch.Generator().manual_seed(0)
+        own = layer.get_base_layer()
+        shape = (8, own.in_features) if isinstance(own, torch.nn.Linear) else (1, own.in_channels, 4, 4)
+        noise = torch.randn(shape, generator=generator)
+        with torch.no_grad():
+            effect = float((layer(noise) - own(noise)).abs().max())
+        assert effect > 0.01 and trial.effect == pytest.approx(effect, rel=1e-4)
 
 
 def test_what_is_wrong_is_named_without_loading_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -245,7 +337,7 @@ def test_what_is_wrong_is_named_without_loading_the_base(tmp_path: Path, capsys:
 @pytest.mark.parametrize("network", ["dora", "loha", "lokr"])
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_kinds_that_diffusers_does_not_know_are_tried_on_the_base_and_it_is_said(
-    network: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    network: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     folder = tiny_base(kind, tmp_path / "base")
     model = Model(base=str(folder))
@@ -276,6 +368,10 @@ def test_kinds_that_diffusers_does_not_know_are_tried_on_the_base_and_it_is_said
     reason = {"loha": "it cannot read LoHa", "lokr": "it cannot read LoKr"}.get(network, "it leaves out DoRA's")
     assert code == 0 and f"not tried in diffusers: {reason}" in out and "nothing is wrong" in out
     assert "not tried in diffusers" in verified(file, folder, capsys, "--quick")[1]
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    by_layers = verify(file, str(folder))
+    assert by_layers.is_sound and {trial.difference for trial in by_layers.trials} == {None}
+    assert len(by_layers.trials) == len(trained) and all(trial.effect > 0 for trial in by_layers.trials)
 
 
 def test_dora_by_outputs_is_a_fault_in_a_file_for_uis(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -147,7 +147,8 @@ def test_a_second_run_takes_its_latents_from_the_cache_which_can_be_listed_and_c
                      for _ in range(2))  # fmt: skip
     assert first.losses == second.losses
     cli.main(["cache", "list", "--folder", cache])
-    assert f"{cache}: 20 entries, 0." in capsys.readouterr().out
+    size = sum(file.stat().st_size for file in Path(cache).glob("??/*"))
+    assert f"{cache}: 20 entries, {size / 1e3:.0f} kB" in capsys.readouterr().out
     cli.main(["cache", "clear", "--folder", cache, "--older-than", "1"])
     assert "0 entries deleted" in capsys.readouterr().out
     cli.main(["cache", "clear", "--folder", cache])

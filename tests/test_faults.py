@@ -28,7 +28,7 @@ from scumble.configs.options import Model, Previews
 from scumble.trainer.adapters.files import read_tensors
 from scumble.trainer.events import Event
 from scumble.trainer.flat import Flat
-from scumble.trainer.keeping import check_disk, disk_needed, in_words, surplus
+from scumble.trainer.keeping import check_disk, disk_needed, surplus
 from scumble.trainer.latents import _posteriors
 from scumble.trainer.models import load, recognise
 from scumble.trainer.optimizers import grouped, make_optimizer
@@ -37,6 +37,7 @@ from scumble.trainer.passes import Passes
 from scumble.trainer.preview import paint
 from scumble.trainer.prompts import shots_of
 from scumble.trainer.run_folder import status_of
+from scumble.trainer.sizes import in_words
 from scumble.trainer.state import newest_state
 from scumble.trainer.step import Batch, Look, Objectives
 from scumble.trainer.train import train
@@ -271,7 +272,9 @@ def test_too_little_room_is_refused_before_training_with_what_is_needed(tmp_path
     assert error.value.exit_code == 73
     assert check_disk(tmp_path / "runs", 10**6) > 10**6
     assert disk_needed(1000, 2, 10, "all", 3, False, 0) - disk_needed(1000, 2, 10, "last", 3, False, 0) == 6 * 2000
-    assert (in_words(38_000_000), in_words(2_400_000_000)) == ("38 MB", "2.4 GB")
+    assert [in_words(size) for size in (0, 620_400, 999_999, 38_060_000, 999_960_000, 6_934_786_702)] == [
+        "0 kB", "620 kB", "1.0 MB", "38.1 MB", "1.0 GB", "6.9 GB"
+    ]  # fmt: skip
 
 
 def test_a_run_takes_no_more_room_than_was_told(tmp_path: Path):

@@ -224,7 +224,7 @@ def test_a_row_is_a_file_at_a_strength_and_a_column_a_prompt(tmp_path: Path):
     again.write_bytes(file.read_bytes())
     out = tmp_path / "grid.png"
     prompts = ["--prompts", "tiger", "owl", "--prompts", "car"]
-    cli.main(["preview", str(file), str(again), *prompts, "--strengths", "1,0,2", "--preview-steps", "1",
+    cli.main(["preview", str(file), str(again), *prompts, "--strengths", "1,0", "2", "--preview-steps", "1",
               "--out", str(out)])  # fmt: skip
     picture, side = Image.open(out).convert("RGB"), 128 + preview.GAP_PX
     margin = picture.width - 3 * side - preview.GAP_PX

@@ -71,10 +71,14 @@ class Source:
         return "sketch" if self.name == "sketch" else self.family.label
 
     @property
+    def configs(self) -> Path:
+        """The folder of its parts' configs; a single file takes those of its family."""
+        return BASES / self.family.configs[self.prediction] if self.is_file else Path(self.place)
+
+    @property
     def tokenizers(self) -> list[Path]:
-        """Folders of the tokenizers, one a text encoder; a single file takes those of its family."""
-        folder = BASES / self.family.configs[self.prediction] if self.is_file else Path(self.place)
-        return [folder / name for name in ("tokenizer", "tokenizer_2")[: len(self.family.text_prefixes)]]
+        """Folders of the tokenizers, one a text encoder."""
+        return [self.configs / name for name in ("tokenizer", "tokenizer_2")[: len(self.family.text_prefixes)]]
 
 
 def recognise(model: Model) -> Source:

@@ -4,6 +4,8 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from .sizes import in_words
+
 cache = App(name="cache", help="Latents of pictures that are kept for the next run.")
 
 Folder = Annotated[str, Parameter(help="Folder of the cache; auto: the user's cache folder")]
@@ -16,7 +18,7 @@ def list_cache(*, folder: Folder = "auto") -> None:
 
     found = cache_in(folder)
     sizes = found.sizes()
-    print(f"{found.folder}: {len(sizes)} entries, {sum(sizes) / 1e6:.1f} MB")
+    print(f"{found.folder}: {len(sizes)} entries, {in_words(sum(sizes))}")
 
 
 @cache.command
@@ -30,4 +32,4 @@ def clear(
 
     found = cache_in(folder)
     count, freed = found.clear(older_than)
-    print(f"{found.folder}: {count} entries deleted, {freed / 1e6:.1f} MB freed")
+    print(f"{found.folder}: {count} entries deleted, {in_words(freed)} freed")

@@ -104,7 +104,14 @@ def preview(
     *adapters: Annotated[Path, Parameter(name="ADAPTERS", help="Adapter files to compare, a row for each strength")],
     model: Annotated[Model, section("Model")] = DEFAULTS.model,
     previews: Annotated[Previews, section("Previews")] = DEFAULTS.previews,
-    strengths: Annotated[str, Parameter(help="Strengths of the adapters, with commas between")] = "0,0.5,0.8,1,1.2",
+    strengths: Annotated[
+        list[str] | None,
+        Parameter(
+            help="Strengths of the adapters, behind the files; none: 0 0.5 0.8 1 1.2",
+            consume_multiple=True,
+            negative="",
+        ),
+    ] = None,
     out: Annotated[Path, Parameter(help="Picture to write")] = Path("preview.png"),
     force: Annotated[bool, Parameter(help="Write over a picture that is there", negative="")] = False,
 ) -> None:
@@ -120,9 +127,9 @@ def preview(
         if prompt.endswith(".safetensors"):
             raise Refused(f"--prompts {prompt}: is a file, not a prompt; name adapter files before --prompts")
     if adapters:
-        from .compare import compare, strengths_of
+        from .compare import STRENGTHS, compare, strengths_of
 
-        compare(adapters, options.model, options.previews, strengths_of(strengths), out)
+        compare(adapters, options.model, options.previews, strengths_of(strengths or STRENGTHS), out)
     else:
         from .preview import preview_base
 

@@ -24,6 +24,7 @@ from .preview import cell, default_cfg, grid, paint, write_picture
 from .prompts import SHOWN_PROMPTS, Shot, shots_of
 
 STRENGTH_LIMIT = 10.0
+STRENGTHS = ("0", "0.5", "0.8", "1", "1.2")
 LABEL_LETTERS = 32  # of a file's name
 LOADED = "compared"
 
@@ -74,16 +75,19 @@ def paint_strengths(
     base.pipeline.unload_lora_weights()
 
 
-def strengths_of(text: str) -> list[float]:
-    """`0,0.5,1` -> numbers. Raises `Refused` where one is none, or is beyond what any UI offers."""
+def strengths_of(told: Sequence[str]) -> list[float]:
+    """`0,0.5,1`, with commas or spaces between -> numbers.
+
+    Raises `Refused` where one is none, or is beyond what any UI offers.
+    """
+    text = ",".join(told)
     try:
         strengths = [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         strengths = []
     if not strengths or not all(math.isfinite(number) and abs(number) <= STRENGTH_LIMIT for number in strengths):
         raise Refused(
-            f"--strengths {text}: must be numbers from -{STRENGTH_LIMIT:g} to {STRENGTH_LIMIT:g} with commas between, "
-            "such as 0,0.5,1"
+            f"--strengths {text}: must be numbers from -{STRENGTH_LIMIT:g} to {STRENGTH_LIMIT:g}, such as 0,0.5,1"
         )
     return strengths
 

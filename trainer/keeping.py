@@ -6,6 +6,8 @@ from pathlib import Path
 
 from scumble.configs.errors import Refused
 
+from .sizes import in_words
+
 STATES_AT_ONCE = 3  # two that stay and one that is being staged
 MOMENTS = 3  # fp32 parameters and two moments of theirs
 GRID_MB, PICTURE_BYTES_PER_PIXEL = 4, 2
@@ -45,8 +47,3 @@ def check_disk(folder: Path, needed: int) -> int:
             73,
         )
     return free
-
-
-def in_words(size: int) -> str:
-    """A number of bytes as people say it: 38 MB, 2.4 GB."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{max(1, round(size / 1e6))} MB"

@@ -65,8 +65,7 @@ def load(model: Model, source: Source, device: torch.device, dtype: torch.dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch_dtype.*")  # newer diffusers say dtype, older know it not
         if source.is_file:
-            config = BASES / source.family.configs[source.prediction]
-            pipeline = kind.from_single_file(source.place, config=str(config), **settings)
+            pipeline = kind.from_single_file(source.place, config=str(source.configs), **settings)
         else:
             if weights_in(Path(source.place) / "unet", variant=False) is None:
                 settings["variant"] = "fp16"

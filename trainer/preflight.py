@@ -10,10 +10,11 @@ from scumble.datasets.order import epoch_batches
 from .compiling import PAYS_S, compile_blocks
 from .events import Events
 from .job import Job
-from .keeping import check_disk, disk_needed, in_words
+from .keeping import check_disk, disk_needed
 from .machine import DTYPES, total_memory_mb
 from .memory import duration, measure, timed
 from .models import Base
+from .sizes import in_words
 from .update import Update
 
 

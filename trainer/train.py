@@ -41,6 +41,7 @@ from .quantize import BITS, fewer_bits
 from .report import loss_curve
 from .run_folder import CUT, EVENTS, OPTIONS, STOPPED, RunFolder, TakenOver, is_run, status_of, write_text
 from .schedules import rate_share
+from .sizes import in_words
 from .state import Kept, State, newest_state, save_state
 from .step import Look, Objectives
 from .update import STOPPED_AFTER, Update, looks_of
@@ -313,7 +314,7 @@ def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Inte
         write_picture(gallery.cover, folder / f"{name}.png")
     if losses:
         write_picture(loss_curve(losses, f"{name}: loss"), folder / "loss.png")
-    text = f"adapter {path} ({path.stat().st_size / 1e6:.1f} MB)"
+    text = f"adapter {path} ({in_words(path.stat().st_size)})"
     if (previews := folder / "previews").is_dir():
         text += f", previews {previews}"
     if sum(preview_s):

@@ -1,4 +1,4 @@
-"""How long do inspecting, resizing, merging and baking take at the real size of SDXL, and in how much memory?
+"""How long do inspecting, resizing, merging, baking and verifying take at SDXL's real size, and in how much memory?
 
 `python tests/benchmarks/adapters.py` draws LoRAs of rank 64 in fp16 for all 722 attention, feed-forward and projection
 layers of SDXL's UNet, and a checkpoint in fp16 to bake into (UNet, text encoders and VAE, 6.9 GB of random weights; the
@@ -23,6 +23,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from scumble.configs.options import Model
 from scumble.trainer.adapters.adapter import Adapter, read_adapter, to_tensors
 from scumble.trainer.adapters.bake import Dose, bake
 from scumble.trainer.adapters.files import write_adapter
@@ -34,6 +35,9 @@ from scumble.trainer.adapters.merge import Input, Recipe, merge
 from scumble.trainer.adapters.module import Module
 from scumble.trainer.adapters.provenance import write_result
 from scumble.trainer.adapters.resize import resize
+from scumble.trainer.adapters.trial import tried_by_layers
+from scumble.trainer.adapters.weights import Weights, find_weights
+from scumble.trainer.bases import recognise
 from scumble.trainer.lora import FULL
 
 HERE = Path(__file__).parent
@@ -47,6 +51,10 @@ TASKS = {
     "merge-linear": "merge two, exact (rank 128)",
     "merge-svd": "merge two, svd to rank 64",
     "bake": "bake into {base}",
+    "verify": "verify it on that checkpoint, layer by layer",
+    "resize-dora": "resize a DoRA to a LoRA of rank 16",
+    "merge-dora": "merge a DoRA with a LoRA, svd to rank 64",
+    "bake-dora": "bake a DoRA into that checkpoint",
 }
 
 
@@ -79,15 +87,22 @@ def layers(known: dict[str, torch.Size]) -> dict[Place, torch.Size]:
     return {Place("unet", path): shape for path, shape in paths.items() if re.fullmatch(FULL, path)}
 
 
-def draw_adapter(known: dict[str, torch.Size], path: Path, seed: int) -> None:
-    """A LoRA whose singular values fall like those of a trained one, by a factor e^-3 over its ranks."""
+def draw_adapter(known: dict[str, torch.Size], path: Path, seed: int, dora_base: Weights | None = None) -> None:
+    """A LoRA whose singular values fall like those of a trained one, by a factor e^-3 over its ranks.
+
+    With a base it is a DoRA, whose magnitudes are about 2 % off the lengths of the base's columns.
+    """
     generator = torch.Generator().manual_seed(seed)
     fall = torch.linspace(0, -3, RANK).exp()[:, None]
     modules = {}
     for place, (out, inputs) in layers(known).items():
         down = torch.randn(RANK, inputs, generator=generator) * fall
         up = 0.01 * torch.randn(out, RANK, generator=generator)
-        modules[place] = Module("lora", {"lora_down": down.half(), "lora_up": up.half()}, float(RANK))
+        tensors = {"lora_down": down.half(), "lora_up": up.half()}
+        if dora_base:
+            lengths = dora_base.read(place).float().norm(dim=0, keepdim=True)
+            tensors["dora_scale"] = lengths * (1 + 0.02 * torch.randn(1, inputs, generator=generator))
+        modules[place] = Module("lora", tensors, float(RANK))
     write_adapter(to_tensors(Adapter(modules, {}, "sdxl")), {"ss_base_model_version": "sdxl_base_v1-0"}, path)
 
 
@@ -116,21 +131,27 @@ def run_task(task: str, folder: Path, base: Path) -> None:
     """One tool from file to file, in this process; prints seconds and the peak of its memory in MiB."""
     start = time.perf_counter()
     out = folder / "out.safetensors"
-    if task == "inspect":
-        inspect(folder / "a.safetensors")
+    tool, _, how = task.partition("-")
+    file = folder / ("dora.safetensors" if how == "dora" else "a.safetensors")
+    if tool == "inspect":
+        inspect(file)
     else:
-        adapter = read_adapter(folder / "a.safetensors")
-    if task == "bake":
+        adapter = read_adapter(file)
+    weights = find_weights(base) if how == "dora" else None
+    if tool == "bake":
         in_it = {
             p: m for p, m in adapter.modules.items() if base.name != "reduced.safetensors" or p.block == "mid_block"
         }
         bake(base, out, [Dose("a", Adapter(in_it, {}, "sdxl"), 0.8)])
-    elif task not in ("read", "inspect"):
-        if task.startswith("resize"):
-            result = resize(adapter, Rule(16) if task == "resize-rank" else Rule(energy=0.9), "a")
-        else:
-            inputs = [Input("a", adapter, 0.7), Input("b", read_adapter(folder / "b.safetensors"), 0.5)]
-            result = merge(inputs, Recipe(task.removeprefix("merge-")))
+    elif tool == "verify":
+        trials = list(tried_by_layers(recognise(Model(base=str(base))), find_weights(base), adapter, file))
+        assert len(trials) == len(adapter.modules) and all(trial.agrees for trial in trials)
+    elif tool == "resize":
+        result = resize(adapter, Rule(energy=0.9) if how == "energy" else Rule(16), "a", weights)
+    elif tool == "merge":
+        inputs = [Input("a", adapter, 0.7), Input("b", read_adapter(folder / "b.safetensors"), 0.5)]
+        result = merge(inputs, Recipe("svd", RANK) if how == "dora" else Recipe(how), weights)
+    if tool in ("resize", "merge"):
         write_result(result, [adapter], out, "benchmark", force=True)
     seconds = time.perf_counter() - start
     print(json.dumps({"seconds": seconds, "peak_mib": peak_mib(), "out_mib": size_mib(out) if out.exists() else 0}))
@@ -190,6 +211,8 @@ def main() -> None:
             draw_adapter(known, folder / f"{letter}.safetensors", seed)
         if not options.base:
             draw_base(known, base, whole)
+        if base.name != "reduced.safetensors":
+            draw_adapter(known, folder / "dora.safetensors", 2, find_weights(base))
         lines = [
             f"LoRA of rank {RANK} for {len(layers(known))} layers of SDXL's UNet, fp16, "
             f"{size_mib(folder / 'a.safetensors')} MiB; one thread of a CPU that other work shares.",
@@ -198,6 +221,8 @@ def main() -> None:
             "|---|---|---|---|",
         ]
         for task, words in TASKS.items():
+            if base.name == "reduced.safetensors" and (task == "verify" or task.endswith("-dora")):
+                continue  # they need the whole UNet
             command = [sys.executable, __file__, "--task", task, "--folder", folder, "--base", base]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found = json.loads(done.stdout.splitlines()[-1])

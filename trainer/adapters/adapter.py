@@ -64,14 +64,13 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
     for tensor_name, key in keys.items():
         assert isinstance(key, Key)
         if key.slot in found.setdefault(key.place, {}):
-            raise Refused(f"{name}: {key.place.component} {key.place.path} has two {key.slot}, second {tensor_name}")
+            raise Refused(f"{name}: {key.place} has two {key.slot}, second {tensor_name}")
         found[key.place][key.slot] = tensors[tensor_name]
         dialects.add(key.dialect)
     dialect = "kohya" if "kohya" in dialects else "peft"
     settings = settings_in(metadata)
     modules = {
-        place: _module(slots, place, dialect, settings, f"{name}: {place.component} {place.path}")
-        for place, slots in sorted(found.items())
+        place: _module(slots, place, dialect, settings, f"{name}: {place}") for place, slots in sorted(found.items())
     }
     return Adapter(modules, dict(metadata), _family(modules, metadata), dialect)
 
@@ -118,7 +117,7 @@ def to_tensors(adapter: Adapter, dialect: str = "kohya") -> dict[str, torch.Tens
             continue
         if module.is_dora and adapter.dialect == "peft":
             raise Refused(
-                f"{place.component} {place.path}: PEFT's DoRA has magnitudes by outputs, which no UI computes as PEFT "
+                f"{place}: PEFT's DoRA has magnitudes by outputs, which no UI computes as PEFT "
                 "does; bake it into its base"
             )
         stem = kohya_stem(place, adapter.family)
@@ -138,7 +137,7 @@ def to_tensors(adapter: Adapter, dialect: str = "kohya") -> dict[str, torch.Tens
 def _pefts_tensors(place: Place, module: Module) -> dict[str, torch.Tensor]:
     """A module under PEFT's names. Raises `Refused` for what PEFT has not."""
     if module.kind != "lora" or "lora_mid" in module.tensors:
-        raise Refused(f"{place.component} {place.path}: {module.label} has no place in a PEFT file; use --to kohya")
+        raise Refused(f"{place}: {module.label} has no place in a PEFT file; use --to kohya")
     stem, down = peft_stem(place), module.tensors["lora_down"]
     tensors = {
         f"{stem}.lora_A.weight": down,
@@ -147,7 +146,7 @@ def _pefts_tensors(place: Place, module: Module) -> dict[str, torch.Tensor]:
     if module.is_dora:
         magnitude = module.tensors["dora_scale"]
         if magnitude.shape[0] == 1:
-            raise Refused(f"{place.component} {place.path}: DoRA by inputs has no place in a PEFT file; use --to kohya")
+            raise Refused(f"{place}: DoRA by inputs has no place in a PEFT file; use --to kohya")
         tensors[f"{stem}.lora_magnitude_vector"] = magnitude.reshape([-1] if down.dim() == 2 else [1, -1, 1, 1])
     return tensors
 

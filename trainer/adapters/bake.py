@@ -163,7 +163,7 @@ def check(weights: Weights, doses: Sequence[Dose], undo: bool) -> None:
         found = next((place for place, module in dose.adapter.modules.items() if module.is_dora), None)
         if undo and found:
             raise Refused(
-                f"--undo {dose.name}: {found.component} {found.path} is DoRA, which sets lengths anew, and "
+                f"--undo {dose.name}: {found} is DoRA, which sets lengths anew, and "
                 "those before are not in the baked base; keep the base itself"
             )
         check_fit(dose.name, dose.adapter, weights)

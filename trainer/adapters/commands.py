@@ -79,10 +79,11 @@ def verify(
     Exit code 65 where something is wrong.
     """
     from . import tables
+    from .verify import trial_lines
     from .verify import verify as verdict_of
 
     verdict = verdict_of(file, base, quick)
-    trials = [tables.trial_line(trial.component, trial.effect, trial.difference) for trial in verdict.trials]
+    trials = list(trial_lines(verdict.trials, verdict.parted))
     poor = tables.not_whole(verdict.poor, verdict.dialect) if verdict.poor else ""
     table = tables.ui_table(verdict.uis, verdict.beyond_diffusers)
     _print(tables.verdict_page(str(file), table, trials, verdict.untried, verdict.faults, poor))

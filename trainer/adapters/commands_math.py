@@ -7,13 +7,17 @@ from cyclopts import Parameter
 
 from scumble.configs.errors import Refused
 
+from ..sizes import in_words
+
 Method = Literal["linear", "svd", "ties", "dare", "dare_ties"]
 OutFile = Annotated[Path, Parameter(help="File to write, .safetensors")]
 Force = Annotated[bool, Parameter(help="Write over what is there", negative="", show_default=False)]
 DoraBase = Annotated[str, Parameter(help="Only for DoRA: its base, a folder, a hub id, sketch or a .safetensors file")]
 Strengths = Annotated[
-    list[float] | None,
-    Parameter(help="Strength of each adapter, in their order; none: 1", consume_multiple=True, negative=""),
+    list[str] | None,
+    Parameter(
+        help="Strength of each adapter, in their order, such as 0.7 0.5; none: 1", consume_multiple=True, negative=""
+    ),
 ]
 
 
@@ -156,7 +160,7 @@ def bake(
     doses = [Dose(file.stem, read_adapter(file), amount) for file, amount in zip(files, amounts, strict=True)]
     tell(baked(place_of_base(base), out, doses, undo, force))
     files_out = out.rglob("*") if out.is_dir() else [out]
-    print(f"wrote {out}: {sum(file.stat().st_size for file in files_out if file.is_file()) / 1e6:,.1f} MB")
+    print(f"wrote {out}: {in_words(sum(file.stat().st_size for file in files_out if file.is_file()))}")
 
 
 def check_out(out: Path, force: bool, *sources: Path) -> None:
@@ -169,10 +173,14 @@ def check_out(out: Path, force: bool, *sources: Path) -> None:
         raise Refused(f"{out} exists: choose another --out, or --force to write over it")
 
 
-def as_many(numbers: list[float] | None, files: tuple[Path, ...], flag: str) -> list[float]:
-    """One finite number a file. Raises `Refused` where there are more or fewer."""
-    if not numbers:
+def as_many(told: list[str] | None, files: tuple[Path, ...], flag: str) -> list[float]:
+    """One finite number a file, with spaces or commas between. Raises `Refused` where there are more or fewer."""
+    if not told:
         return [1.0] * len(files)
+    try:
+        numbers = [float(part) for part in ",".join(told).split(",")]
+    except ValueError:
+        raise Refused(f"{flag} {' '.join(told)}: must be numbers, such as 0.7 0.5") from None
     if len(numbers) != len(files):
         raise Refused(f"{flag}: {len(numbers)} numbers for {len(files)} files; give one each")
     for number in numbers:

@@ -79,10 +79,10 @@ def difference(first: Weights, second: Weights, place: Place, rule: Rule, dtype:
     base, tuned = first.read(place), second.read(place)
     if base.flatten(1).shape != tuned.flatten(1).shape:
         shapes = f"{tuple(tuned.shape)} in {second.path}, {tuple(base.shape)} in {first.path}"
-        raise Refused(f"{place.component} {place.path} is {shapes}: they are of different kinds")
+        raise Refused(f"{place} is {shapes}: they are of different kinds")
     delta = tuned.float().flatten(1) - base.float().flatten(1)
     if not delta.any():
         return None
     if not torch.isfinite(delta).all():
-        raise Refused(f"{place.component} {place.path} is not finite in {second.path} or {first.path}")
+        raise Refused(f"{place} is not finite in {second.path} or {first.path}")
     return reduced_dense(delta, rule, tuple(base.shape[2:]), dtype)

@@ -169,9 +169,7 @@ def check_dora(name: str, adapter: Adapter, base: Weights | None) -> None:
     """Raises `Refused` where a module is a DoRA and there is no base, or one that it does not fit."""
     found = next((place for place, module in adapter.modules.items() if module.is_dora), None)
     if found and base is None:
-        raise Refused(
-            f"{name}: {found.component} {found.path} is DoRA, whose change depends on its base; name it: --base FILE"
-        )
+        raise Refused(f"{name}: {found} is DoRA, whose change depends on its base; name it: --base FILE")
     if found and base:
         check_fit(name, adapter, base)
 
@@ -180,4 +178,4 @@ def check_biases(name: str, adapter: Adapter) -> None:
     """Raises `Refused` where a module changes a bias too, for which a LoRA has no place."""
     found = next((place for place, module in adapter.modules.items() if "diff_b" in module.tensors), None)
     if found:
-        raise Refused(f"{name}: {found.component} {found.path} changes a bias too (diff_b), which would be lost")
+        raise Refused(f"{name}: {found} changes a bias too (diff_b), which would be lost")

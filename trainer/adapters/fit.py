@@ -32,7 +32,7 @@ def check_fit(name: str, adapter: Adapter, weights: Weights) -> None:
         if adapter.family != weights.family:
             raise Refused(f"{name}: is for {adapter.family}, but {weights.path} is {weights.family}")
         more = f" ({len(found)} of {len(adapter.modules)} do not fit)" if len(found) > 1 else ""
-        raise Refused(f"{name}: {place.component} {place.path} {why}{more}; it is for another base than {weights.path}")
+        raise Refused(f"{name}: {place} {why}{more}; it is for another base than {weights.path}")
 
 
 def _has_magnitudes_for(module: Module, shape: tuple[int, ...]) -> bool:

@@ -53,6 +53,9 @@ class Place:
     component: str
     path: str
 
+    def __str__(self) -> str:
+        return f"{self.component}.{self.path}"
+
     @property
     def block(self) -> str:
         """The block it lies in: `down_blocks.1`, `mid_block`, `up_blocks.0`, another part of the UNet, or `text`."""

@@ -14,6 +14,7 @@ import torch
 
 from scumble.configs.errors import Refused, nearest
 
+from ..sizes import in_words
 from .adapter import Adapter
 from .factors import (
     Reduced,
@@ -97,7 +98,10 @@ def check(inputs: Sequence[Input], recipe: Recipe, base: Weights | None = None) 
         check_biases(one.name, one.adapter)
         check_dora(one.name, one.adapter, base)
         if one.adapter.family != first.adapter.family:
-            raise Refused(f"{one.name} is for {one.adapter.family}, {first.name} for {first.adapter.family}")
+            raise Refused(
+                f"{one.name} is for {one.adapter.family}, {first.name} for {first.adapter.family}: merge "
+                "adapters of one kind of base"
+            )
         if not math.isfinite(one.weight) or not all(math.isfinite(factor) for factor in one.blocks.values()):
             raise Refused(f"{one.name}: a weight is no finite number")
         for block in one.blocks:
@@ -107,10 +111,7 @@ def check(inputs: Sequence[Input], recipe: Recipe, base: Weights | None = None) 
                 )
         for place, module in one.adapter.modules.items():
             if module.label != "LoRA" and not recipe.rank and recipe.method != "linear":
-                raise Refused(
-                    f"{one.name}: {place.component} {place.path} is {module.label}, which has no rank of a LoRA: "
-                    "give --rank"
-                )
+                raise Refused(f"{one.name}: {place} is {module.label}, which has no rank of a LoRA: give --rank")
 
 
 def weighted_at(inputs: Sequence[Input], place: Place) -> list[tuple[float, Module]]:
@@ -120,28 +121,30 @@ def weighted_at(inputs: Sequence[Input], place: Place) -> list[tuple[float, Modu
 
 
 def check_size(inputs: Sequence[Input]) -> None:
-    """Raises `Refused` where the exact sum needs more than SMALL_RANK for a layer of LoHa, LoKr or DoRA.
+    """Raises `Refused` where the exact sum needs more than SMALL_RANK for a layer of LoHa, LoKr or DoRA; names whose.
 
     Tells the size of the exact sum beside that of an SVD of SMALL_RANK; neither is computed for it.
     """
     exact_bytes = small_bytes = 0
-    label = ""
+    whole: dict[str, str] = {}  # the inputs with such layers, and of what kind their first one is
     for place in sorted({place for one in inputs for place in one.adapter.modules}):
-        modules = [module for _, module in weighted_at(inputs, place)]
-        ranks = [exact_rank(module) for module in modules]
-        for module, rank in zip(modules, ranks, strict=True):
-            if module.label != "LoRA" and rank > SMALL_RANK:
-                label = label or module.label
-        if modules:
-            shape = modules[0].shape
-            assert shape
-            rank, bytes_a_rank = min(sum(ranks), *shape), sum(shape) * dtype_of(modules[0]).itemsize
+        ranks = []
+        for one in inputs:
+            for _, module in weighted_at([one], place):
+                ranks.append(exact_rank(module))
+                if module.label != "LoRA" and ranks[-1] > SMALL_RANK:
+                    whole.setdefault(one.name, module.label)
+        if weighted := weighted_at(inputs, place):
+            first = weighted[0][1]
+            assert first.shape
+            rank, bytes_a_rank = min(sum(ranks), *first.shape), sum(first.shape) * dtype_of(first).itemsize
             exact_bytes += rank * bytes_a_rank
             small_bytes += min(rank, SMALL_RANK) * bytes_a_rank
-    if label:
+    if whole:
+        told = ", ".join(f"{name} is {label}" for name, label in whole.items())
         raise Refused(
-            f"the exact sum of {label} has whole layers, {exact_bytes / 1e6:,.1f} MB; cut to rank {SMALL_RANK} it is "
-            f"{small_bytes / 1e6:,.1f} MB: use --method svd --rank {SMALL_RANK}, or --method linear to have it whole"
+            f"{told}: the exact sum has whole layers, {in_words(exact_bytes)}; cut to rank {SMALL_RANK} it is "
+            f"{in_words(small_bytes)}: use --method svd --rank {SMALL_RANK}, or --method linear to have it whole"
         )
 
 
@@ -237,4 +240,4 @@ def _merged(
 def _check_shapes(place: Place, shapes: Sequence[tuple[int, int] | None]) -> None:
     if len(set(shapes)) > 1:
         told = " and ".join(f"{shape[0]} x {shape[1]}" for shape in dict.fromkeys(shapes) if shape)
-        raise Refused(f"{place.component} {place.path} has {told} in the inputs: they are of different bases")
+        raise Refused(f"{place} has {told} in the inputs: they are of different bases")

@@ -100,7 +100,7 @@ def decomposed(direction: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor
     """
     axis = 1 if magnitude.shape[0] == 1 else 0
     others = [other for other in range(direction.dim()) if other != axis]
-    norm = direction.square().sum(others, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    norm = torch.linalg.vector_norm(direction, dim=others, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     return direction * (magnitude.reshape(norm.shape) / norm)
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..sizes import in_words
 from .adapter import Adapter, to_tensors
 from .detection import detection
 from .factors import Reduction
@@ -56,7 +57,7 @@ def write_result(result: Reduction, parents: Sequence[Adapter], out: Path, comme
             if error > LOSS_TOLD
         ),
         *words_for_cut(cut),
-        f"wrote {out}: {len(result.adapter.modules)} layers, rank {result.rank}, {out.stat().st_size / 1e6:.1f} MB",
+        f"wrote {out}: {len(result.adapter.modules)} layers, rank {result.rank}, {in_words(out.stat().st_size)}",
     ]
 
 

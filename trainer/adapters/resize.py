@@ -23,7 +23,7 @@ def resize(adapter: Adapter, rule: Rule, name: str, base: Weights | None = None)
     for place, module in with_bar(adapter.modules.items(), "resizing", len(adapter.modules)):
         found = reduced_change(place, module, rule, kernel_of(place, module, adapter.family), base)
         if not found:
-            raise Refused(f"{name}: {place.path} is {module.label}, whose rank has no bound of its own: give --rank")
+            raise Refused(f"{name}: {place} is {module.label}, whose rank has no bound of its own: give --rank")
         modules[place] = found
     return collect(modules, adapter)
 

@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from rich.bar import Bar
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..sizes import in_words
 from .inspect import (
-    COMPONENT_LABELS,
     FAMILY_LABELS,
     Report,
     beyond_diffusers,
@@ -21,9 +22,8 @@ from .module import LABELS
 from .uis import Match
 
 DIALECT_LABELS = {"kohya": "kohya's", "peft": "PEFT's (diffusers)"}
-BAR_CELLS = 32
+BAR_CELLS = 32  # at most; a narrow terminal has shorter bars
 DORA_NOTE = "without DoRA's magnitudes, whose effect depends on the base"
-EIGHTHS = " ▏▎▍▌▋▊▉"
 MOST_FAULTS = 20
 NAMED = 3  # modules named where many have the same trouble
 
@@ -51,9 +51,8 @@ def headline(report: Report) -> str:
     """`LoRA for Stable Diffusion 1, 144 modules, 1.2 MB, float16`."""
     network = " + ".join(LABELS[name] for name in report.network.split("+"))
     count = sum(group.modules for group in report.groups)
-    size = f"{report.bytes / 1e6:.1f} MB" if report.bytes >= 1e6 else f"{report.bytes / 1e3:.0f} kB"
     base = "sketch" if report.settings.get("base") == "sketch" else FAMILY_LABELS[report.family]
-    return f"{network} for {base}, {count} modules, {size}, {' + '.join(report.dtypes)}"
+    return f"{network} for {base}, {count} modules, {in_words(report.bytes)}, {' + '.join(report.dtypes)}"
 
 
 def troubles(report: Report) -> Iterator[str]:
@@ -90,10 +89,10 @@ def as_json(report: Report) -> dict[str, Any]:
             "stored_is_true": report.hashes.stored == report.hashes.model if report.hashes.stored else None,
         },
         "blocks": {label: norm for label, (norm, _) in block_norms(report.norms).items()},
-        "norms": {_name(place): norm for place, norm in report.norms.items()},
+        "norms": {str(place): norm for place, norm in report.norms.items()},
         "paths_in_metadata": report.paths,
-        "zero": [_name(place) for place in report.zero],
-        "not_finite": [_name(place) for place in report.broken],
+        "zero": [str(place) for place in report.zero],
+        "not_finite": [str(place) for place in report.broken],
         "uis": {
             match.ui: {"matched": match.matched, "total": match.total, "refusal": match.refusal}
             for match in report.uis
@@ -121,12 +120,6 @@ def verdict_page(
     return Group(_line(path, "bold"), table, *map(_line, told), *(lines or [_line("nothing is wrong", "green")]))
 
 
-def trial_line(component: str, effect: float, difference: float | None) -> str:
-    """How far the adapter moves a component's output, beside how far diffusers' output differs from ours."""
-    beside = "" if difference is None else f"; diffusers differs from ours by {difference:.2g}"
-    return f"{COMPONENT_LABELS[component]}: its output moves by {effect:.2g}{beside}"
-
-
 def not_whole(poor: Sequence[str], dialect: str) -> str:
     """Which UIs do not read a file whole, and the cure where there is one."""
     cure = ": `scumble adapter convert` makes a file that is" if dialect == "peft" else ""
@@ -137,12 +130,6 @@ def safe(text: str, most: int = 400) -> Text:
     """Text of a stranger's file: no markup, no control characters, not endless."""
     shown = "".join(letter if letter.isprintable() else " " for letter in text)
     return Text(shown if len(shown) <= most else shown[: most - 1] + "…")
-
-
-def bar(share: float) -> str:
-    """A bar of BAR_CELLS · share cells, to an eighth of a cell."""
-    eighths = max(round(8 * BAR_CELLS * share), 1 if share > 0 else 0)
-    return "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
 
 
 def _verdict(match: Match) -> str:
@@ -189,8 +176,10 @@ def _bars(report: Report) -> Table:
     names = {block_of(place): place.block for place in report.norms}  # as `merge --blocks` takes them
     table = _table("block", "--blocks", "modules", "strength", "")
     table.columns[3].justify = "right"
+    table.columns[4].max_width = BAR_CELLS
     for label, (norm, count) in blocks.items():
-        table.add_row(label, names[label], str(count), f"{norm:.3g}", Text(bar(norm / largest), "dark_orange"))
+        strength = f"{norm:.3g}" if norm < 1000 else f"{norm:,.0f}"
+        table.add_row(label, names[label], str(count), strength, Bar(largest, 0, norm, color="dark_orange"))
     return table
 
 
@@ -207,10 +196,6 @@ def _line(text: str, style: str = "") -> Text:
     return line
 
 
-def _name(place: Place) -> str:
-    return f"{place.component}.{place.path}"
-
-
 def _named(places: Sequence[Place]) -> str:
     more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
-    return ", ".join(map(_name, places[:NAMED])) + more
+    return ", ".join(map(str, places[:NAMED])) + more

@@ -1,0 +1,9 @@
+"""Sizes of files and of memory as people say them."""
+
+
+def in_words(size: float) -> str:
+    """A number of bytes: 620 kB, 38.1 MB, 2.4 GB."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if round(size / unit, 1) >= 1:
+            return f"{size / unit:.1f} {name}"
+    return f"{size / 1e3:.0f} kB"
