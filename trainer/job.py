@@ -18,7 +18,7 @@ from scumble.datasets.waste import bucket_uses, told_waste
 from .bases import Source, recognise
 from .events import Events
 from .findings import as_json, told_findings
-from .machine import check_attention, make_accelerator
+from .machine import check_alone, check_attention, make_accelerator
 from .optimizers import check_optimizer
 from .pictures import checked, heard, read_examples, read_views, resolution_of
 from .plan import Plan, batch_of, make_plan, settled
@@ -61,6 +61,7 @@ class Job:
 
 def look(options: Options, goes_on: bool = False) -> Job:
     """Everything that can be wrong is looked at: base, pictures, optimiser, prompts; every "auto" becomes a number."""
+    check_alone()
     source = recognise(options.model)
     check_optimizer(options.optimization.optimizer)
     check_attention(options.machine.attention)

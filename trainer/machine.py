@@ -22,6 +22,7 @@ from scumble.configs.options import Machine
 from .run_folder import CUT, STOPPED
 
 EXIT_CODES = {signal.SIGINT: CUT, signal.SIGTERM: STOPPED}
+SIZES_OF_LAUNCHES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as in accelerate
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -54,6 +55,16 @@ def auto_precision(device: str) -> str:
     if device == "cpu":
         return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
     return "fp32"
+
+
+def check_alone() -> None:
+    """Raises `Refused` where a launcher (accelerate, torchrun, MPI) started several processes for one run."""
+    for name in SIZES_OF_LAUNCHES:
+        if (size := os.environ.get(name, "1")) not in ("", "0", "1"):
+            raise Refused(
+                f"{size} processes ({name}): a run is one process on one device; start it without a launcher, or with "
+                "--num_processes 1"
+            )
 
 
 def check_attention(attention: str) -> None:
