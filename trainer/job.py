@@ -64,7 +64,6 @@ def look(options: Options, goes_on: bool = False) -> Job:
     check_alone()
     source = recognise(options.model)
     check_optimizer(options.optimization.optimizer)
-    check_attention(options.machine.attention)
     found = read_examples(options)
     views = read_views(found, options, source)
     masks = [masks_of(view, source.latent_px, options.data.mask_floor) for view in views]
@@ -76,6 +75,7 @@ def look(options: Options, goes_on: bool = False) -> Job:
     plan = make_plan(options, source, per_epoch, len(captions), sum(repeats))
     name = options.output.name if goes_on else free_folder(options).name
     accelerator, dtype = make_accelerator(options.machine)
+    check_attention(options.machine.attention, accelerator.device.type)
     check_bits(BITS[options.machine.quantize], accelerator.device.type)
     return Job(settled(options, plan, name), source, found, views, masks, shots, plan, accelerator, dtype)
 

@@ -67,8 +67,10 @@ def check_alone() -> None:
             )
 
 
-def check_attention(attention: str) -> None:
-    """Raises `Refused` (69) where xformers is asked for and not installed."""
+def check_attention(attention: str, device: str) -> None:
+    """Raises `Refused` where xformers is asked for on another device than CUDA, or (69) is not installed."""
+    if attention == "xformers" and device != "cuda":
+        raise Refused(f"--attention xformers: computes on cuda devices only, and this run is on {device}; leave it out")
     if attention == "xformers" and find_spec("xformers") is None:
         raise Refused('--attention xformers: not installed; pip install "scumble[xformers]"', 69)
 
