@@ -63,7 +63,11 @@ def look(options: Options, goes_on: bool = False) -> Job:
     """Everything that can be wrong is looked at: base, pictures, optimiser, prompts; every "auto" becomes a number."""
     check_alone()
     source = recognise(options.model)
-    check_optimizer(options.optimization.optimizer)
+    accelerator, dtype = make_accelerator(options.machine)
+    device = accelerator.device.type
+    check_optimizer(options.optimization.optimizer, device)
+    check_attention(options.machine.attention, device)
+    check_bits(BITS[options.machine.quantize], device)
     found = read_examples(options)
     views = read_views(found, options, source)
     masks = [masks_of(view, source.latent_px, options.data.mask_floor) for view in views]
@@ -74,9 +78,6 @@ def look(options: Options, goes_on: bool = False) -> Job:
     per_epoch = batches_per_epoch(buckets, repeats, batch_of(options, source))
     plan = make_plan(options, source, per_epoch, len(captions), sum(repeats))
     name = options.output.name if goes_on else free_folder(options).name
-    accelerator, dtype = make_accelerator(options.machine)
-    check_attention(options.machine.attention, accelerator.device.type)
-    check_bits(BITS[options.machine.quantize], accelerator.device.type)
     return Job(settled(options, plan, name), source, found, views, masks, shots, plan, accelerator, dtype)
 
 

@@ -1,13 +1,14 @@
 """The machine a run is on: device, precision, memory, and the signal to stop."""
 
 import os
-import resource
+import re
 import signal
 import sys
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
@@ -30,22 +31,32 @@ def make_accelerator(machine: Machine) -> tuple[Accelerator, torch.dtype]:
     """accelerate's device handling, and the dtype of the frozen base; the adapter is always fp32.
 
     auto precision: bf16 where a CUDA device has it, fp16 on older ones, bf16 on CPUs that multiply it fast, else fp32.
-    Raises `Refused` for a device that is not there, or fp16 without CUDA.
+    Raises `Refused` for a device that is not there, or a precision that it has not.
     """
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if machine.device != "auto" and not there[machine.device]:
+    if machine.device not in ("auto", *there()):
         raise Refused(f"--device {machine.device}: this machine has none that torch can use")
-    device = (
-        machine.device if machine.device != "auto" else next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
-    )
+    device = best_device() if machine.device == "auto" else machine.device
     precision = machine.precision
     if precision == "auto":
         precision = auto_precision(device)
     if precision == "fp16" and device != "cuda":
         raise Refused(f"--precision fp16: the {device} device trains in bf16 or fp32")
+    if precision == "bf16" and device == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        raise Refused("--precision bf16: the mps device has it since macOS 14; take fp32")
     mixed = "no" if precision == "fp32" else precision
     AcceleratorState._reset_state(reset_partial_state=True)  # a second run may differ
     return Accelerator(cpu=device == "cpu", mixed_precision=mixed), DTYPES[precision]
+
+
+def there() -> list[str]:
+    """The kinds of device that torch can use here, the fastest first."""
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [kind for kind, is_usable in usable.items() if is_usable]
+
+
+def best_device() -> str:
+    """The fastest that there is."""
+    return there()[0]
 
 
 def auto_precision(device: str) -> str:
@@ -76,18 +87,56 @@ def check_attention(attention: str, device: str) -> None:
 
 
 def memory_mb(device: torch.device) -> int:
-    """Peak memory so far: of the CUDA device, else of this process."""
+    """Peak memory since `forget_peak`: of the CUDA device, else of this process; on MPS what torch holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // (2**20 if sys.platform == "darwin" else 2**10)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() // 2**20
+    return _peak_of_process_mb()
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let the peak be what is held now, where the system can: loading a base reads files through mapped memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "cpu":
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5)
 
 
 def total_memory_mb(device: torch.device) -> int:
-    """Of the CUDA device, else of the machine."""
+    """Of the CUDA device, else of the machine; on MPS what Metal lets a process have of it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 2**20
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() // 2**20
     return psutil.virtual_memory().total // 2**20
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done all that was queued on it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def free_unused() -> None:
+    """Give back the memory that torch keeps for later on whatever device there is."""
+    torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+def _peak_of_process_mb() -> int:
+    with suppress(OSError):
+        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8")):
+            return int(found[1]) // 2**10
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset // 2**20
+    import resource  # which Windows has not
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**20  # bytes on macOS
 
 
 @contextmanager
