@@ -231,7 +231,7 @@ def test_a_full_disk_stops_the_run_loses_nothing_and_says_how_to_go_on(tmp_path:
         ran(tmp_path, readers=[fill], **tables)
     assert error.value.exit_code == 73
     run = disk.place / "clay"
-    assert status_of(run).state in ("stopped", "lost")  # without room for its exit record it may be either
+    assert status_of(run).state == "stopped" and "cannot be written" in status_of(run).reason
     kept = newest_state(run, pytest.fail)
     assert kept and kept.state.step == 2
     for path in run.rglob("*.safetensors"):
@@ -290,6 +290,23 @@ def test_steps_that_become_slow_are_noticed_once_and_steady_ones_never():
     assert next(step for step, line in enumerate(said) if line) < 55
 
 
+def test_a_picture_that_vanishes_before_it_is_encoded_is_named(tmp_path: Path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for path in sorted(SAMPLES.iterdir())[:8]:
+        (pictures / path.name).write_bytes(path.read_bytes())
+    last = sorted(pictures.glob("*.webp"))[-1]
+
+    def remove(event: Event) -> None:
+        if event["kind"] == "encoded":
+            last.unlink(missing_ok=True)
+
+    wanted = rf"{last}: cannot be read any more \(No such file or directory\); put it back, or start again without it"
+    with pytest.raises(Refused, match=wanted) as error:
+        ran(tmp_path, readers=[remove], data={"images": str(pictures)})
+    assert error.value.exit_code == 2 and status_of(tmp_path / "runs/clay").state == "failed"
+
+
 def test_pictures_that_vanish_while_the_run_lasts_do_not_matter(tmp_path: Path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -306,13 +323,22 @@ def test_pictures_that_vanish_while_the_run_lasts_do_not_matter(tmp_path: Path):
 
 
 def test_a_folder_that_cannot_be_written_stops_runs_but_no_cache(tmp_path: Path, disk: Disk):
+    output = {"preview_every": 0, "runs": str(disk.place)}
+    tables: dict[str, Any] = {"network": {"rank": 2, "text_rank": 0}, "output": output}
+    run = ran(tmp_path, optimization={"steps": 1}, **tables).folder
     disk.make_read_only()
     with pytest.raises(Refused, match=rf"--runs {disk.place}: .* cannot be made \(") as error:
-        ran(tmp_path, output={"runs": str(disk.place)})
+        ran(tmp_path, **tables)
     assert error.value.exit_code == 73
-    run = ran(tmp_path, data={"cache": str(disk.place)}, optimization={"steps": 1}, output={"preview_every": 0})
-    (said,) = [event["text"] for event in run.of("note") if "--cache" in event["text"]]
-    assert f"--cache: {disk.place}" in said and said.endswith("goes on without") and len(run.losses) == 1
+    longer = files.resolve(run / "options.toml", flags={"optimization": {"steps": 2}})
+    with pytest.raises(
+        Refused, match=rf"{run}.* cannot be written \(.*\); then `scumble train {run}` goes on"
+    ) as error:
+        train(longer, [], go_on=run)
+    assert error.value.exit_code == 73 and status_of(run).state == "done"
+    without = ran(tmp_path, data={"cache": str(disk.place)}, optimization={"steps": 1}, output={"preview_every": 0})
+    (said,) = [event["text"] for event in without.of("note") if "--cache" in event["text"]]
+    assert f"--cache: {disk.place}" in said and said.endswith("goes on without") and len(without.losses) == 1
 
 
 @pytest.mark.parametrize("lost_at", ["checkpoint", "export"])

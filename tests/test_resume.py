@@ -177,9 +177,12 @@ def test_a_run_that_lives_is_not_taken_and_one_that_was_taken_writes_nothing_mor
             RunFolder(run).claim()
         assert error.value.exit_code == 75
         RunFolder(run).claim(force=True)
-        with pytest.raises(Refused, match="another process has taken this run over") as error:
+        with pytest.raises(Refused, match=r"another process has taken this run over; .* writes nothing more") as error:
             first.check_owner()
         assert error.value.exit_code == 75
+        (run / "owner.json").unlink()
+        with pytest.raises(Refused, match=r"owner\.json has gone or cannot be read; .* writes nothing more"):
+            first.check_owner()
     assert not (run / "exit.json").exists()
 
 
@@ -204,10 +207,10 @@ def test_a_run_is_asked_for_previews_and_files_and_tells_where_it_stands(
         if event["kind"] == "step" and event["step"] == 1:
             cli.main(["sample", str(run)])
             cli.main(["save", str(run)])
-            seen.append(status_of(run).state)
+            seen.append(status_of(run))
 
     result = ran(tmp_path, readers=[read], optimization={"steps": 3}, output={"preview_every": 0, "save_every": 0})
-    assert seen == ["running"]
+    assert [(one.state, one.step, one.num_steps) for one in seen] == [("running", 0, 3)]  # a beat takes some seconds
     assert [event["step"] for event in result.of("preview")] == [1, 1]
     assert (run / "checkpoints/clay-000001.safetensors").is_file()
     capsys.readouterr()
@@ -247,18 +250,22 @@ def test_a_signal_finishes_the_step_and_the_run_can_go_on(sent: signal.Signals, 
     assert [event["step"] for event in go_on(run).of("step")] == [3, 4]
 
 
-def test_a_second_ctrl_c_stops_at_once_and_says_how_to_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(("sent", "code", "name"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 75, "SIGTERM")])
+def test_a_second_signal_stops_at_once_and_says_how_to_go_on(
+    sent: signal.Signals, code: int, name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
     run = tmp_path / "runs/clay"
 
     def read(event: Event) -> None:
         if event["kind"] == "step" and event["step"] == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(sent)
             assert "stops after this step and saves; once more stops at once" in capfd.readouterr().err
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(sent)
 
-    with pytest.raises(Refused, match=r"stopped by Ctrl-C; `scumble train .*clay` goes on") as error:
+    with pytest.raises(Refused, match=rf"stopped by {name}; `scumble train .*clay` goes on") as error:
         ran(tmp_path, readers=[read], optimization={"steps": 4}, output={"preview_every": 0, "save_every": 1})
-    assert error.value.exit_code == 130 and status_of(run).state == "stopped"
+    assert error.value.exit_code == code
+    assert (status_of(run).state, status_of(run).reason) == ("stopped", f"stopped by {name}")
     assert [event["step"] for event in go_on(run).of("step")] == [2, 3, 4]
 
 

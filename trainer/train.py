@@ -96,6 +96,7 @@ def train(
         notes += told_schedule(kept.state, job.plan, job.options.optimization)
     try:
         with Interrupts() as interrupts, RunFolder(folder).claim(force) as run, device_may_fail(job.accelerator.device):
+            run.beat(kept.state.step if kept else 0, job.plan.num_steps)
             write_text(folder / OPTIONS, files.dumps(job.options))
             events = Events([*readers, file_reader(folder / EVENTS)])
             announce(job, events, notes)
@@ -105,6 +106,8 @@ def train(
             return learn(job, ready, state, run, interrupts, events)
     except KeyboardInterrupt:
         raise Refused(f"stopped by Ctrl-C; `scumble train {folder}` goes on", CUT) from None
+    except SystemExit:
+        raise Refused(f"stopped by SIGTERM; `scumble train {folder}` goes on", STOPPED) from None
     except Refused as error:
         if isinstance(error, TakenOver) or error.exit_code not in (73, STOPPED) or not is_run(folder):
             raise
