@@ -20,9 +20,11 @@ from accelerate.state import AcceleratorState
 from scumble.configs.errors import Refused
 from scumble.configs.options import Machine
 
-from .run_folder import CUT, STOPPED
+from .run_folder import INTERRUPTED, STOPPED, Cut
 
-EXIT_CODES = {signal.SIGINT: CUT, signal.SIGTERM: STOPPED}
+SIGNALS = {signal.SIGINT: ("Ctrl-C", INTERRUPTED), signal.SIGTERM: ("SIGTERM", STOPPED)}
+if hasattr(signal, "SIGHUP"):  # which Windows has not
+    SIGNALS[signal.SIGHUP] = ("the closed terminal", STOPPED)
 SIZES_OF_LAUNCHES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as in accelerate
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -152,18 +154,21 @@ def device_may_fail(device: torch.device) -> Generator[None]:
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM while a run lasts: at once until `careful` is set, then noted; a second one is at once again.
+    """Ctrl-C, SIGTERM and SIGHUP while a run lasts: at once (`Cut`) until `careful` is set, then noted; a second one is
+    at once again.
 
-    True once one came that was noted; `code` is the exit code that it asks for.
+    True once one came that was noted; `by` and `code` are its name and the exit code that it asks for.
     """
 
     def __init__(self) -> None:
-        self.careful, self.code = False, 0
+        self.careful, self.by, self.code = False, "", 0
         self.before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
-            self.before = {number: signal.signal(number, self._note) for number in EXIT_CODES}
+            for number, (by, _) in SIGNALS.items():
+                if by != "the closed terminal" or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                    self.before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *trouble: object) -> None:
@@ -173,13 +178,10 @@ class Interrupts:
     def __bool__(self) -> bool:
         return self.code != 0
 
-    @property
-    def cause(self) -> str:
-        """What came, in words; nothing where nothing did."""
-        return {0: "", CUT: "by Ctrl-C", STOPPED: "by SIGTERM"}[self.code]
-
     def _note(self, number: int, frame: FrameType | None) -> None:
+        by, code = SIGNALS[signal.Signals(number)]
         if not self.careful or self.code:
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(EXIT_CODES[signal.Signals(number)])
-        self.code = EXIT_CODES[signal.Signals(number)]
-        os.write(2, b"scumble: stops after this step and saves; once more stops at once\n")  # print might be at work
+            raise Cut(by, code)
+        self.by, self.code = by, code
+        with suppress(OSError):  # the terminal may be gone, and print might be at work
+            os.write(2, b"scumble: stops after this step and saves; once more stops at once\n")

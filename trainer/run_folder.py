@@ -24,7 +24,7 @@ ROOM, ROOM_BYTES = "exit.json.room", 4096  # kept for the exit record, which a f
 OPTIONS, EVENTS = "options.toml", "events.jsonl"
 KINDS_OF_REQUEST = ("sample", "save", "stop")
 BEAT_S, LOST_AFTER_S = 5.0, 300.0
-DONE, STOPPED, CUT = 0, 75, 130
+DONE, STOPPED, INTERRUPTED = 0, 75, 130
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,14 @@ class Status:
 
 class TakenOver(Refused):
     """Another process owns the run now."""
+
+
+class Cut(BaseException):
+    """A signal that stops a run at once: `by` what, and the exit code that it asks for."""
+
+    def __init__(self, by: str, code: int):
+        super().__init__(by)
+        self.by, self.code = by, code
 
 
 class RunFolder:
@@ -118,10 +126,8 @@ class RunFolder:
     ) -> None:
         if isinstance(error, Refused):
             self.stopped(error.exit_code, str(error))
-        elif isinstance(error, KeyboardInterrupt):
-            self.stopped(CUT, "stopped by Ctrl-C")
-        elif isinstance(error, SystemExit):
-            self.stopped(error.code if isinstance(error.code, int) else 1, "stopped by SIGTERM")
+        elif isinstance(error, Cut):
+            self.stopped(error.code, f"stopped by {error.by}")
         elif error is not None:
             self.stopped(1, f"{type(error).__name__}: {error}")
         told = {"code": self.code, "reason": self.reason, "step": self.step, "num_steps": self.num_steps}
@@ -163,7 +169,7 @@ def status_of(folder: Path) -> Status:
     step, num_steps = int(beat.get("step", 0)), int(beat.get("num_steps", 0))
     if ended:
         code = ended.get("code")
-        state = "done" if code == DONE else "stopped" if code in (STOPPED, CUT, 73) else "failed"
+        state = "done" if code == DONE else "stopped" if code in (STOPPED, INTERRUPTED, 73) else "failed"
         return Status(
             state, str(ended.get("reason", "")), int(ended.get("step", step)), int(ended.get("num_steps", num_steps))
         )
