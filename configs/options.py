@@ -151,7 +151,7 @@ class Optimization(Section):
     warm_up: ShareBelowOne = option(0.05, "Share of the run in which the rate rises from zero")
     epochs: Count | Auto = option("auto", "Passes over the pictures; auto: from steps")
     steps: Count | Auto = option("auto", "Optimiser steps; auto: from the kind and the number of pictures")
-    batch: Count | Auto = option("auto", "Pictures in one forward pass, over all processes")
+    batch: Count | Auto = option("auto", "Pictures in one forward pass")
     accumulate: Count = option(1, "Forward passes summed into one optimiser step")
     clip: Weight = option(1.0, "Largest norm of the whole gradient; 0: not clipped")
     ema: ShareBelowOne = option(0.0, "Decay of a moving average of the adapter, which is then what is saved; 0: off")

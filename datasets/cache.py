@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from scumble.configs.errors import Refused
+
 DAY_S = 86400
 
 
@@ -73,7 +75,7 @@ class Cache:
         """Delete the entries that were written so many days ago; their number and bytes."""
         count = freed = 0
         for path, size, written in self._entries():
-            if time.time() - written >= older_than_days * DAY_S:
+            if not older_than_days or time.time() - written >= older_than_days * DAY_S:  # clocks may have been wrong
                 path.unlink(missing_ok=True)
                 count, freed = count + 1, freed + size
         return count, freed
@@ -88,10 +90,15 @@ class Cache:
                 yield path, status.st_size, status.st_mtime
 
 
-def digest_of_file(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
+def digest_of_file(path: Path, size: int = 20) -> str:
+    """Of a file's bytes. Raises `Refused` naming a file that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=size)).hexdigest()
+    except OSError as error:
+        raise Refused(
+            f"{path}: cannot be read any more ({error.strerror or error}); put it back, or start again without it"
+        ) from None
 
 
 def digest_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -1,7 +1,9 @@
 """Latents that are kept on the disk: never stale, whole or made anew, the same as without."""
 
 import math
+import os
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +139,16 @@ def test_a_cache_that_cannot_be_written_is_said_and_training_goes_on_without(
     with pytest.raises(Refused, match=r"cannot be written \(Not a directory\)") as error:
         encode_set(base, views, cache=Cache(tmp_path / "file"), max_resident_bytes=1000)
     assert error.value.exit_code == 73
+
+
+def test_entries_of_a_clock_that_was_ahead_are_cleared_too(tmp_path: Path):
+    cache = Cache(tmp_path)
+    cache.put("ab", {"x": torch.ones(1)})
+    (entry,) = tmp_path.rglob("*.safetensors")
+    ahead = time.time() + 1e6
+    os.utime(entry, (ahead, ahead))
+    assert cache.clear(older_than_days=1) == (0, 0)
+    assert cache.clear()[0] == 1 and cache.sizes() == []
 
 
 def test_a_second_run_takes_its_latents_from_the_cache_which_can_be_listed_and_cleared(

@@ -5,8 +5,6 @@ The long form of the kills, for every optimiser: `python tests/faults/kills.py -
 
 import json
 import math
-import resource
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -19,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from faults.disks import MOUNTED, ORDINARY, Disk
 from faults.kills import survive
 from test_train import SAMPLES, ran
 
@@ -210,50 +209,35 @@ def test_a_run_of_broken_numbers_goes_back_to_its_last_good_state(tmp_path: Path
     assert kept and kept.state.broken_in_a_row == 0 and kept.state.step == last_finite + 1
 
 
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 8 MB; where no disk can be mounted, a folder that no file larger than 1 MB fits into."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True)
-    if mounted.returncode == 0:
-        yield place
-        subprocess.run(["umount", "-l", str(place)], check=True)
-        return
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, before[1]))
-    yield place
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+@pytest.fixture(params=[MOUNTED, ORDINARY])
+def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Disk]:
+    made = Disk(tmp_path / "disk", request.param)
+    yield made
+    made.remove()
 
 
-def test_a_full_disk_stops_the_run_loses_nothing_and_says_how_to_go_on(tmp_path: Path, tiny_disk: Path):
-    filler = tiny_disk / "filler"
-
+def test_a_full_disk_stops_the_run_loses_nothing_and_says_how_to_go_on(tmp_path: Path, disk: Disk):
     def fill(event: Event) -> None:
         if event["kind"] == "step" and event["step"] == 3:
-            filler.write_bytes(b"0" * 2**19)
-            with pytest.raises(OSError), filler.open("ab") as file:
-                while True:
-                    file.write(b"0" * 4096)
-                    file.flush()
+            disk.fill()
 
     tables: dict[str, Any] = {
         "network": {"rank": 2, "text_rank": 0},
         "optimization": {"steps": 6},
-        "output": {"runs": str(tiny_disk), "preview_every": 0, "save_every": 2, "save_dtype": "fp32"},
+        "output": {"runs": str(disk.place), "preview_every": 0, "save_every": 2, "save_dtype": "fp32"},
     }
     with pytest.raises(
-        Refused, match=rf"cannot be written \(.*\); then `scumble train {tiny_disk}/clay` goes on"
+        Refused, match=rf"cannot be written \(.*\); then `scumble train {disk.place}/clay` goes on"
     ) as error:
         ran(tmp_path, readers=[fill], **tables)
     assert error.value.exit_code == 73
-    run = tiny_disk / "clay"
+    run = disk.place / "clay"
+    assert status_of(run).state == "stopped" and "cannot be written" in status_of(run).reason
     kept = newest_state(run, pytest.fail)
     assert kept and kept.state.step == 2
     for path in run.rglob("*.safetensors"):
         read_tensors(path)
-    filler.unlink()
+    disk.mend()
     again = subprocess.run(
         [sys.executable, "-m", "scumble.trainer.cli", "train", str(run)], capture_output=True, text=True
     )
@@ -309,6 +293,23 @@ def test_steps_that_become_slow_are_noticed_once_and_steady_ones_never():
     assert next(step for step, line in enumerate(said) if line) < 55
 
 
+def test_a_picture_that_vanishes_before_it_is_encoded_is_named(tmp_path: Path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for path in sorted(SAMPLES.iterdir())[:8]:
+        (pictures / path.name).write_bytes(path.read_bytes())
+    last = sorted(pictures.glob("*.webp"))[-1]
+
+    def remove(event: Event) -> None:
+        if event["kind"] == "encoded":
+            last.unlink(missing_ok=True)
+
+    wanted = rf"{last}: cannot be read any more \(No such file or directory\); put it back, or start again without it"
+    with pytest.raises(Refused, match=wanted) as error:
+        ran(tmp_path, readers=[remove], data={"images": str(pictures)})
+    assert error.value.exit_code == 2 and status_of(tmp_path / "runs/clay").state == "failed"
+
+
 def test_pictures_that_vanish_while_the_run_lasts_do_not_matter(tmp_path: Path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()
@@ -324,48 +325,40 @@ def test_pictures_that_vanish_while_the_run_lasts_do_not_matter(tmp_path: Path):
     assert len(run.losses) == 3
 
 
-@pytest.fixture
-def read_only(tmp_path: Path) -> Iterator[Path]:
-    """A folder into which nobody can write: root can into any that lacks the permission, so there it is mounted so."""
-    place = tmp_path / "read-only"
-    place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(place)], capture_output=True)
-    if mounted.returncode:
-        place.chmod(0o555)
-    yield place
-    if mounted.returncode == 0:
-        subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def test_a_folder_that_cannot_be_written_stops_runs_but_no_cache(tmp_path: Path, read_only: Path):
-    with pytest.raises(Refused, match=rf"--runs {read_only}: .* cannot be made \(") as error:
-        ran(tmp_path, output={"runs": str(read_only)})
+def test_a_folder_that_cannot_be_written_stops_runs_but_no_cache(tmp_path: Path, disk: Disk):
+    output = {"preview_every": 0, "runs": str(disk.place)}
+    tables: dict[str, Any] = {"network": {"rank": 2, "text_rank": 0}, "output": output}
+    run = ran(tmp_path, optimization={"steps": 1}, **tables).folder
+    disk.make_read_only()
+    with pytest.raises(Refused, match=rf"--runs {disk.place}: .* cannot be made \(") as error:
+        ran(tmp_path, **tables)
     assert error.value.exit_code == 73
-    run = ran(tmp_path, data={"cache": str(read_only)}, optimization={"steps": 1}, output={"preview_every": 0})
-    (said,) = [event["text"] for event in run.of("note") if "--cache" in event["text"]]
-    assert f"--cache: {read_only}" in said and said.endswith("goes on without") and len(run.losses) == 1
+    longer = files.resolve(run / "options.toml", flags={"optimization": {"steps": 2}})
+    with pytest.raises(
+        Refused, match=rf"{run}.* cannot be written \(.*\); then `scumble train {run}` goes on"
+    ) as error:
+        train(longer, [], go_on=run)
+    assert error.value.exit_code == 73 and status_of(run).state == "done"
+    without = ran(tmp_path, data={"cache": str(disk.place)}, optimization={"steps": 1}, output={"preview_every": 0})
+    (said,) = [event["text"] for event in without.of("note") if "--cache" in event["text"]]
+    assert f"--cache: {disk.place}" in said and said.endswith("goes on without") and len(without.losses) == 1
 
 
 @pytest.mark.parametrize("lost_at", ["checkpoint", "export"])
-def test_a_disk_that_becomes_read_only_stops_the_run_with_what_was_saved_whole(tmp_path: Path, lost_at: str):
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(place)], capture_output=True).returncode:
-        pytest.skip("a disk can be mounted by root alone")
-
+def test_a_disk_that_becomes_read_only_stops_the_run_with_what_was_saved_whole(
+    tmp_path: Path, disk: Disk, lost_at: str
+):
     def lose(event: Event) -> None:
         if event["kind"] == "step" and event["step"] == {"checkpoint": 3, "export": 6}[lost_at]:
-            subprocess.run(["mount", "-o", "remount,ro", str(place)], check=False, capture_output=True)
+            disk.make_read_only()
 
-    try:
-        with pytest.raises(Refused, match="cannot be written") as error:
-            ran(tmp_path, readers=[lose], optimization={"steps": 6},
-                output={"runs": str(place), "preview_every": 0, "save_every": 2})  # fmt: skip
-        assert error.value.exit_code == 73
-        kept = newest_state(place / "clay", pytest.fail)
-        assert kept and kept.state.step == {"checkpoint": 2, "export": 4}[lost_at]
-        subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
-        train(files.resolve(place / "clay/options.toml"), [], go_on=place / "clay", force=True)
-        assert status_of(place / "clay").state == "done"
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
+    run = disk.place / "clay"
+    with pytest.raises(Refused, match="cannot be written") as error:
+        ran(tmp_path, readers=[lose], network={"rank": 2, "text_rank": 0}, optimization={"steps": 6},
+            output={"runs": str(disk.place), "preview_every": 0, "save_every": 2})  # fmt: skip
+    assert error.value.exit_code == 73
+    kept = newest_state(run, pytest.fail)
+    assert kept and kept.state.step == {"checkpoint": 2, "export": 4}[lost_at]
+    disk.mend()
+    train(files.resolve(run / "options.toml"), [], go_on=run, force=True)
+    assert status_of(run).state == "done"

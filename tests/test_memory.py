@@ -41,10 +41,13 @@ OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory"),
     MemoryError(),
     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 8.1 GB, other allocations: 1.2 GB, max allowed: 9.0 GB)."),
+    RuntimeError("Invalid buffer size: 20.25 GiB"),  # of Metal
+    RuntimeError("CUDA error: out of memory"),
 ]
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "python", "cpu"])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "python", "cpu", "mps", "metal", "libraries"])
 @pytest.mark.parametrize("fits_after", [0, 1, 2])
 def test_a_pass_is_tried_with_less_until_it_fits(fits_after: int, error: Exception):
     device = Device(fits_after, ways=2, error=error)

@@ -67,7 +67,13 @@ def test_an_optimiser_that_is_not_installed_is_refused_with_the_command(
 ):
     monkeypatch.setitem(sys.modules, package, None)  # what Python does where a package cannot be imported
     with pytest.raises(Refused, match=rf'--optimizer {name} needs {package}: pip install "scumble\[optimizers\]"'):
-        check_optimizer(name)
+        check_optimizer(name, "cuda")
+
+
+def test_an_optimiser_that_does_not_compute_on_the_device_is_refused():
+    check_optimizer("adamw8bit", "cuda")
+    with pytest.raises(Refused, match="--optimizer adamw8bit: bitsandbytes does not compute it on the mps device"):
+        check_optimizer("adamw8bit", "mps")
 
 
 def test_no_optimiser_prints_into_the_events_that_programs_read(capsys: pytest.CaptureFixture[str]):

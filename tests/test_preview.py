@@ -15,6 +15,7 @@ from scumble.trainer import cli, compare, preview
 from scumble.trainer.adapters.adapter import read_adapter
 from scumble.trainer.adapters.files import write_adapter
 from scumble.trainer.adapters.keys import text_key, unet_key
+from scumble.trainer.adapters.wear import worn
 from scumble.trainer.export import export
 from scumble.trainer.lora import Part, attach
 from scumble.trainer.models import EMBEDDED, Base, load, recognise
@@ -192,6 +193,13 @@ def test_strengths_are_those_of_stock_diffusers_and_the_base_is_left_as_it_was(t
         assert np.abs(pixels(picture) - pixels(expected)).max() <= 1
         assert np.abs(pixels(picture) - pixels(plain)).max() > 8
     assert np.array_equal(pixels(preview.paint(base, shots, "ddim")[0]), pixels(plain))
+
+
+def test_an_adapter_is_put_on_a_base_on_another_device(tmp_path: Path):
+    base = loaded(Model())
+    base.unet.to("meta")  # which like all devices refuses tensors that lie elsewhere
+    with worn(base, read_adapter(an_adapter(tmp_path / "it.safetensors")), 0.5):
+        assert {weight.device.type for weight in base.unet.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("network", ["dora", "loha", "lokr"])

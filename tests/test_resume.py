@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -177,9 +178,12 @@ def test_a_run_that_lives_is_not_taken_and_one_that_was_taken_writes_nothing_mor
             RunFolder(run).claim()
         assert error.value.exit_code == 75
         RunFolder(run).claim(force=True)
-        with pytest.raises(Refused, match="another process has taken this run over") as error:
+        with pytest.raises(Refused, match=r"another process has taken this run over; .* writes nothing more") as error:
             first.check_owner()
         assert error.value.exit_code == 75
+        (run / "owner.json").unlink()
+        with pytest.raises(Refused, match=r"owner\.json has gone or cannot be read; .* writes nothing more"):
+            first.check_owner()
     assert not (run / "exit.json").exists()
 
 
@@ -204,10 +208,10 @@ def test_a_run_is_asked_for_previews_and_files_and_tells_where_it_stands(
         if event["kind"] == "step" and event["step"] == 1:
             cli.main(["sample", str(run)])
             cli.main(["save", str(run)])
-            seen.append(status_of(run).state)
+            seen.append(status_of(run))
 
     result = ran(tmp_path, readers=[read], optimization={"steps": 3}, output={"preview_every": 0, "save_every": 0})
-    assert seen == ["running"]
+    assert [(one.state, one.step, one.num_steps) for one in seen] == [("running", 0, 3)]  # a beat takes some seconds
     assert [event["step"] for event in result.of("preview")] == [1, 1]
     assert (run / "checkpoints/clay-000001.safetensors").is_file()
     capsys.readouterr()
@@ -231,8 +235,21 @@ def test_a_process_that_died_is_lost_whatever_its_number_does_now(tmp_path: Path
     assert status_of(run).state == "lost"
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
-def test_a_signal_finishes_the_step_and_the_run_can_go_on(sent: signal.Signals, code: int, tmp_path: Path):
+@pytest.fixture(autouse=True)
+def hung_up() -> Iterator[None]:
+    """A closed terminal counts, even where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+SIGNALS = [
+    (signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 75, "SIGTERM"), (signal.SIGHUP, 75, "the closed terminal"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sent", "code", "name"), SIGNALS)
+def test_a_signal_finishes_the_step_and_the_run_can_go_on(sent: signal.Signals, code: int, name: str, tmp_path: Path):
     run, before = tmp_path / "runs/clay", signal.getsignal(signal.SIGINT)
 
     def read(event: Event) -> None:
@@ -242,23 +259,53 @@ def test_a_signal_finishes_the_step_and_the_run_can_go_on(sent: signal.Signals, 
     ran(tmp_path, readers=[read], optimization={"steps": 4}, output={"preview_every": 0})
     ended = json.loads((run / "exit.json").read_text())
     assert (ended["code"], ended["step"]) == (code, 2) and status_of(run).state == "stopped"
-    assert ended["reason"] == {75: "stopped by SIGTERM", 130: "stopped by Ctrl-C"}[code]
+    assert ended["reason"] == f"stopped by {name}"
     assert signal.getsignal(signal.SIGINT) == before
     assert [event["step"] for event in go_on(run).of("step")] == [3, 4]
 
 
-def test_a_second_ctrl_c_stops_at_once_and_says_how_to_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path):
+    def read(event: Event) -> None:
+        if event["kind"] == "step" and event["step"] == 1:
+            signal.raise_signal(signal.SIGHUP)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run = ran(tmp_path, readers=[read], optimization={"steps": 2}, output={"preview_every": 0})
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert len(run.losses) == 2 and status_of(run.folder).state == "done"
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["terminal", "json"])
+def test_a_run_whose_output_is_no_longer_read_goes_on_to_its_end(flags: list[str], tmp_path: Path):
+    command = [sys.executable, "-m", "scumble.trainer.cli", "train", str(SAMPLES), *flags, "--steps", "2",
+               "--preview-every", "0", "--runs", str(tmp_path), "--name", "it"]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (0, "")
+    assert (tmp_path / "it/it.safetensors").is_file() and status_of(tmp_path / "it").state == "done"
+
+
+@pytest.mark.parametrize(("sent", "code", "name"), SIGNALS)
+def test_a_second_signal_stops_at_once_and_says_how_to_go_on(
+    sent: signal.Signals, code: int, name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
     run = tmp_path / "runs/clay"
 
     def read(event: Event) -> None:
         if event["kind"] == "step" and event["step"] == 2:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(sent)
             assert "stops after this step and saves; once more stops at once" in capfd.readouterr().err
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(sent)
 
-    with pytest.raises(Refused, match=r"stopped by Ctrl-C; `scumble train .*clay` goes on") as error:
+    with pytest.raises(Refused, match=rf"stopped by {name}; `scumble train .*clay` goes on") as error:
         ran(tmp_path, readers=[read], optimization={"steps": 4}, output={"preview_every": 0, "save_every": 1})
-    assert error.value.exit_code == 130 and status_of(run).state == "stopped"
+    assert error.value.exit_code == code
+    assert (status_of(run).state, status_of(run).reason) == ("stopped", f"stopped by {name}")
     assert [event["step"] for event in go_on(run).of("step")] == [2, 3, 4]
 
 

@@ -296,7 +296,7 @@ def test_steps_go_through_epochs_and_the_last_of_an_epoch_may_be_short():
             {"optimization": {"optimizer": "prodigy", "rate": 0.5, "text_rate": 1.0}},
             "--text-rate 1: prodigy takes one rate for all parts",
         ),
-        ({"machine": {"attention": "xformers"}}, "--attention xformers: not installed"),
+        ({"machine": {"attention": "xformers"}}, "--attention xformers: computes on cuda devices only"),
         ({"network": {"network": "loha", "dropout": 0.1}}, "--dropout 0.1: --network loha has none; lora and dora do"),
         ({"network": {"network": "lokr", "rslora": True}}, "--rslora: --network lokr has no such scale"),
         ({"model": {"base": "model.ckpt"}}, "a pickle can run any program"),

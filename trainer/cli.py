@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -90,11 +90,11 @@ def train(
         resolved = files.resolve(go_on / OPTIONS, preset, flags)
     else:
         resolved = files.resolve(Path(source) if source.endswith(".toml") else None, preset, flags)
-    from .events import Terminal, json_reader
+    from .events import Terminal, json_reader, while_it_lasts
     from .train import train as run
 
     with nullcontext(json_reader) if json else Terminal() as reader:
-        result = run(resolved, [reader], go_on=go_on, force=force, dry_run=dry_run, measured=measure)
+        result = run(resolved, [while_it_lasts(reader)], go_on=go_on, force=force, dry_run=dry_run, measured=measure)
     if result and result.code:
         raise SystemExit(result.code)
 
@@ -205,7 +205,8 @@ def _one_line(error: CycloptsError) -> str:
 
 
 def _stop(line: str, exit_code: int) -> None:
-    print(f"scumble: {line}", file=sys.stderr)
+    with suppress(OSError):  # the terminal may be gone
+        print(f"scumble: {line}", file=sys.stderr, flush=True)
     sys.exit(exit_code)
 
 

@@ -19,6 +19,7 @@ from .adapters.inspect import beyond_diffusers, network_of
 from .adapters.progress import with_bar
 from .adapters.wear import worn
 from .adapters.weights import find_weights
+from .machine import best_device
 from .models import Base, Source, load, recognise
 from .preview import cell, default_cfg, grid, paint, write_picture
 from .prompts import SHOWN_PROMPTS, Shot, shots_of
@@ -42,8 +43,7 @@ def compare(files: Sequence[Path], model: Model, previews: Previews, strengths: 
     for file, adapter in zip(files, adapters, strict=True):
         check_paintable(file, adapter, source)
     shots = shots_of(previews, None, SHOWN_PROMPTS, default_cfg(model.base))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base = load(model, source, device, torch.float32)
+    base = load(model, source, torch.device(best_device()), torch.float32)
     amounts = [strength for strength in strengths if strength]
     alone = len(amounts) < len(strengths)
     labels = [*(["no adapter"] if alone else []), *(f"{name} @ {n:g}" for name in names_of(files) for n in amounts)]

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,27 @@ def json_reader(event: Event) -> None:
     print(as_line(event), flush=True)
 
 
+def while_it_lasts(reader: Reader) -> Reader:
+    """The reader until what it writes into is gone, a closed pipe or terminal; a run goes on without it."""
+    gone = False
+
+    def read(event: Event) -> None:
+        nonlocal gone
+        if not gone:
+            try:
+                reader(event)
+            except OSError:
+                gone = True
+                to_nowhere()
+
+    return read
+
+
+def to_nowhere() -> None:
+    """Let whatever else is printed vanish, so that nothing fails on its account."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def as_line(event: Event) -> str:
     """One line of strict JSON; a number that is not finite is written as null, since JSON has none."""
     finite = {
@@ -60,7 +83,12 @@ class Terminal:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.console = Console(highlight=False, markup=False)  # a [name] in brackets is a name
+        class Lasting(Console):
+            def on_broken_pipe(self) -> None:
+                """What rich does, which would end the process."""
+                raise BrokenPipeError
+
+        self.console = Lasting(highlight=False, markup=False)  # a [name] in brackets is a name
         self.smoothed: float | None = None
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -79,7 +107,8 @@ class Terminal:
         return self
 
     def __exit__(self, *trouble: object) -> None:
-        self.progress.stop()
+        with suppress(OSError):
+            self.progress.stop()
 
     def __call__(self, event: Event) -> None:
         shown = getattr(self, f"_{event['kind']}", None)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from scumble.configs.options import Options
+from scumble.datasets.cache import digest_of_file
 from scumble.datasets.folder import Example
 from scumble.datasets.images import Crop
 
@@ -53,7 +54,7 @@ def fingerprints_of(examples: Sequence[Example], crops: Sequence[Sequence[Crop]]
     found: dict[str, str] = {}
     for example, seen in zip(examples, crops, strict=True):
         files = (example.image, example.mask) if example.mask else (example.image,)
-        content = [hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() for file in files]
+        content = [digest_of_file(file, size=16) for file in files]
         told = f"{content}/{example.caption}/{example.repeats}/{example.prior}/{seen}"
         told += f"/{example.rules}" if example.rules else ""
         inside = example.image.is_relative_to(folder)

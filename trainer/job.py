@@ -18,7 +18,7 @@ from scumble.datasets.waste import bucket_uses, told_waste
 from .bases import Source, recognise
 from .events import Events
 from .findings import as_json, told_findings
-from .machine import check_attention, make_accelerator
+from .machine import check_alone, check_attention, make_accelerator
 from .optimizers import check_optimizer
 from .pictures import checked, heard, read_examples, read_views, resolution_of
 from .plan import Plan, batch_of, make_plan, settled
@@ -61,9 +61,13 @@ class Job:
 
 def look(options: Options, goes_on: bool = False) -> Job:
     """Everything that can be wrong is looked at: base, pictures, optimiser, prompts; every "auto" becomes a number."""
+    check_alone()
     source = recognise(options.model)
-    check_optimizer(options.optimization.optimizer)
-    check_attention(options.machine.attention)
+    accelerator, dtype = make_accelerator(options.machine)
+    device = accelerator.device.type
+    check_optimizer(options.optimization.optimizer, device)
+    check_attention(options.machine.attention, device)
+    check_bits(BITS[options.machine.quantize], device)
     found = read_examples(options)
     views = read_views(found, options, source)
     masks = [masks_of(view, source.latent_px, options.data.mask_floor) for view in views]
@@ -74,8 +78,6 @@ def look(options: Options, goes_on: bool = False) -> Job:
     per_epoch = batches_per_epoch(buckets, repeats, batch_of(options, source))
     plan = make_plan(options, source, per_epoch, len(captions), sum(repeats))
     name = options.output.name if goes_on else free_folder(options).name
-    accelerator, dtype = make_accelerator(options.machine)
-    check_bits(BITS[options.machine.quantize], accelerator.device.type)
     return Job(settled(options, plan, name), source, found, views, masks, shots, plan, accelerator, dtype)
 
 

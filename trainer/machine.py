@@ -1,13 +1,14 @@
 """The machine a run is on: device, precision, memory, and the signal to stop."""
 
 import os
-import resource
+import re
 import signal
 import sys
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
@@ -19,9 +20,12 @@ from accelerate.state import AcceleratorState
 from scumble.configs.errors import Refused
 from scumble.configs.options import Machine
 
-from .run_folder import CUT, STOPPED
+from .run_folder import INTERRUPTED, STOPPED, Cut
 
-EXIT_CODES = {signal.SIGINT: CUT, signal.SIGTERM: STOPPED}
+SIGNALS = {signal.SIGINT: ("Ctrl-C", INTERRUPTED), signal.SIGTERM: ("SIGTERM", STOPPED)}
+if hasattr(signal, "SIGHUP"):  # which Windows has not
+    SIGNALS[signal.SIGHUP] = ("the closed terminal", STOPPED)
+SIZES_OF_LAUNCHES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as in accelerate
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -29,22 +33,32 @@ def make_accelerator(machine: Machine) -> tuple[Accelerator, torch.dtype]:
     """accelerate's device handling, and the dtype of the frozen base; the adapter is always fp32.
 
     auto precision: bf16 where a CUDA device has it, fp16 on older ones, bf16 on CPUs that multiply it fast, else fp32.
-    Raises `Refused` for a device that is not there, or fp16 without CUDA.
+    Raises `Refused` for a device that is not there, or a precision that it has not.
     """
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if machine.device != "auto" and not there[machine.device]:
+    if machine.device not in ("auto", *there()):
         raise Refused(f"--device {machine.device}: this machine has none that torch can use")
-    device = (
-        machine.device if machine.device != "auto" else next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
-    )
+    device = best_device() if machine.device == "auto" else machine.device
     precision = machine.precision
     if precision == "auto":
         precision = auto_precision(device)
     if precision == "fp16" and device != "cuda":
         raise Refused(f"--precision fp16: the {device} device trains in bf16 or fp32")
+    if precision == "bf16" and device == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
+        raise Refused("--precision bf16: the mps device has it since macOS 14; take fp32")
     mixed = "no" if precision == "fp32" else precision
     AcceleratorState._reset_state(reset_partial_state=True)  # a second run may differ
     return Accelerator(cpu=device == "cpu", mixed_precision=mixed), DTYPES[precision]
+
+
+def there() -> list[str]:
+    """The kinds of device that torch can use here, the fastest first."""
+    usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [kind for kind, is_usable in usable.items() if is_usable]
+
+
+def best_device() -> str:
+    """The fastest that there is."""
+    return there()[0]
 
 
 def auto_precision(device: str) -> str:
@@ -56,25 +70,75 @@ def auto_precision(device: str) -> str:
     return "fp32"
 
 
-def check_attention(attention: str) -> None:
-    """Raises `Refused` (69) where xformers is asked for and not installed."""
+def check_alone() -> None:
+    """Raises `Refused` where a launcher (accelerate, torchrun, MPI) started several processes for one run."""
+    for name in SIZES_OF_LAUNCHES:
+        if (size := os.environ.get(name, "1")) not in ("", "0", "1"):
+            raise Refused(
+                f"{size} processes ({name}): a run is one process on one device; start it without a launcher, or with "
+                "--num_processes 1"
+            )
+
+
+def check_attention(attention: str, device: str) -> None:
+    """Raises `Refused` where xformers is asked for on another device than CUDA, or (69) is not installed."""
+    if attention == "xformers" and device != "cuda":
+        raise Refused(f"--attention xformers: computes on cuda devices only, and this run is on {device}; leave it out")
     if attention == "xformers" and find_spec("xformers") is None:
         raise Refused('--attention xformers: not installed; pip install "scumble[xformers]"', 69)
 
 
 def memory_mb(device: torch.device) -> int:
-    """Peak memory so far: of the CUDA device, else of this process."""
+    """Peak memory since `forget_peak`: of the CUDA device, else of this process; on MPS what torch holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // (2**20 if sys.platform == "darwin" else 2**10)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() // 2**20
+    return _peak_of_process_mb()
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let the peak be what is held now, where the system can: loading a base reads files through mapped memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == "cpu":
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5)
 
 
 def total_memory_mb(device: torch.device) -> int:
-    """Of the CUDA device, else of the machine."""
+    """Of the CUDA device, else of the machine; on MPS what Metal lets a process have of it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 2**20
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() // 2**20
     return psutil.virtual_memory().total // 2**20
+
+
+def wait_for(device: torch.device) -> None:
+    """Until the device has done all that was queued on it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def free_unused() -> None:
+    """Give back the memory that torch keeps for later on whatever device there is."""
+    torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+def _peak_of_process_mb() -> int:
+    with suppress(OSError):
+        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8")):
+            return int(found[1]) // 2**10
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset // 2**20
+    import resource  # which Windows has not
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**20  # bytes on macOS
 
 
 @contextmanager
@@ -90,18 +154,21 @@ def device_may_fail(device: torch.device) -> Generator[None]:
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM while a run lasts: at once until `careful` is set, then noted; a second one is at once again.
+    """Ctrl-C, SIGTERM and SIGHUP while a run lasts: at once (`Cut`) until `careful` is set, then noted; a second one is
+    at once again.
 
-    True once one came that was noted; `code` is the exit code that it asks for.
+    True once one came that was noted; `by` and `code` are its name and the exit code that it asks for.
     """
 
     def __init__(self) -> None:
-        self.careful, self.code = False, 0
+        self.careful, self.by, self.code = False, "", 0
         self.before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
-            self.before = {number: signal.signal(number, self._note) for number in EXIT_CODES}
+            for number, (by, _) in SIGNALS.items():
+                if by != "the closed terminal" or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                    self.before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *trouble: object) -> None:
@@ -111,13 +178,10 @@ class Interrupts:
     def __bool__(self) -> bool:
         return self.code != 0
 
-    @property
-    def cause(self) -> str:
-        """What came, in words; nothing where nothing did."""
-        return {0: "", CUT: "by Ctrl-C", STOPPED: "by SIGTERM"}[self.code]
-
     def _note(self, number: int, frame: FrameType | None) -> None:
+        by, code = SIGNALS[signal.Signals(number)]
         if not self.careful or self.code:
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(EXIT_CODES[signal.Signals(number)])
-        self.code = EXIT_CODES[signal.Signals(number)]
-        os.write(2, b"scumble: stops after this step and saves; once more stops at once\n")  # print might be at work
+            raise Cut(by, code)
+        self.by, self.code = by, code
+        with suppress(OSError):  # the terminal may be gone, and print might be at work
+            os.write(2, b"scumble: stops after this step and saves; once more stops at once\n")

@@ -9,9 +9,13 @@ import torch
 
 from scumble.configs.errors import Refused
 
-from .machine import memory_mb
+from .machine import forget_peak, free_unused, memory_mb, wait_for
 
 QUICK_S = 2.0
+SIGNS = (  # in errors that have no type of their own: of the CPU, of CUDA's libraries, of Metal
+    "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED", "CUDA error: out of memory",
+    "MPS backend out of memory", "Invalid buffer size",
+)  # fmt: skip
 Found = TypeVar("Found")
 
 
@@ -48,7 +52,7 @@ def unless_too_large(compute: Callable[[], Found]) -> Found | None:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-    torch.cuda.empty_cache()  # only here: inside `except` the traceback still holds every activation
+    free_unused()  # only here: inside `except` the traceback still holds every activation
     return None
 
 
@@ -57,7 +61,7 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     said = str(error)
-    return "can't allocate memory" in said or "not enough memory" in said or "STATUS_ALLOC_FAILED" in said
+    return any(sign in said for sign in SIGNS)
 
 
 def duration(seconds: float) -> str:
@@ -70,10 +74,8 @@ def duration(seconds: float) -> str:
 
 def timed(trial: Callable[[], None], device: torch.device) -> float:
     """Seconds of a trial, all that it queued on the device included."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    forget_peak(device)
     started = time.monotonic()
     trial()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for(device)
     return time.monotonic() - started

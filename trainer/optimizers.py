@@ -69,9 +69,11 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def check_optimizer(name: str) -> None:
-    """Raises `Refused` (69) where the optimiser's package is not installed."""
+def check_optimizer(name: str, device: str) -> None:
+    """Raises `Refused` (69) where the optimiser's package is not installed, or (2) does not compute on the device."""
     _package(name)
+    if device == "mps" and KINDS[name].package == "bitsandbytes":
+        raise Refused(f"--optimizer {name}: bitsandbytes does not compute it on the mps device; take adamw")
 
 
 def grouped(

@@ -18,6 +18,7 @@ from scumble.configs.options import Model, Previews
 from scumble.datasets.lettering import Font, lettered
 
 from .events import Events
+from .machine import best_device
 from .memory import TooLarge, unless_too_large
 from .models import Base, load, recognise
 from .parking import at_hand
@@ -45,8 +46,7 @@ def preview_base(model: Model, previews: Previews, out: Path) -> None:
     """Paint the shots of `previews` with a base and write one labelled grid."""
     source = recognise(model)
     shots = shots_of(previews, None, SHOWN_PROMPTS, default_cfg(model.base))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    base = load(model, source, device, torch.float32)
+    base = load(model, source, torch.device(best_device()), torch.float32)
     pictures = [cell(picture) for picture in paint(base, shots, previews.sampler)]
     columns = min(6, len(pictures))
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]

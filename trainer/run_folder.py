@@ -20,10 +20,11 @@ from typing import Any, Self
 from scumble.configs.errors import Refused
 
 OWNER, HEARTBEAT, EXIT, REQUESTS = "owner.json", "heartbeat.json", "exit.json", "requests"
+ROOM, ROOM_BYTES = "exit.json.room", 4096  # kept for the exit record, which a full disk must not prevent
 OPTIONS, EVENTS = "options.toml", "events.jsonl"
 KINDS_OF_REQUEST = ("sample", "save", "stop")
 BEAT_S, LOST_AFTER_S = 5.0, 300.0
-DONE, STOPPED, CUT = 0, 75, 130
+DONE, STOPPED, INTERRUPTED = 0, 75, 130
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,14 @@ class Status:
 
 class TakenOver(Refused):
     """Another process owns the run now."""
+
+
+class Cut(BaseException):
+    """A signal that stops a run at once: `by` what, and the exit code that it asks for."""
+
+    def __init__(self, by: str, code: int):
+        super().__init__(by)
+        self.by, self.code = by, code
 
 
 class RunFolder:
@@ -64,28 +73,33 @@ class RunFolder:
             )
         try:
             (self.path / REQUESTS).mkdir(parents=True, exist_ok=True)
+            for kind in KINDS_OF_REQUEST:
+                (self.path / REQUESTS / kind).unlink(missing_ok=True)
         except OSError as error:
+            what = "written" if self.path.is_dir() else "made"
             raise Refused(
-                f"--runs {self.path.parent}: {self.path} cannot be made ({error.strerror or error})", 73
+                f"--runs {self.path.parent}: {self.path} cannot be {what} ({error.strerror or error})", 73
             ) from None
-        for kind in KINDS_OF_REQUEST:
-            (self.path / REQUESTS / kind).unlink(missing_ok=True)
         owner = {"token": self.token, "pid": os.getpid(), "born": born(os.getpid()), "host": socket.gethostname()}
         before = status_of(self.path)
         write_json(self.path / OWNER, owner)
-        (self.path / EXIT).unlink(missing_ok=True)
+        write_text(self.path / ROOM, " " * ROOM_BYTES)
         self.beat(before.step, before.num_steps)
+        (self.path / EXIT).unlink(missing_ok=True)
         return self
 
     def check_owner(self) -> None:
         """Raises `Refused` (75) where another process has taken the run over: then nothing more is written."""
-        if read_json(self.path / OWNER).get("token") != self.token:
-            raise TakenOver(f"{self.path}: another process has taken this run over; this one stops", STOPPED)
+        owner = read_json(self.path / OWNER)
+        if owner.get("token") != self.token:
+            what = "another process has taken this run over" if owner else f"{OWNER} has gone or cannot be read"
+            raise TakenOver(f"{self.path}: {what}; this process stops and writes nothing more", STOPPED)
 
     def beat(self, step: int, num_steps: int) -> None:
-        """Say that the run lives, at most every few seconds."""
+        """Say that the run lives: at once where its length is another than before, else at most every few seconds."""
+        due = num_steps != self.num_steps or time.monotonic() - self.beaten > BEAT_S
         self.step, self.num_steps = step, num_steps
-        if time.monotonic() - self.beaten > BEAT_S:
+        if due:
             self.beaten = time.monotonic()
             self.check_owner()
             write_json(self.path / HEARTBEAT, {"t": time.time(), "step": step, "num_steps": num_steps})
@@ -112,21 +126,30 @@ class RunFolder:
     ) -> None:
         if isinstance(error, Refused):
             self.stopped(error.exit_code, str(error))
-        elif isinstance(error, KeyboardInterrupt):
-            self.stopped(CUT, "Ctrl-C")
-        elif isinstance(error, SystemExit):
-            self.stopped(error.code if isinstance(error.code, int) else 1, "stopped")
+        elif isinstance(error, Cut):
+            self.stopped(error.code, f"stopped by {error.by}")
         elif error is not None:
             self.stopped(1, f"{type(error).__name__}: {error}")
         told = {"code": self.code, "reason": self.reason, "step": self.step, "num_steps": self.num_steps}
         try:
             self.check_owner()
-            write_json(self.path / EXIT, told | {"host": socket.gethostname(), "t": time.time()})
+            self._record(told | {"host": socket.gethostname(), "t": time.time()})
         except TakenOver:
             pass
-        except Refused:  # a full disk must not hide what happened; without its owner the run does not seem to live
+        except Refused:  # what cannot be written must not hide what happened; without its owner no run seems to live
             with suppress(OSError):
                 (self.path / OWNER).unlink()
+
+    def _record(self, told: Mapping[str, Any]) -> None:
+        """Write the exit record into the room that is kept for it."""
+        room, text = self.path / ROOM, json.dumps(told, ensure_ascii=False) + "\n"
+        try:
+            with room.open("r+b") as file:
+                file.write(text.encode())
+                file.truncate()
+            room.replace(self.path / EXIT)
+        except OSError:
+            write_text(self.path / EXIT, text)
 
 
 def name_of_set(images: str) -> str:
@@ -146,7 +169,7 @@ def status_of(folder: Path) -> Status:
     step, num_steps = int(beat.get("step", 0)), int(beat.get("num_steps", 0))
     if ended:
         code = ended.get("code")
-        state = "done" if code == DONE else "stopped" if code in (STOPPED, CUT, 73) else "failed"
+        state = "done" if code == DONE else "stopped" if code in (STOPPED, INTERRUPTED, 73) else "failed"
         return Status(
             state, str(ended.get("reason", "")), int(ended.get("step", step)), int(ended.get("num_steps", num_steps))
         )
@@ -162,12 +185,15 @@ def status_of(folder: Path) -> Status:
 
 
 def request(folder: Path, kind: str) -> None:
-    """Ask a living run for `kind`: sample, save or stop. Raises `Refused` where the run does not live."""
+    """Ask a living run for `kind`: sample, save or stop. `Refused` where it does not live, or (73) cannot be asked."""
     if not is_run(folder):
         raise Refused(f"{folder}: no folder of a run; they lie in runs/")
     if (status := status_of(folder)).state != "running":
         raise Refused(f"{folder}: the run is {status.state} ({status.reason}), so there is nothing to {kind}")
-    (folder / REQUESTS / kind).touch()
+    try:
+        (folder / REQUESTS / kind).touch()
+    except OSError as error:
+        raise Refused(f"{folder / REQUESTS}: cannot be written ({error.strerror or error})", 73) from None
 
 
 def born(pid: int) -> str | None:

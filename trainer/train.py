@@ -39,7 +39,7 @@ from .preview import Gallery, write_picture
 from .product import speed_up
 from .quantize import BITS, fewer_bits
 from .report import loss_curve
-from .run_folder import CUT, EVENTS, OPTIONS, STOPPED, RunFolder, TakenOver, is_run, status_of, write_text
+from .run_folder import EVENTS, OPTIONS, STOPPED, Cut, RunFolder, TakenOver, is_run, status_of, write_text
 from .schedules import rate_share
 from .sizes import in_words
 from .state import Kept, State, newest_state, save_state
@@ -98,6 +98,7 @@ def train(
         notes += told_schedule(kept.state, job.plan, job.options.optimization)
     try:
         with Interrupts() as interrupts, RunFolder(folder).claim(force) as run, device_may_fail(job.accelerator.device):
+            run.beat(kept.state.step if kept else 0, job.plan.num_steps)
             write_text(folder / OPTIONS, files.dumps(job.options))
             events = Events([*readers, file_reader(folder / EVENTS)])
             announce(job, events, notes)
@@ -105,8 +106,8 @@ def train(
             state = replace(kept.state if kept else State(started=time.time()), identity=identity)
             try_out(job, ready.base, ready.update, folder, events, state.step, state.compiled)
             return learn(job, ready, state, run, interrupts, events)
-    except KeyboardInterrupt:
-        raise Refused(f"stopped by Ctrl-C; `scumble train {folder}` goes on", CUT) from None
+    except Cut as cut:
+        raise Refused(f"stopped by {cut.by}; `scumble train {folder}` goes on", cut.code) from None
     except Refused as error:
         if isinstance(error, TakenOver) or error.exit_code not in (73, STOPPED) or not is_run(folder):
             raise
@@ -302,7 +303,7 @@ def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Inte
         if is_due or "sample" in asked or (plan.preview_every and done == plan.num_steps):
             preview()
         if interrupts or "stop" in asked:
-            run.stopped(interrupts.code or STOPPED, f"stopped {interrupts.cause or 'as asked'}")
+            run.stopped(interrupts.code or STOPPED, f"stopped {f'by {interrupts.by}' if interrupts else 'as asked'}")
             break
     if trouble and (good := newest_state(folder, lambda line: None, before=proven + 1)):
         update.restore(good.tensors, good.optimizer)

@@ -128,8 +128,8 @@ def main() -> None:
     lines = [
         "# Memory of a training step", "",
         f"UNet LoRA of rank {RANK}, batch 1, bf16, frozen text encoders and VAE waiting; counted on fake tensors by",
-        "`tests/benchmarks/memory.py`, so without workspaces, fragmentation and CUDA's own 0.5 to 1 GB.", "",
-        "| layout | activations | base, bits | weights, MB | with AdamW, MB | with 8-bit AdamW, MB | TFLOP a step |",
+        "`tests/benchmarks/memory.py`, so without workspaces, fragmentation and CUDA's own 0.5 to 1 GiB.", "",
+        "| layout | activations | base, bits | weights, MiB | with AdamW, MiB | with 8-bit AdamW, MiB | TFLOP a step |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name in chosen.layouts:

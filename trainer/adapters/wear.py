@@ -2,6 +2,7 @@
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -21,7 +22,8 @@ def worn(base: Base, adapter: Adapter, strength: float = 1.0) -> Generator[None]
     own = {place: weight.clone() for place, weight in weights.items()}
     try:
         for place, module in adapter.modules.items():
-            weights[place].copy_(module.on(own[place].float(), strength))
+            beside = {slot: tensor.to(own[place].device) for slot, tensor in module.tensors.items()}
+            weights[place].copy_(replace(module, tensors=beside).on(own[place].float(), strength))
         yield
     finally:
         for place, weight in weights.items():
