@@ -94,6 +94,9 @@ class Data(Captions):
     repeats: Count = option(1, "Times that each picture is seen in one epoch")
     flip: bool = option(False, "Mirror pictures at random (not for faces, letters, or one-sided things)")
     cache: str = option("auto", "Folder that keeps latents for the next run; auto: the user's cache folder; off: none")
+    validation_split: ShareBelowOne = option(
+        0.0, "Share of the pictures held out: never trained on, their loss is measured with each saved adapter"
+    )
     prior: str = option("", "Folder of regularisation pictures (prior preservation)")
     prior_weight: Weight = option(1.0, "Weight of the loss on regularisation pictures")
 
@@ -202,7 +205,8 @@ class Output(Section):
         "auto", "Steps between saved adapters; auto: each epoch; 0: only the last", "steps"
     )
     keep: Literal["all", "last", "best"] = option(
-        "all", "Saved adapters that stay: all, the last, or those of lowest training loss (previews tell more)"
+        "all",
+        "Saved adapters that stay: all, the last, or the best by loss, on held-out pictures if there are some",
     )
     keep_count: Count = option(3, "How many stay with keep = last or best")
     save_dtype: Literal["fp16", "bf16", "fp32"] = option("fp16", "Number format of the adapter file")

@@ -28,6 +28,7 @@ Masks = Literal["auto", "alpha", "off"]
 class Example:
     """One picture of the set. `caption` is `lines`, those of its text, joined with spaces.
 
+    Where `repeats` is 0 it is held out: never trained on, only measured.
     `prior` marks a regularisation picture, `words` are the class words of its folder, `sidecar` is the file that the
     caption came from, a text or a table. `mask` is a picture of what counts, or the image itself: its alpha channel.
     `rules` are options of [data] that hold for this picture instead of the run's.
@@ -42,6 +43,10 @@ class Example:
     sidecar: Path | None = None
     mask: Path | None = None
     rules: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def is_held_out(self) -> bool:
+        return not self.repeats
 
 
 @dataclass(frozen=True)

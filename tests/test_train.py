@@ -27,6 +27,7 @@ from scumble.datasets.tensors import cropped
 from scumble.trainer import cli
 from scumble.trainer.adapters.adapter import read_adapter
 from scumble.trainer.adapters.files import read_tensors
+from scumble.trainer.artifacts import share_of_previews
 from scumble.trainer.events import Event, Reader
 from scumble.trainer.latents import encode_set
 from scumble.trainer.lora import Part, attach
@@ -34,7 +35,7 @@ from scumble.trainer.models import EMBEDDED, load, recognise
 from scumble.trainer.plan import DEFAULTS
 from scumble.trainer.state import ADAPTER, NUMBERS, OPTIMIZER
 from scumble.trainer.step import Look, Objectives, generator_for
-from scumble.trainer.train import share_of_previews, steps_of, train
+from scumble.trainer.train import steps_of, train
 
 SAMPLES = Path(__file__).parent.parent / "datasets/samples/clay-style"
 CPU = torch.device("cpu")

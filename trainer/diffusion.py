@@ -15,6 +15,11 @@ def rescale_zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     return ((root - last) * first / (first - last)) ** 2
 
 
+def stratified(timesteps: torch.Tensor, part: int, parts: int, low: int, high: int) -> torch.Tensor:
+    """Timesteps drawn evenly from `low` to `high`, moved into the part-th of `parts` equal parts of that range."""
+    return low + (timesteps - low + part * (high - low + 1)) // parts
+
+
 def snr(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
     """Signal-to-noise ratio of each timestep (B,); 0 where the schedule ends in pure noise."""
     alpha_bar = alphas_cumprod[timesteps]

@@ -118,7 +118,7 @@ class Terminal:
     def _note(self, event: Event) -> None:
         self.progress.console.print(event["text"], soft_wrap=True)
 
-    _measured = _resumed = _note
+    _measured = _resumed = _validated = _note
 
     def _pictures(self, event: Event) -> None:
         if event["text"]:

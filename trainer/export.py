@@ -82,7 +82,7 @@ def metadata_of(
     resolution = options.data.resolution  # a number by now: the plan has settled it
     unet = next((part for part in parts if part.name == "unet"), parts[0])
     finished = time.time()
-    trained_on = [example for example in examples if not example.prior]
+    trained_on = [example for example in examples if not example.prior and not example.is_held_out]
     entries: dict[str, object] = {
         **detection(base.family.name, v),
         "modelspec.title": options.output.name,

@@ -17,7 +17,7 @@ FREE = {"model.base", "model.vae", "data.images", "data.prior"}  # where things 
 FREE_TABLES = {"previews", "output"}
 FIXED = {
     "model.prediction", "model.zero_terminal_snr", "optimization.optimizer", "output.seed", "optimization.ema",
-    "data.resolution",
+    "data.resolution", "data.validation_split",
 }  # fmt: skip
 FIXED_TABLES = {"network"}
 

@@ -58,6 +58,11 @@ class Job:
     def repeats(self) -> list[int]:
         return [example.repeats for example in self.examples]
 
+    @property
+    def held_out(self) -> list[int]:
+        """Indices of the examples that are only measured."""
+        return [index for index, example in enumerate(self.examples) if example.is_held_out]
+
 
 def look(options: Options, goes_on: bool = False) -> Job:
     """Everything that can be wrong is looked at: base, pictures, optimiser, prompts; every "auto" becomes a number."""
@@ -71,7 +76,7 @@ def look(options: Options, goes_on: bool = False) -> Job:
     found = read_examples(options)
     views = read_views(found, options, source)
     masks = [masks_of(view, source.latent_px, options.data.mask_floor) for view in views]
-    captions = [heard(example, options) for example in found.examples if not example.prior]
+    captions = [heard(one, options) for one in found.examples if not one.prior and not one.is_held_out]
     prompts = derived(captions, options.data.prefix, options.data.suffix)
     shots = shots_of(options.previews, resolution_of(options, source), prompts, default_cfg(source.name))
     buckets, repeats = [view.size for view in views], [view.example.repeats for view in views]
@@ -84,8 +89,10 @@ def look(options: Options, goes_on: bool = False) -> Job:
 def announce(job: Job, events: Events, notes: Sequence[str] = ()) -> None:
     """What was found and decided, with the reasons."""
     sizes = list(dict.fromkeys(job.buckets))
-    count = sum(not example.prior for example in job.pictures.examples)
-    found = f"{count} pictures in {f'{len(sizes)} buckets' if len(sizes) > 1 else f'1 bucket ({sizes[0]})'}"
+    pictures = [example for example in job.pictures.examples if not example.prior]
+    found = f"{len(pictures)} pictures in {f'{len(sizes)} buckets' if len(sizes) > 1 else f'1 bucket ({sizes[0]})'}"
+    if held_out := sum(example.is_held_out for example in pictures):
+        found += f", {held_out} of them held out,"
     device, dtype = job.accelerator.device, str(job.dtype).removeprefix("torch.")
     why = [*notes, f"{found} for {job.source.label}, {dtype} on {device}", *job.plan.reasons]
     if job.source.name == "sketch":

@@ -1,12 +1,14 @@
 """The pictures of a run as its options want them: which, with what captions, in which crops."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Options
-from scumble.datasets.captions import ruled, said, with_trigger
+from scumble.datasets.cache import digest_of_file
+from scumble.datasets.captions import CERTAIN, ruled, said, with_trigger
 from scumble.datasets.checkup import Checkup, check
 from scumble.datasets.folder import Example, PictureSet, read_set
 from scumble.datasets.tokens import read_windows
@@ -27,6 +29,7 @@ def read_examples(options: Options) -> PictureSet:
     found = read_set(Path(options.data.images), options.data.repeats, masks=options.data.masks)
     if options.data.prior:
         found += read_set(Path(options.data.prior), prior=True, masks=options.data.masks)
+    found.examples = with_held_out(found.examples, options.data.validation_split, options.output.seed)
     prior = sum(example.repeats for example in found.examples if example.prior)
     times = max(1, round(sum(example.repeats for example in found.examples if not example.prior) / max(1, prior)))
     found.examples = [
@@ -40,6 +43,28 @@ def read_examples(options: Options) -> PictureSet:
     return found
 
 
+def with_held_out(examples: list[Example], share: float, seed: int) -> list[Example]:
+    """The examples, a share of those to learn from held out, at least one where it is not 0.
+
+    They are chosen by what their files hold: copies stay together, and names or other pictures change no choice.
+    Raises `Refused` where none is left to learn from.
+    """
+    if not share:
+        return examples
+    keys = {
+        example.image: hashlib.blake2b(f"{seed}/{digest_of_file(example.image)}".encode()).digest()
+        for example in examples
+        if not example.prior
+    }
+    distinct = sorted(set(keys.values()))
+    out = set(distinct[: max(1, round(share * len(distinct)))])
+    if len(out) == len(distinct):
+        raise Refused(
+            f"--validation-split {share:g}: holds out all of {len(keys)} pictures; add some, or take a smaller share"
+        )
+    return [replace(example, repeats=0) if keys.get(example.image) in out else example for example in examples]
+
+
 def read_views(found: PictureSet, options: Options, source: Source) -> list[View]:
     """The crops of each picture at each resolution. Raises `Refused` for a step that the base cannot do."""
     step_px = source.step_px if options.data.bucket_step == "auto" else options.data.bucket_step
@@ -51,9 +76,8 @@ def read_views(found: PictureSet, options: Options, source: Source) -> list[View
 
 def heard(example: Example, options: Options) -> str:
     """What training says of a picture where chance takes nothing away and shuffles nothing."""
-    certain = {"caption_dropout": 0.0, "tag_dropout": 0.0, "shuffle_tags": False}
     data = options.data.model_copy(update={"trigger": "", "prefix": "", "suffix": ""} if example.prior else {})
-    rules = ruled(data, example.rules).model_copy(update=certain)
+    rules = ruled(data, example.rules).model_copy(update=CERTAIN)
     return said(example.lines, rules, seed=options.output.seed, step=0, index=0)
 
 

@@ -1,17 +1,21 @@
 """What is looked at after a run: the loss as a curve."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
 from scumble.datasets.lettering import lettered
 
 WIDTH, HEIGHT, LEFT, BELOW, ABOVE = 720, 360, 64, 40, 28
-INK, FAINT, CURVE, POINTS = (40, 40, 40), (226, 226, 226), (200, 70, 40), (236, 200, 186)
+INK, FAINT, CURVE, POINTS, HELD_OUT = (40, 40, 40), (226, 226, 226), (200, 70, 40), (236, 200, 186), (30, 100, 180)
 
 
-def loss_curve(losses: Sequence[float], title: str) -> Image.Image:
-    """The loss of each step as faint points, its moving average over a twentieth of the run as a line."""
+def loss_curve(losses: Sequence[float], title: str, validated: Mapping[int, float] | None = None) -> Image.Image:
+    """The loss of each step as faint points, its moving average over a twentieth of the run as a line.
+
+    `validated` has the loss on held-out pictures after some steps, which is a second line.
+    """
+    measured = sorted((validated or {}).items())
     sheet = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(13)
@@ -22,7 +26,7 @@ def loss_curve(losses: Sequence[float], title: str) -> Image.Image:
     smooth = [
         (sums[i + 1] - sums[max(0, i + 1 - window)]) / (i + 1 - max(0, i + 1 - window)) for i in range(len(losses))
     ]
-    low, high = 0.0, 1.15 * sorted(losses)[int(0.98 * (len(losses) - 1))] or 1.0
+    low, high = 0.0, 1.15 * max([sorted(losses)[int(0.98 * (len(losses) - 1))], *(loss for _, loss in measured)]) or 1.0
 
     def place(step: int, loss: float) -> tuple[float, float]:
         x = LEFT + (WIDTH - LEFT - 16) * step / max(1, len(losses) - 1)
@@ -39,6 +43,13 @@ def loss_curve(losses: Sequence[float], title: str) -> Image.Image:
         x, y = place(step, loss)
         pen.ellipse([x - 1, y - 1, x + 1, y + 1], POINTS)
     pen.line([place(step, loss) for step, loss in enumerate(smooth)], CURVE, 2, joint="curve")
+    after = [place(max(0, step - 1), loss) for step, loss in measured]
+    pen.line(after, HELD_OUT, 2)
+    for x, y in after:
+        pen.ellipse([x - 3, y - 3, x + 3, y + 3], HELD_OUT)
+    if measured:
+        pen.text((WIDTH - 16, 8), "held out", HELD_OUT, font, anchor="ra")
+        pen.text((WIDTH - 16 - font.getlength("held out  "), 8), "training", CURVE, font, anchor="ra")
     shown, title_font = lettered(title, 13)
     pen.text((LEFT, 8), shown, INK, title_font)
     pen.text((WIDTH - 16, HEIGHT - 6), "step", INK, font, anchor="rb")

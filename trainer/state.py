@@ -29,7 +29,11 @@ NUM_KEPT = 2
 
 @dataclass(frozen=True)
 class State:
-    """`step` steps are done. `rows` are the previews that stand in the grid: label, epoch, step."""
+    """`step` steps are done. `rows` are the previews that stand in the grid: label, epoch, step.
+
+    `checkpoints` are saved adapters with the loss by which they are ranked, `validated` steps with the loss on held-out
+    pictures after them.
+    """
 
     step: int = 0
     started: float = 0.0
@@ -42,6 +46,7 @@ class State:
     compiled: bool = False
     rows: list[tuple[str, int, int]] = field(default_factory=list)
     checkpoints: list[tuple[str, float]] = field(default_factory=list)
+    validated: list[tuple[int, float]] = field(default_factory=list)
     identity: dict[str, Any] = field(default_factory=dict)
 
 
@@ -104,8 +109,8 @@ def newest_state(run: Path, say: Callable[[str], None], before: float = inf) -> 
             told = json.loads(text)
             digests = told.pop("digests")
             if all(_digest(path / name) == digests[name] for name in (ADAPTER, OPTIMIZER)):
-                told["rows"] = [tuple(row) for row in told["rows"]]
-                told["checkpoints"] = [tuple(row) for row in told["checkpoints"]]
+                for name in ("rows", "checkpoints", "validated"):
+                    told[name] = [tuple(row) for row in told.get(name, ())]
                 optimizer = torch.load(path / OPTIMIZER, weights_only=True, map_location="cpu")
                 return Kept(State(**told), load_file(path / ADAPTER), optimizer)
         say(f"{path} is damaged and left aside")

@@ -3,12 +3,13 @@
 import hashlib
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import torch
 
 from scumble.configs.options import Data, Objective
-from scumble.datasets.captions import ruled, said
+from scumble.datasets.captions import CERTAIN, ruled, said
 from scumble.datasets.folder import Example
 from scumble.datasets.images import Crop
 from scumble.datasets.tensors import mask_weights
@@ -58,6 +59,16 @@ class Objectives:
         self.device, self.dtype = base.device, base.unet.dtype
         self.alphas_cumprod = base.alphas_cumprod.to(self.device)
         self.encodings: dict[str, Conditioning] = {}
+
+    def without_chance(self) -> "Objectives":
+        """The same, but captions are heard whole and in their order; text encodings are kept together."""
+        twin = copy(self)
+        twin.data = self.data.model_copy(update=CERTAIN)
+        twin.examples = [
+            replace(example, rules=tuple(rule for rule in example.rules if rule[0] not in CERTAIN))
+            for example in self.examples
+        ]
+        return twin
 
     def losses(self, looks: Sequence[Look]) -> torch.Tensor:
         """Weighted loss of each look (B,), with gradients to the adapter. All looks have one bucket."""

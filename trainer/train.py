@@ -6,9 +6,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from math import ceil
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from scumble.configs import files
@@ -17,16 +15,15 @@ from scumble.configs.options import Optimization, Options
 from scumble.datasets.cache import cache_in
 from scumble.datasets.order import epoch_batches
 
+from .artifacts import Artifacts
 from .events import Events, Reader, file_reader
-from .export import Progress, export, metadata_of
 from .flat import Flat
 from .identity import allowed_changes, doubtful_changes, identity_of, refused_changes
 from .job import Job, announce, look
-from .keeping import surplus
 from .kernels import choose_kernels
 from .latents import encode_set
 from .lora import ADAPTER, Trained, attach, component_of, num_parameters, recompute_activations
-from .machine import DTYPES, Interrupts, device_may_fail, memory_mb
+from .machine import Interrupts, device_may_fail, memory_mb
 from .memory import TooLarge, unless_too_large
 from .models import Base, load_waiting, place_unet, resting_place, take_fewer_bits
 from .optimizers import grouped, make_optimizer
@@ -35,16 +32,14 @@ from .parking import at_hand, fetch
 from .passes import CudaGraphs, Passes
 from .plan import Plan
 from .preflight import try_out
-from .preview import Gallery, write_picture
 from .product import speed_up
 from .quantize import BITS, fewer_bits
-from .report import loss_curve
 from .run_folder import EVENTS, OPTIONS, STOPPED, Cut, RunFolder, TakenOver, is_run, status_of, write_text
 from .schedules import rate_share
-from .sizes import in_words
-from .state import Kept, State, newest_state, save_state
+from .state import Kept, State, newest_state
 from .step import Look, Objectives
 from .update import STOPPED_AFTER, Update, looks_of
+from .validation import Validation
 
 
 @dataclass(frozen=True)
@@ -54,6 +49,7 @@ class Ready:
     base: Base
     trained: list[Trained]
     update: Update
+    validation: Validation | None
 
 
 @dataclass(frozen=True)
@@ -180,7 +176,10 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
         for _ in range(min(kept.state.recomputed, len(update.recompute))):
             update.recompute_next()
 
-    return Ready(base, trained, update)
+    validation = None
+    if job.held_out:
+        validation = Validation(objectives, job.held_out, job.buckets, plan.batch, passes.surroundings)
+    return Ready(base, trained, update, validation)
 
 
 def place_unet_that_fits(job: Job, base: Base, bits: int, say: Callable[[str], None]) -> None:
@@ -210,60 +209,16 @@ def looks_of_run(job: Job) -> Iterator[Look]:
 
 def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Interrupts, events: Events) -> Result:
     """The loop, from the state's step to the last: one update a step; previews and files on the way."""
-    options, plan, update, folder = job.options, job.plan, ready.update, run.path
-    wanted, name, device = options.optimization, options.output.name, job.accelerator.device
-    path = folder / f"{name}.safetensors"
-    losses, checkpoints, done = list(state.losses), list(state.checkpoints), state.step
-    epoch = ceil(done / plan.steps_per_epoch)
-    gallery = Gallery(ready.base, job.shots, options.previews.sampler, folder / "previews", events)
-    gallery.restore(state.rows)
-    pace = Pace(device)
-    preview_s: list[float] = []
-
-    def preview() -> None:
-        run.check_owner()
-        began = time.monotonic()
-        label = f"epoch {epoch}" if done == epoch * plan.steps_per_epoch else f"step {done}"
-        try:
-            with update.finished_weights():
-                gallery.add(label if done else "before", epoch, done)
-        except TooLarge as error:
-            events.emit("note", text=f"  {error}; this row is left out")
-        preview_s.append(time.monotonic() - began)
-
-    def save(file: Path, with_state: bool = True) -> None:
-        """The adapter first, then the state."""
-        run.check_owner()
-        progress = Progress(epoch, done, plan.num_epochs, plan.num_steps, state.started)
-        metadata = metadata_of(ready.base, options, plan.parts, job.pictures.examples, job.buckets, progress)
-        with update.finished_weights():
-            export(file, ready.trained, metadata, DTYPES[options.output.save_dtype])
-        events.emit("saved", step=done, epoch=epoch, file=file.name, bytes=file.stat().st_size)
-        if file != path:
-            since = losses[-plan.save_every :] if plan.save_every else losses
-            checkpoints.append((file.name, fmean(since) if since else 0.0))
-            for surplus_name in surplus(checkpoints, options.output.keep, options.output.keep_count):
-                (file.parent / surplus_name).unlink(missing_ok=True)
-                checkpoints[:] = [one for one in checkpoints if one[0] != surplus_name]
-        if not with_state:
-            return
-        now = replace(
-            state, step=done, losses=losses, rate_factor=update.rate_factor, broken_in_a_row=update.broken_in_a_row,
-            micro_batch=update.micro_batch, recomputed=update.recomputed, bits=ready.base.bits,
-            compiled=update.is_compiled,
-            rows=gallery.rows, checkpoints=checkpoints,
-        )  # fmt: skip
-        save_state(folder, now, update.tensors(), update.optimizer_state(), run.check_owner)
-
-    interrupts.careful, trouble, trained_s, proven = True, "", 0.0, done
+    plan, wanted, seed, update = job.plan, job.options.optimization, job.options.output.seed, ready.update
+    artifacts = Artifacts(job, ready.base, ready.trained, update, ready.validation, state, run, events)
+    pace, device, trouble = Pace(job.accelerator.device), job.accelerator.device, ""
+    done = proven = state.step
+    interrupts.careful = True
     if done:
         events.emit("resumed", step=done, text=f"  goes on after step {done}")
-    if plan.preview_every and done % plan.preview_every == 0 and not gallery.has(done):
-        preview()
-    seed, repeats = options.output.seed, job.repeats
-    steps = steps_of(plan.num_steps + 1, job.buckets, repeats, plan.batch, wanted.accumulate, seed)
-    for (step, this_epoch, batches), (_, _, after) in pairwise(steps):
-        epoch = this_epoch + 1
+    artifacts.before(done)
+    steps = steps_of(plan.num_steps + 1, job.buckets, job.repeats, plan.batch, wanted.accumulate, seed)
+    for (step, epoch, batches), (_, _, after) in pairwise(steps):
         if step < done:
             continue
         clock = time.monotonic()
@@ -274,66 +229,30 @@ def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Inte
             trouble += "; try a lower --rate, or --precision fp32"
             break
         if not outcome.broken:
-            losses.append(outcome.loss)
+            artifacts.losses.append(outcome.loss)
             proven = step  # its loss was that of the weights after so many steps
         done, seconds = step + 1, time.monotonic() - clock
-        trained_s += seconds
+        artifacts.trained_s += seconds
         events.emit(
-            "step", step=done, epoch=epoch, loss=None if outcome.broken else outcome.loss, num_steps=plan.num_steps,
+            "step", step=done, epoch=epoch + 1, loss=None if outcome.broken else outcome.loss, num_steps=plan.num_steps,
             rate=update.optimizer.param_groups[0]["lr"], memory_mb=memory_mb(device),
-            steps_per_s=round((done - state.step) / trained_s, 3),
+            steps_per_s=round((done - state.step) / artifacts.trained_s, 3),
         )  # fmt: skip
         run.beat(done, plan.num_steps)
         if slow := pace.add(seconds):
             events.emit("note", text=f"  {slow}")
         asked = run.requests()
-        due = "save" in asked or (plan.save_every and done % plan.save_every == 0)
-        if due and done < plan.num_steps and not outcome.broken:
-            save(file := folder / "checkpoints" / f"{name}-{done:06}.safetensors")
-            if "save" in asked:
-                events.emit("note", text=f"  saved as asked: {file}")
-        is_due = plan.preview_every and done % plan.preview_every == 0
-        if (
-            is_due
-            and done < plan.num_steps
-            and share_of_previews(preview_s, trained_s) > options.previews.preview_share
-        ):
-            events.emit("note", text=f"  no preview at step {done}, for --preview-share")
-            is_due = False
-        if is_due or "sample" in asked or (plan.preview_every and done == plan.num_steps):
-            preview()
+        artifacts.after(done, asked, is_whole=not outcome.broken)
         if interrupts or "stop" in asked:
             run.stopped(interrupts.code or STOPPED, f"stopped {f'by {interrupts.by}' if interrupts else 'as asked'}")
             break
-    if trouble and (good := newest_state(folder, lambda line: None, before=proven + 1)):
+    if trouble and (good := newest_state(run.path, lambda line: None, before=proven + 1)):
         update.restore(good.tensors, good.optimizer)
-        done, losses = good.state.step, good.state.losses
-
-    # The result: the adapter, read back and compared; its cover; the loss as a curve.
-    save(path, with_state=not trouble)
-    if gallery.cover:
-        write_picture(gallery.cover, folder / f"{name}.png")
-    if losses:
-        write_picture(loss_curve(losses, f"{name}: loss"), folder / "loss.png")
-    text = f"adapter {path} ({in_words(path.stat().st_size)})"
-    if (previews := folder / "previews").is_dir():
-        text += f", previews {previews}"
-    if sum(preview_s):
-        text += f"\npreviews took {sum(preview_s) / (sum(preview_s) + trained_s):.0%} of the time of steps and previews"
-    if run.code:
-        text += f"\nstopped after step {done} of {plan.num_steps}; `scumble train {folder}` goes on"
-    events.emit("done", step=done, epoch=epoch, stopped=bool(run.code), text=text)
+        done, artifacts.losses = good.state.step, good.state.losses
+    artifacts.finish(done, with_state=not trouble)
     if trouble:
-        raise Refused(f"{trouble} (what was learned until step {done} is in {path})")
-    return Result(path, run.code)
-
-
-def share_of_previews(seconds: Sequence[float], trained_s: float) -> float:
-    """Their share of the time of steps and previews, were there one more as long as the others are."""
-    if not seconds:
-        return 0.0
-    total = sum(seconds) + fmean(seconds)
-    return total / (total + trained_s)
+        raise Refused(f"{trouble} (what was learned until step {done} is in {artifacts.path})")
+    return Result(artifacts.path, run.code)
 
 
 def changes(state: State, identity: dict[str, Any], force: bool) -> list[str]:

@@ -1,0 +1,167 @@
+"""Held-out pictures: chosen by content, never trained on, measured as stock diffusers would, no chance used up."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from PIL import Image
+from test_resume import adapter_of, assert_same, begun, go_on
+from test_train import SAMPLES, ran
+
+from scumble.configs.errors import Refused
+from scumble.configs.options import Options
+from scumble.datasets.folder import Example
+from scumble.trainer.adapters.files import read_tensors
+from scumble.trainer.diffusion import stratified
+from scumble.trainer.pictures import read_examples, with_held_out
+from scumble.trainer.report import loss_curve
+from scumble.trainer.state import newest_state
+from scumble.trainer.step import generator_for
+from scumble.trainer.validation import DRAWS
+
+EMBEDDED = Path(__file__).parent.parent / "configs/bases/sketch"
+FOUR_OF_20: dict[str, Any] = {"data": {"validation_split": 0.2}, "output": {"preview_every": 0, "save_dtype": "fp32"}}
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in (".png", ".webp", ".jpg"))
+
+
+def held_out(images: Path, **data: Any) -> set[str]:
+    options = Options.model_validate({"data": {"images": str(images), "validation_split": 0.2} | data})
+    return {example.image.name for example in read_examples(options).examples if example.is_held_out}
+
+
+def test_the_choice_depends_on_what_pictures_hold_and_keeps_copies_together(tmp_path: Path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(SAMPLES, folder)
+    chosen = held_out(folder)
+    assert len(chosen) == 4
+    (kept,) = [path for path in pictures_in(folder) if path.name not in chosen][:1]
+    kept.unlink()
+    assert held_out(folder) == chosen  # 4 of 19 as well
+    first = min(chosen)
+    suffix = Path(first).suffix
+    shutil.copy(folder / first, folder / f"copy{suffix}")
+    assert held_out(folder) == {*chosen, f"copy{suffix}"}
+    (folder / first).rename(folder / f"other_name{suffix}")
+    assert held_out(folder) == chosen - {first} | {f"copy{suffix}", f"other_name{suffix}"}
+
+
+def test_regularisation_pictures_stay_and_at_least_one_picture_is_held_out_and_one_trained():
+    pictures = pictures_in(SAMPLES)
+    examples = [Example(path, "", 3) for path in pictures[:2]] + [Example(path, "", 3, True) for path in pictures[2:]]
+    assert with_held_out(examples, 0.0, seed=0) == examples
+    repeats = [example.repeats for example in with_held_out(examples, 0.01, seed=0)]
+    assert sorted(repeats[:2]) == [0, 3] and set(repeats[2:]) == {3}
+    with pytest.raises(Refused, match=r"--validation-split 0.9: holds out all of 2 pictures; add some"):
+        with_held_out(examples, 0.9, seed=0)
+
+
+def test_a_run_that_holds_pictures_out_is_the_run_that_never_had_them(tmp_path: Path):
+    measured = ran(tmp_path / "a", **FOUR_OF_20, network={"dropout": 0.2})
+    fewer = tmp_path / "fewer"
+    shutil.copytree(SAMPLES, fewer)
+    for name in held_out(SAMPLES):
+        (fewer / name).unlink()
+        (fewer / name).with_suffix(".txt").unlink(missing_ok=True)
+    data = {"images": str(fewer), "validation_split": 0.0}
+    other = ran(tmp_path / "b", data=data, network={"dropout": 0.2}, output=FOUR_OF_20["output"])
+    assert [event["step"] for event in measured.of("validated")] == [0, 3] and not other.of("validated")
+    assert measured.losses == other.losses
+    assert_same(adapter_of(measured.folder), adapter_of(other.folder))
+    told = [read_tensors(run.folder / "clay.safetensors")[1]["ss_num_train_images"] for run in (measured, other)]
+    assert told == ["16", "16"]
+    assert any("20 pictures in 1 bucket (64x64), 4 of them held out, for sketch" in line
+               for line in measured.of("plan")[0]["why"])  # fmt: skip
+
+
+def test_timesteps_fall_evenly_into_each_part_of_the_range():
+    every = torch.arange(100, 900)
+    parts = [stratified(every, part, 4, 100, 899) for part in range(4)]
+    assert [(int(part.min()), int(part.max())) for part in parts] == [(100, 299), (300, 499), (500, 699), (700, 899)]
+    assert torch.equal(torch.cat(parts).bincount(minlength=900)[100:], torch.full((800,), 4))
+
+
+def test_the_loss_is_that_of_stock_diffusers_with_the_saved_file(tmp_path: Path):
+    run = ran(
+        tmp_path, data={"validation_split": 0.2, "caption_dropout": 1.0}, network={"text_rank": 4},
+        objective={"weighting": "none", "min_timestep": 50}, optimization={"steps": 6},
+        output=FOUR_OF_20["output"] | {"save_every": 0},
+    )  # fmt: skip
+    stock = StableDiffusionPipeline.from_pretrained(EMBEDDED)
+    options = Options.model_validate({"data": {"images": str(SAMPLES), "validation_split": 0.2}})
+    examples = [example for example in read_examples(options).examples if example.is_held_out]
+
+    @torch.no_grad()
+    def loss() -> float:
+        total = 0.0
+        for slot, example in enumerate(examples):
+            picture = Image.open(example.image).convert("RGBA")
+            white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+            pixels = stock.image_processor.preprocess(white.resize((64, 64), Image.Resampling.LANCZOS))
+            posterior = stock.vae.encode(pixels).latent_dist
+            ids = stock.tokenizer(example.caption, padding="max_length", return_tensors="pt").input_ids
+            hidden = stock.text_encoder(ids)[0]
+            for draw in range(DRAWS):
+                generator = generator_for(0, draw, slot)
+                of_posterior, noise = torch.randn((2, *posterior.mean.shape[1:]), generator=generator)
+                drawn = torch.randint(50, 1000, (), generator=generator)
+                timestep = 50 + (drawn - 50 + draw * 950) // DRAWS
+                latents = (posterior.mean + posterior.std * of_posterior) * stock.vae.config["scaling_factor"]
+                noisy = stock.scheduler.add_noise(latents, noise[None], timestep[None])
+                prediction = stock.unet(noisy, timestep, hidden).sample
+                total += float((prediction - noise).square().mean())
+        return total / (DRAWS * len(examples))
+
+    before, after = run.of("validated")
+    assert before["loss"] == pytest.approx(loss(), rel=1e-4)
+    stock.load_lora_weights(str(run.folder / "clay.safetensors"))
+    assert after["loss"] == pytest.approx(loss(), rel=1e-4) and abs(after["loss"] / before["loss"] - 1) > 1e-3
+    assert after["text"] == f"  held-out pictures, step 6: loss {after['loss']:.4f}, " \
+        f"{after['loss'] / before['loss'] - 1:+.1%} against before"  # fmt: skip
+
+
+def test_a_run_that_goes_on_knows_what_was_measured_and_keeps_the_best(tmp_path: Path):
+    tables: dict[str, Any] = {
+        "data": {"validation_split": 0.2},
+        "optimization": {"steps": 8, "rate": 0.1, "warm_up": 0.0, "ema": 0.5},  # a rate that breaks what was learned
+        "output": {"preview_every": 0, "save_every": 2, "keep": "best", "keep_count": 1, "save_dtype": "fp32"},
+    }
+    unbroken = ran(tmp_path / "a", **tables)
+    losses = {event["step"]: event["loss"] for event in unbroken.of("validated")}
+    assert list(losses) == [0, 2, 4, 6, 8]
+    best = min((2, 4, 6), key=lambda step: losses[step])
+    assert [path.name for path in (unbroken.folder / "checkpoints").iterdir()] == [f"clay-{best:06}.safetensors"]
+    end = unbroken.events[-1]["text"].splitlines()
+    assert f"held-out pictures: loss {losses[8]:.4f} at the end, but {min(losses.values()):.4f} after step 0; " \
+        "what came later did not help with pictures unseen" in end  # fmt: skip
+    cut = begun(tmp_path / "b", stop_at=4, **tables)
+    again = go_on(cut)
+    assert {event["step"]: event["loss"] for event in again.of("validated")} == {6: losses[6], 8: losses[8]}
+    kept = newest_state(cut, pytest.fail)
+    assert kept and dict(kept.state.validated) == losses
+    assert_same(adapter_of(cut), adapter_of(unbroken.folder))
+    with pytest.raises(Refused, match=r"--validation-split 0.5: the run has 0.2, and cannot change on its way"):
+        go_on(cut, data={"validation_split": 0.5}, optimization={"steps": 10})
+
+
+def test_a_state_from_before_anything_was_measured_is_whole(tmp_path: Path):
+    cut = begun(tmp_path, stop_at=2, output={"preview_every": 0})
+    (numbers,) = (cut / "state").glob("*/state.json")
+    assert json.loads(numbers.read_text().splitlines()[0])["validated"] == []
+    assert go_on(cut).events[-1]["kind"] == "done"
+
+
+def test_the_curve_has_a_second_line_for_held_out_pictures():
+    losses = [0.1] * 50
+    plain, both = loss_curve(losses, "clay"), loss_curve(losses, "clay", {0: 0.12, 25: 0.1, 50: 0.09})
+    blue = (30, 100, 180)
+    counts = [
+        sum(count for count, colour in image.getcolors(1 << 20) or () if colour == blue) for image in (plain, both)
+    ]
+    assert counts[0] == 0 and counts[1] > 500

@@ -1,0 +1,179 @@
+"""What a run leaves in its folder: previews, adapters with their states, how the loss went, and the result."""
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
+from statistics import fmean
+
+from .events import Events
+from .export import Progress, export, metadata_of
+from .job import Job
+from .keeping import surplus
+from .lora import Trained
+from .machine import DTYPES
+from .memory import TooLarge, unless_too_large
+from .models import Base
+from .preview import Gallery, write_picture
+from .report import loss_curve
+from .run_folder import RunFolder
+from .sizes import in_words
+from .state import State, save_state
+from .update import Update
+from .validation import Validation
+
+
+class Artifacts:
+    """Begins with what the run's `state` tells; every method that takes a step is about the adapter after so many."""
+
+    def __init__(
+        self,
+        job: Job,
+        base: Base,
+        trained: list[Trained],
+        update: Update,
+        validation: Validation | None,
+        state: State,
+        run: RunFolder,
+        events: Events,
+    ):
+        self.job, self.base, self.trained, self.update, self.validation = job, base, trained, update, validation
+        self.state, self.run, self.events = state, run, events
+        self.losses, self.checkpoints = list(state.losses), list(state.checkpoints)
+        self.validated = dict(state.validated)
+        self.gallery = Gallery(base, job.shots, job.options.previews.sampler, run.path / "previews", events)
+        self.gallery.restore(state.rows)
+        self.preview_s: list[float] = []
+        self.trained_s = 0.0
+
+    @property
+    def path(self) -> Path:
+        """Of the finished adapter."""
+        return self.run.path / f"{self.job.options.output.name}.safetensors"
+
+    def before(self, step: int) -> None:
+        """What is due before the next step, in a new run or where a state says that it was not done."""
+        every = self.job.plan.preview_every
+        if every and step % every == 0 and not self.gallery.has(step):
+            self.preview(step)
+        if not step:
+            self.validate(step)
+
+    def after(self, step: int, asked: Collection[str], is_whole: bool) -> None:
+        """What is due after a step, or asked for; nothing is saved after one that was not whole."""
+        plan, is_last = self.job.plan, step == self.job.plan.num_steps
+        if is_whole and not is_last and ("save" in asked or (plan.save_every and step % plan.save_every == 0)):
+            file = self.run.path / "checkpoints" / f"{self.path.stem}-{step:06}.safetensors"
+            self.save(step, file)
+            if "save" in asked:
+                self.events.emit("note", text=f"  saved as asked: {file}")
+        due = bool(plan.preview_every) and (is_last or step % plan.preview_every == 0)
+        if due and not is_last and self.share_of_one_more() > self.job.options.previews.preview_share:
+            self.events.emit("note", text=f"  no preview at step {step}, for --preview-share")
+            due = False
+        if due or "sample" in asked:
+            self.preview(step)
+
+    def share_of_one_more(self) -> float:
+        """Share of previews in the time of steps and previews, were there one more as long as the others are."""
+        return share_of_previews(self.preview_s, self.trained_s)
+
+    def preview(self, step: int) -> None:
+        """A row of previews."""
+        self.run.check_owner()
+        began, epoch = time.monotonic(), self.epoch(step)
+        label = f"epoch {epoch}" if step == epoch * self.job.plan.steps_per_epoch else f"step {step}"
+        try:
+            with self.update.finished_weights():
+                self.gallery.add(label if step else "before", epoch, step)
+        except TooLarge as error:
+            self.events.emit("note", text=f"  {error}; this row is left out")
+        self.preview_s.append(time.monotonic() - began)
+
+    def validate(self, step: int) -> None:
+        """The loss on held-out pictures, where there are some."""
+        if self.validation is None or step in self.validated:
+            return
+        with self.update.finished_weights():
+            loss = unless_too_large(self.validation.loss)
+        if loss is None:
+            self.events.emit("note", text="  the held-out pictures do not fit into memory; they are left out")
+            return
+        self.validated[step] = loss
+        self.events.emit("validated", step=step, epoch=self.epoch(step), loss=loss, text=told_loss(self.validated))
+
+    def save(self, step: int, file: Path, with_state: bool = True) -> None:
+        """The adapter first, then the state."""
+        self.run.check_owner()
+        job, options, plan, epoch = self.job, self.job.options, self.job.plan, self.epoch(step)
+        self.validate(step)
+        progress = Progress(epoch, step, plan.num_epochs, plan.num_steps, self.state.started)
+        metadata = metadata_of(self.base, options, plan.parts, job.pictures.examples, job.buckets, progress)
+        with self.update.finished_weights():
+            export(file, self.trained, metadata, DTYPES[options.output.save_dtype])
+        self.events.emit("saved", step=step, epoch=epoch, file=file.name, bytes=file.stat().st_size)
+        if file != self.path:
+            since = self.losses[-plan.save_every :] if plan.save_every else self.losses
+            self.checkpoints.append((file.name, self.validated.get(step, fmean(since) if since else 0.0)))
+            for name in surplus(self.checkpoints, options.output.keep, options.output.keep_count):
+                (file.parent / name).unlink(missing_ok=True)
+                self.checkpoints = [one for one in self.checkpoints if one[0] != name]
+        if with_state:
+            update = self.update
+            now = replace(
+                self.state, step=step, losses=self.losses, rate_factor=update.rate_factor,
+                broken_in_a_row=update.broken_in_a_row, micro_batch=update.micro_batch, recomputed=update.recomputed,
+                bits=self.base.bits, compiled=update.is_compiled, rows=self.gallery.rows, checkpoints=self.checkpoints,
+                validated=list(self.validated.items()),
+            )  # fmt: skip
+            save_state(self.run.path, now, update.tensors(), update.optimizer_state(), self.run.check_owner)
+
+    def finish(self, step: int, with_state: bool) -> None:
+        """The result: the adapter, read back and compared; its cover; the loss as a curve."""
+        folder, name = self.run.path, self.path.stem
+        self.save(step, self.path, with_state)
+        if self.gallery.cover:
+            write_picture(self.gallery.cover, folder / f"{name}.png")
+        if self.losses:
+            write_picture(loss_curve(self.losses, f"{name}: loss", self.validated), folder / "loss.png")
+        text = f"adapter {self.path} ({in_words(self.path.stat().st_size)})"
+        if (previews := folder / "previews").is_dir():
+            text += f", previews {previews}"
+        if total := sum(self.preview_s):
+            text += f"\npreviews took {total / (total + self.trained_s):.0%} of the time of steps and previews"
+        if self.validated:
+            text += f"\n{told_best(self.validated, [name for name, _ in self.checkpoints])}"
+        if self.run.code:
+            text += f"\nstopped after step {step} of {self.job.plan.num_steps}; `scumble train {folder}` goes on"
+        self.events.emit("done", step=step, epoch=self.epoch(step), stopped=bool(self.run.code), text=text)
+
+    def epoch(self, step: int) -> int:
+        """That a step belongs to, from 1; 0 before the first."""
+        return ceil(step / self.job.plan.steps_per_epoch)
+
+
+def share_of_previews(seconds: Sequence[float], trained_s: float) -> float:
+    """Their share of the time of steps and previews, were there one more as long as the others are."""
+    if not seconds:
+        return 0.0
+    total = sum(seconds) + fmean(seconds)
+    return total / (total + trained_s)
+
+
+def told_loss(validated: Mapping[int, float]) -> str:
+    """The latest loss on held-out pictures, against that of the base."""
+    step, loss = list(validated.items())[-1]
+    change = f", {loss / validated[0] - 1:+.1%} against before" if step and validated.get(0) else ""
+    return f"  held-out pictures, step {step}: loss {loss:.4f}{change}"
+
+
+def told_best(validated: Mapping[int, float], checkpoints: Sequence[str]) -> str:
+    """After which step the loss on held-out pictures was lowest, and which of `checkpoints` is of that step."""
+    best, last = min(validated, key=lambda step: validated[step]), max(validated)
+    text = f"held-out pictures: loss {validated[last]:.4f} at the end"
+    if best == last:
+        return f"{text}, the lowest of all; more steps may still help"
+    text += f", but {validated[best]:.4f} after step {best}; what came later did not help with pictures unseen"
+    file = next((name for name in checkpoints if name.endswith(f"-{best:06}.safetensors")), "")
+    return f"{text}: see checkpoints/{file}" if file else text
