@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test sketch clean
+.PHONY: demo test gpu sketch clean
 
 demo: $(VENV)/.demo
 	$(BIN)/scumble train datasets/samples/clay-style --base sketch --preset sketch-demo --runs demo
@@ -19,6 +19,10 @@ test: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check --python $(VENV)
 	$(BIN)/pytest
+
+gpu: $(VENV)/.test
+	$(BIN)/pytest -m gpu
+	$(BIN)/python tests/benchmarks/speed.py --device cuda --layouts sd15 sdxl --batches 1 4 8
 
 sketch: $(VENV)/.sketch
 	$(BIN)/python -m scumble.configs.bases.sketch.recipe --work build/sketch --out configs/bases/sketch

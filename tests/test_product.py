@@ -207,6 +207,25 @@ def test_captured_passes_add_the_same_gradients_whatever_comes_in_which_shape():
     assert two.captured == {}
 
 
+def test_what_is_dropped_at_random_does_not_depend_on_whether_a_pass_was_captured_before(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A run that goes on captures anew, in a step whose seed is set."""
+
+    def dropped(self: Squares, batch: Batch) -> torch.Tensor:
+        return (torch.nn.functional.dropout(self.weight * batch["x"]) - 1).square()
+
+    monkeypatch.setattr(Squares, "losses_of", dropped)
+    one, two = passes_with(None)[0], passes_with(recorded)[0]
+    looks = [Look(index, 0, index) for index in range(64)]
+    for seed in range(3):
+        losses = []
+        for passes in (one, two):
+            torch.manual_seed(seed)
+            losses.append(passes(looks, 64.0))
+        assert torch.equal(*losses)
+
+
 def test_a_pass_that_cannot_be_captured_is_run_and_the_reason_is_said_once():
     def refused(run: Replay) -> Replay:
         run()

@@ -87,8 +87,10 @@ class Passes:
     def _captured(self, batch: Batch, capture: Capture) -> tuple[Batch, Replay]:
         static = {name: tensor.clone() for name, tensor in batch.items()}
         before = [gradient.clone() for gradient in self.flat.gradients]
+        device = self.flat.groups[0].device
         try:
-            return static, capture(lambda: self._run(static))
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):  # warm-ups use up no chance
+                return static, capture(lambda: self._run(static))
         finally:
             for gradient, kept in zip(self.flat.gradients, before, strict=True):
                 gradient.copy_(kept)
