@@ -1,0 +1,95 @@
+"""What a CUDA graph asks of a pass, proved without a card: it never waits for the device, nor brings anything to it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_product import recorded
+from tiny import tiny_base
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from scumble.configs.options import Data, Model, Network, Objective
+from scumble.datasets.folder import Example
+from scumble.datasets.images import Crop, Size
+from scumble.trainer.flat import Flat
+from scumble.trainer.latents import Latents
+from scumble.trainer.lora import ADAPTER, Part, attach, recompute_activations
+from scumble.trainer.models import load, recognise
+from scumble.trainer.optimizers import grouped
+from scumble.trainer.passes import Passes
+from scumble.trainer.product import speed_up
+from scumble.trainer.step import Look, Objectives
+
+META = torch.device("meta")
+OBJECTIVES = {
+    "plain": Objective(weighting="none"),
+    "min_snr": Objective(noise_offset=0.05, multires_noise=0.3, input_perturbation=0.1),
+    "huber": Objective(loss="huber", weighting="debiased"),
+}
+
+
+class OnDeviceAlone(TorchDispatchMode):
+    """Refuses operators that read from the device or bring something there; a number made on the way is none of it.
+
+    The meta device stands for CUDA: its tensors have no numbers, so whatever asks for one fails as well.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        made = func(*args, **(kwargs or {}))
+        devices = {one.device.type for one in (*given, *tree_leaves(made)) if isinstance(one, torch.Tensor)}
+        scalars = all(one.dim() == 0 for one in given if one.device.type == "cpu") and "copy" not in func.name()
+        assert devices != {"cpu", "meta"} or scalars, f"{func} goes between machine and device"
+        return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective", "text_is_trained", "recomputes"),
+    [
+        ("sd1", "min_snr", True, False),
+        ("sd1", "huber", False, True),
+        ("sd2-v", "min_snr", False, True),
+        ("sd2-v", "huber", True, False),
+        ("sdxl", "plain", False, False),
+        ("sdxl", "min_snr", True, True),
+    ],
+)
+def test_a_pass_stays_on_the_device(kind: str, objective: str, text_is_trained: bool, recomputes: bool, tmp_path: Path):
+    model = Model(base=str(tiny_base(kind, tmp_path)))
+    base = load(model, recognise(model), torch.device("cpu"), torch.bfloat16)
+    parts = [Part("unet", 4, 4.0, 2, 2.0)]
+    if text_is_trained:
+        parts += [Part(name, 2, 2.0) for name in ["text", "text2"][: len(base.text_encoders)]]
+    trained = attach(base, Network(targets="full"), parts, seed=0)
+    for module in (base.unet, *base.text_encoders):
+        module.to(META).train()
+    base.device = META
+    groups = grouped([(1e-3, [parameter for module in trained for parameter in module.tensors.values()])])
+    flat = Flat([group["params"] for group in groups], torch.bfloat16)
+    assert speed_up([module.layer for module in trained], ADAPTER, flat.lowered)
+    if recomputes:
+        recompute_activations(base, parts)
+    size = Size(64, 64)
+    latents = Latents(*([[torch.zeros(4, 16, 16, device=META)]] * 2 for _ in range(2)), 0.18)
+    objectives = Objectives(
+        base, [Example(Path(f"{index}.png"), "a cat", 1) for index in range(2)], [[Crop(size, size, 0, 0, size)]] * 2,
+        latents, Data(caption_dropout=0.0), OBJECTIVES[objective], 0, text_is_trained,
+        [(torch.ones(16, 16),), (torch.ones(16, 16),)],
+    )  # fmt: skip
+    seen: list[bool] = []
+
+    def capture(run: Any) -> Any:
+        with OnDeviceAlone() as mode:
+            seen.append(run().device == META)
+        assert any("backward" in name for name in mode.names)
+        return recorded(run)
+
+    Passes(objectives, flat, capture=capture, say=pytest.fail)([Look(0, 0, 0), Look(1, 0, 1)], 2.0)
+    assert seen == [True]
