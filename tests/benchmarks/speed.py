@@ -3,8 +3,9 @@
 `python tests/benchmarks/speed.py` times, in turn in one process and with medians, optimiser steps with latents and text
 cached on both sides: ours, the plain loop's (PEFT's layers under autocast, torch's AdamW and clipping, as the public
 examples do it), and ours without each technique. Real layouts have random weights: speed does not depend on them.
-`--whole` adds runs from the command to the finished file. `--guard` is a short form that fails where the ratio to the
-plain loop falls by more than a quarter below the one on record. Writes results/speed-DEVICE.md and .json.
+`--whole` adds runs from the command to the finished file, `--demo` where the time of `make demo` goes. `--guard` is a
+short form that fails where the ratio to the plain loop falls by more than a quarter below the one on record. Writes
+results/speed-DEVICE.md and .json.
 
 On CUDA: `python tests/benchmarks/speed.py --device cuda --layouts sd15 sdxl --batches 1 4 8`.
 """
@@ -56,6 +57,16 @@ TECHNIQUES = {
     "packing": "torch's own convolutions",
     "flat": "an update of each tensor",
     "kernels": "stock kernels",
+}
+PHASES = {
+    "plan": "start: Python, torch, diffusers, transformers, peft; read the pictures",
+    "checked": "check pictures and captions",
+    "encoded": "load the base, encode the pictures",
+    "measured": "put the adapter on, try a step",
+    "step": "steps",
+    "preview": "previews",
+    "saved": "adapters: written, read back, compared; states",
+    "done": "adapters: written, read back, compared; states",
 }
 Step = Callable[[int], float]
 ON_CUDA = {"graphs": "no CUDA graph"}
@@ -197,6 +208,16 @@ def accelerator_for(device: torch.device, dtype: torch.dtype) -> Accelerator:
     return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
 
 
+def processor() -> str:
+    """Its name where Linux tells it, and what counts for products."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text(encoding="utf-8").splitlines() if told.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    has_amx = any("amx_bf16" in line for line in lines if line.startswith("flags"))
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{names[0] if names else platform.machine()} ({capability}, {'with' if has_amx else 'without'} AMX)"
+
+
 def rate_of_products(device: torch.device, dtype: torch.dtype, side: int) -> float:
     """FLOP a second of plain matrix products of a side, the median of some."""
     one, other = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
@@ -294,21 +315,33 @@ def whole(turns: int) -> dict[str, Any]:
 
 
 def phases_of(events: list[dict[str, Any]], began: float, ended: float) -> dict[str, float]:
-    """Seconds of a run's phases, by its events."""
+    """Seconds of a run's phases: the time up to each event is that of what the event tells."""
+    seconds = dict.fromkeys(PHASES.values(), 0.0)
+    before, phase = began, ""
+    for event in events:
+        if event["kind"] in PHASES:
+            phase = PHASES[event["kind"]]
+            seconds[phase] += event["t"] - before
+            before = event["t"]
+    seconds[phase] += ended - before
+    return {name: spent for name, spent in seconds.items() if spent}
 
-    def at(kind: str, last: bool = False) -> float:
-        times = [event["t"] for event in events if event["kind"] == kind]
-        return times[-1 if last else 0] if times else began
 
-    marks = {
-        "start and look at the pictures": at("plan"), "load the base": at("encoded"), "encode": at("encoded", True),
-        "put the adapter on, try a step": at("measured"), "first step": at("step"), "other steps": at("step", True),
-        "save, compare, leave": ended,
-    }  # fmt: skip
-    seconds, before = {}, began
-    for name, mark in marks.items():
-        seconds[name], before = mark - before, mark
-    return seconds
+def demo(turns: int) -> dict[str, float]:
+    """Seconds of the phases of what `make demo` runs, medians; latents are not in the cache before."""
+    phases: list[dict[str, float]] = []
+    for _ in range(turns):
+        with TemporaryDirectory() as folder:
+            began = time.time()
+            command = [
+                sys.executable, "-m", "scumble.trainer.cli", "train", str(SAMPLES), "--base", "sketch", "--preset",
+                "sketch-demo", "--device", "cpu", "--cache", "off", "--runs", folder, "--name", "it",
+            ]  # fmt: skip
+            subprocess.run(command, check=True, capture_output=True)
+            ended = time.time()
+            lines = (Path(folder) / "it/events.jsonl").read_text(encoding="utf-8").splitlines()
+        phases.append(phases_of([json.loads(line) for line in lines], began, ended))
+    return {name: round(statistics.median(one[name] for one in phases), 2) for name in phases[0]}
 
 
 def table(name: str, bench: Bench, times: dict[str, Timed], flops: float, peak: float) -> list[str]:
@@ -340,6 +373,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
     parser.add_argument("--side", type=int, help="of the pictures, instead of the layout's own, px")
     parser.add_argument("--whole", type=int, default=0, metavar="RUNS", help="time so many whole runs of each")
+    parser.add_argument(
+        "--demo", type=int, default=0, metavar="RUNS", help="tell where so many of `make demo` spend time"
+    )
     parser.add_argument("--guard", action="store_true")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
@@ -348,7 +384,7 @@ def main() -> None:
     record = HERE / "results" / f"speed-{device.type}.json"
     if chosen.guard:
         raise SystemExit(guard(record, device, dtype, chosen.turns, chosen.steps))
-    card = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {chosen.threads} threads"
+    card = torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {chosen.threads} threads"
     peak = rate_of_products(device, dtype, 8192 if device.type == "cuda" else 1024)
     lines = [
         "# Speed of a step", "", f"{card}; torch {torch.__version__}; {peak / 1e12:.2f} TFLOP/s in matrix products.",
@@ -381,6 +417,14 @@ def main() -> None:
             f"s ({found['whole']['ratio']:.2f} × ours; medians of {chosen.whole}).",
             "", "| phase | seconds |", "|---|---|",
             *(f"| {name} | {spent:.2f} |" for name, spent in phases.items()), "",
+        ]  # fmt: skip
+    if chosen.demo:
+        found["demo"] = demo(chosen.demo)
+        total = sum(found["demo"].values())
+        lines += [
+            "## Where the time of `make demo` goes", "", "| phase | seconds | share |", "|---|---|---|",
+            *(f"| {name} | {spent:.1f} | {spent / total:.0%} |" for name, spent in found["demo"].items()),
+            f"| in all (medians of {chosen.demo}) | {total:.1f} | |", "",
         ]  # fmt: skip
     record.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
     record.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
