@@ -1,6 +1,7 @@
 """An adapter on a loaded base, by PEFT: which layers, of which kind, at which rank and scale, how many parameters."""
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -142,7 +143,9 @@ def recompute_activations(base: Base, parts: Sequence[Part], only_shallow: bool 
         if isinstance(component, UNet2DConditionModel):
             recompute_unet(component, only_shallow)
         elif not only_shallow:
-            component.gradient_checkpointing_enable(_how_to_checkpoint(component))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*")  # has a newer name
+                component.gradient_checkpointing_enable(_how_to_checkpoint(component))
 
 
 def recompute_unet(unet: UNet2DConditionModel, only_shallow: bool = False) -> None:
