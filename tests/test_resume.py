@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -328,3 +329,22 @@ def test_the_run_without_a_state_begins_anew_in_its_folder(tmp_path: Path):
     last = go_on(run, force=True)
     assert [event["step"] for event in last.of("step")] == [1, 2]
     assert_same(adapter_of(run), before)
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tables: dict[str, Any] = {"optimization": {"steps": 4}, "output": {"preview_every": 2, "save_dtype": "fp32"}}
+    plain = ran(tmp_path / "a", **tables)
+    ahead_s, real, run = [0.0], time.time, tmp_path / "b/runs/clay"
+    monkeypatch.setattr(time, "time", lambda: real() + ahead_s[0])
+    states = []
+
+    def jump(event: Event) -> None:
+        if event["kind"] == "step":
+            ahead_s[0] = (-7200.0, 86400.0)[event["step"] % 2]
+            states.append(status_of(run).state)
+
+    jumped = ran(tmp_path / "b", readers=[jump], **tables)
+    assert states == ["running"] * 4 and status_of(run).state == "done"
+    assert [note["text"] for note in jumped.of("note")] == [note["text"] for note in plain.of("note")]
+    assert all(event["steps_per_s"] > 0 for event in jumped.of("step"))
+    assert_same(adapter_of(run), adapter_of(plain.folder))
