@@ -11,7 +11,7 @@ from scumble.configs.errors import Refused
 
 from .machine import forget_peak, free_unused, memory_mb, wait_for
 
-QUICK_S = 2.0
+PATIENCE_S, TRIALS = 10.0, 3
 SIGNS = (  # in errors that have no type of their own: of the CPU, of CUDA's libraries, of Metal
     "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED", "CUDA error: out of memory",
     "MPS backend out of memory", "Invalid buffer size",
@@ -32,7 +32,9 @@ class Measured:
 
 
 def measure(trial: Callable[[], None], device: torch.device, need_less: Callable[[], bool], cure: str) -> Measured:
-    """Run `trial`, a pass that leaves nothing behind, and time it (again, where it is quick: the first warms up).
+    """Run `trial`, a pass that leaves nothing behind, and time it; where it is quick, the quickest of some.
+
+    The first warms up, and another program may be in the way of one.
 
     Where it does not fit into the device's memory, `need_less` takes the next way to need less, and it is tried again.
     Raises `Refused` (69) with the `cure` where no way is left.
@@ -40,9 +42,10 @@ def measure(trial: Callable[[], None], device: torch.device, need_less: Callable
     while (seconds := unless_too_large(lambda: timed(trial, device))) is None:
         if not need_less():
             raise TooLarge(f"a step does not fit into the memory of the {device.type} device: {cure}", 69)
-    if seconds < QUICK_S:
-        seconds = timed(trial, device)
-    return Measured(seconds, memory_mb(device))
+    times = [seconds]
+    while len(times) < TRIALS and sum(times) < PATIENCE_S:
+        times.append(timed(trial, device))
+    return Measured(min(times), memory_mb(device))
 
 
 def unless_too_large(compute: Callable[[], Found]) -> Found | None:
