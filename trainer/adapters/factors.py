@@ -146,8 +146,9 @@ def kernel_of(place: Place, module: Module, family: str) -> tuple[int, ...]:
 
 
 def dtype_of(module: Module) -> torch.dtype:
-    """The widest type of the module's factors; magnitudes are kept in fp32 beside them."""
-    dtypes = [tensor.dtype for slot, tensor in module.tensors.items() if slot != "dora_scale"]
+    """The widest type of the module's factors, at least half precision; magnitudes are kept in fp32 beside them."""
+    own = [tensor.dtype for slot, tensor in module.tensors.items() if slot != "dora_scale"]
+    dtypes = [dtype if dtype.itemsize > 1 else torch.float16 for dtype in own]
     found = dtypes[0]
     for dtype in dtypes[1:]:
         found = torch.promote_types(found, dtype)

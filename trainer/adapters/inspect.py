@@ -125,7 +125,8 @@ def norm(module: Module) -> float:
 
 
 def is_finite(module: Module) -> bool:
-    numbers_are_finite = all(bool(torch.isfinite(tensor).all()) for tensor in module.tensors.values())
+    numbers = (tensor if tensor.dtype.itemsize > 1 else tensor.float() for tensor in module.tensors.values())  # no fp8
+    numbers_are_finite = all(bool(torch.isfinite(tensor).all()) for tensor in numbers)
     return numbers_are_finite and bool(torch.isfinite(torch.tensor(module.scale)))
 
 
