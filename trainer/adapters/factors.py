@@ -175,6 +175,13 @@ def check_dora(name: str, adapter: Adapter, base: Weights | None) -> None:
         check_fit(name, adapter, base)
 
 
+def check_finite(name: str, adapter: Adapter) -> None:
+    """Raises `Refused` where a number of a module is not finite."""
+    found = next((place for place, module in adapter.modules.items() if not module.is_finite), None)
+    if found:
+        raise Refused(f"{name}: {found} holds numbers that are not finite; nothing can be computed with it")
+
+
 def check_biases(name: str, adapter: Adapter) -> None:
     """Raises `Refused` where a module changes a bias too, for which a LoRA has no place."""
     found = next((place for place, module in adapter.modules.items() if "diff_b" in module.tensors), None)
