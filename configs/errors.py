@@ -15,6 +15,11 @@ class Refused(Exception):  # noqa: N818  (a refusal is not a fault of the progra
         self.exit_code = exit_code
 
 
+def printable(text: str) -> str:
+    """The text on one line, without control characters, which in a stranger's file could steer the terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
 def nearest(name: str, known: list[str]) -> str:
     """` (did you mean X?)`, or nothing where no known name is near."""
     close = get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.6)

@@ -1,9 +1,11 @@
 """Baking against what diffusers paints with the adapter loaded, against PEFT's own merge, and in one file."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +296,7 @@ def test_what_does_not_fit_is_one_line_before_anything_is_written(tiny: Path, tm
     wide = Adapter({place: Module("lora", {"lora_down": torch.ones(2, 9), "lora_up": torch.ones(4, 2)}, None)})
     dora = {place: Module("lora", fits.modules[place].tensors | {"dora_scale": torch.ones(99, 1)}, None)}
     for adapter, undo, line in (
+        (Adapter({place: replace(fits.modules[place], alpha=math.nan)}), False, "x: .* numbers that are not finite"),
         (other, False, r"x: unet\.down_blocks\.7\.attentions\.0\.proj_in is not in the base; it is for another"),
         (wide, False, r"x: .* is 4 x 9 and the base's layer \d+ x \d+; it is for another base than .*base"),
         (Adapter(dora), False, r"DoRA magnitudes \(99, 1\)"),

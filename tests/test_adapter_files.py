@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,13 @@ from tiny import tiny_base
 
 from scumble.configs.errors import Refused
 from scumble.trainer.adapters.adapter import Adapter, Module, from_tensors, read_adapter, to_tensors
+from scumble.trainer.adapters.convert import convert
 from scumble.trainer.adapters.files import write_adapter
 from scumble.trainer.adapters.header import read_header
+from scumble.trainer.adapters.inspect import inspect
 from scumble.trainer.adapters.keys import Place
+from scumble.trainer.adapters.lowrank import Rule
+from scumble.trainer.adapters.resize import resize
 from scumble.trainer.models import EMBEDDED
 
 TARGETS = r".*\.attn[12]\.to_[qv]|.*\.resnets\.\d+\.conv[12]"
@@ -148,6 +153,26 @@ def test_what_is_not_whole_is_refused_by_name(name: str, line: str):
         from_tensors({name: torch.ones(2, 2)}, {}, "x")
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool])
+def test_factors_of_whole_numbers_are_no_adapters(dtype: torch.dtype):
+    stem = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    with pytest.raises(Refused, match=r"proj_in has a lora_(down|up) of (int32|bool), not of fractions"):
+        from_tensors({f"{stem}.lora_{end}.weight": torch.ones(2, 2, dtype=dtype) for end in ("down", "up")}, {}, "x")
+
+
+def test_numbers_of_eight_bits_are_read_and_computed_in_half_precision(tmp_path: Path):
+    stem, path = "lora_unet_mid_block_attentions_0_proj_in", tmp_path / "x.safetensors"
+    parts = {f"{stem}.lora_{end}.weight": torch.ones(2, 2).to(torch.float8_e4m3fn) for end in ("down", "up")}
+    save_file(parts, path)
+    report = inspect(path)
+    assert report.dtypes == ("float8_e4m3fn",) and not report.broken and list(report.norms.values()) == [4.0]
+    module = next(iter(resize(read_adapter(path), Rule(1), "x").adapter.modules.values()))
+    assert {tensor.dtype for tensor in module.tensors.values()} == {torch.float16}
+    with pytest.raises(Refused, match="`scumble adapter convert --dtype fp16` mends it"):
+        convert(path, "kohya", "", tmp_path / "y.safetensors")
+    convert(path, "kohya", "fp16", tmp_path / "y.safetensors")
+
+
 def raw(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
@@ -171,6 +196,7 @@ def entry(dtype: str = "F32", shape: object = (1,), offsets: object = (0, 4)) ->
         ({"a": entry()}, b"", None, "holds 0 bytes of tensors, its header tells of 4; copy or download it again"),
         ({"a": entry()}, b"0" * 9, None, "holds 9 bytes of tensors, its header tells of 4"),
         ({"a": entry(dtype="F31")}, b"0" * 4, None, "has the unknown type F31"),
+        ({"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, b"0" * 4, None, "has the unknown type"),
         ({"a": entry(shape=(-1,))}, b"0" * 4, None, "impossible shape or place"),
         ({"a": entry(shape=(2**62, 4))}, b"0" * 4, None, "not those of its shape"),
         ({"a": entry(shape=(True,))}, b"0" * 4, None, "impossible shape or place"),
@@ -194,6 +220,12 @@ def test_a_header_longer_than_any_real_one_is_not_read(tmp_path: Path):
         file.truncate(2**31 + 8)
     with pytest.raises(Refused, match="a header of 2,147,483,648 bytes"):
         read_header(path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(Refused, match="is no file"):
+        read_header(tmp_path / "x.safetensors")
 
 
 def test_the_header_is_that_of_safetensors_own_writer(tmp_path: Path):

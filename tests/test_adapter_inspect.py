@@ -159,13 +159,17 @@ def test_dead_and_broken_modules_are_named(tmp_path: Path):
     assert "1 modules are zero and do nothing" in text
 
 
-def test_what_strangers_wrote_reaches_the_terminal_as_plain_text(tmp_path: Path):
+def test_what_strangers_wrote_reaches_the_terminal_as_plain_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "x.safetensors"
     evil = {"modelspec.trigger_phrase": "[red]a[/] \x1b[2J\nb", "ss_tag_frequency": '{"a": [1]}'}
     save_file(tensors(), path, evil)
     text = shown(path)
     assert "[red]a[/]  [2J b" in text and "\x1b" not in text
     assert inspect(path).tags == ()
+    save_file({"\x1b[31m\nred": torch.ones(1)}, path)
+    with pytest.raises(SystemExit):
+        cli.main(["adapter", "inspect", str(path)])
+    assert capsys.readouterr().err == f"scumble: {path}: 1 of 1 keys are no adapter's, first  [31m red\n"
 
 
 def test_the_command_speaks_json_loads_no_diffusers_and_refuses_in_one_line(

@@ -13,7 +13,7 @@ from scumble.trainer.adapters.adapter import Adapter, Module, from_tensors, to_t
 from scumble.trainer.adapters.factors import Reduction
 from scumble.trainer.adapters.header import read_header
 from scumble.trainer.adapters.keys import Place
-from scumble.trainer.adapters.merge import Input, Recipe, fused, merge, rank_stabilised, seed_at
+from scumble.trainer.adapters.merge import METHODS, Input, Recipe, fused, merge, rank_stabilised, seed_at
 from scumble.trainer.adapters.provenance import metadata_of_result, write_result
 
 TO_K = Place("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k")
@@ -189,6 +189,8 @@ def test_half_precision_stays_what_it_was():
         ([Input("a", adapter(1, 2))], Recipe("linear", rank=4), "linear keeps all ranks; use --method svd"),
         ([Input("a", adapter(1, 2)), Input("b", Adapter({TO_K: lora(1, 8, 2, (768,))}))], Recipe(),
          r"attn2\.to_k has 24 x 768 and 8 x 768 in the inputs"),
+        *(([Input("a", adapter(1, 2)), Input("b", adapter(1, 2, float("nan")))], Recipe(method),
+           "b: .* holds numbers that are not finite; nothing can be computed") for method in METHODS),
         ([Input("a", Adapter({TO_K: DORA}))], Recipe(),
          r"a: unet\..*attn2.to_k is DoRA, whose change depends on its base; name it: --base FILE"),
     ],

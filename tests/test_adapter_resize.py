@@ -115,6 +115,12 @@ def test_an_impossible_rule_is_one_line(adapter: Adapter, rule: Rule, line: str)
         resize(adapter, rule, "x")
 
 
+def test_numbers_that_are_not_finite_are_refused_by_their_layer(adapter: Adapter):
+    spoiled = {slot: torch.full_like(tensor, math.inf) for slot, tensor in adapter.modules[TO_Q].tensors.items()}
+    with pytest.raises(Refused, match=r"x: unet\..* holds numbers that are not finite"):
+        resize(Adapter({TO_Q: Module("lora", spoiled, 4.0)}), Rule(4), "x")
+
+
 def test_a_dora_is_refused_with_what_to_do(adapter: Adapter):
     dora = Module("lora", adapter.modules[TO_Q].tensors | {"dora_scale": torch.ones(1, 40)}, 4.0)
     with pytest.raises(Refused, match=r"x: unet\..* is DoRA, whose change depends on its base; name it: --base FILE"):

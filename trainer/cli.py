@@ -14,7 +14,7 @@ from pydantic import ValidationError as PydanticError
 from scumble.captioning.commands import caption
 from scumble.captioning.commands_edit import captions
 from scumble.configs import files, reference
-from scumble.configs.errors import Refused, nearest
+from scumble.configs.errors import Refused, nearest, printable
 from scumble.configs.options import Model, Options, Previews, section
 
 from . import check
@@ -206,7 +206,7 @@ def _one_line(error: CycloptsError) -> str:
 
 def _stop(line: str, exit_code: int) -> None:
     with suppress(OSError):  # the terminal may be gone
-        print(f"scumble: {line}", file=sys.stderr, flush=True)
+        print(f"scumble: {printable(line)}", file=sys.stderr, flush=True)
     sys.exit(exit_code)
 
 

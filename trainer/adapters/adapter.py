@@ -90,6 +90,8 @@ def _module(
     if alpha is not None and alpha.numel() != 1:
         raise Refused(f"{where} has an alpha of {alpha.numel()} numbers")
     for slot, tensor in slots.items():
+        if not tensor.is_floating_point():
+            raise Refused(f"{where} has a {slot} of {str(tensor.dtype).removeprefix('torch.')}, not of fractions")
         if not tensor.numel() or (tensor.dim() < 2 and slot not in ("dora_scale", "diff_b")):
             raise Refused(f"{where} has a {slot} of the shape {tuple(tensor.shape)}, which is no matrix")
     module = Module(kind, slots, None if alpha is None else float(alpha))

@@ -16,7 +16,7 @@ import torch
 from scumble.configs.errors import Refused
 
 from .adapter import Adapter
-from .factors import check_biases
+from .factors import check_biases, check_finite
 from .fit import check_fit
 from .header import read_header
 from .keys import Place
@@ -159,6 +159,7 @@ def with_doses(tensor: torch.Tensor, hits: Sequence[tuple[int | None, Place]], d
 def check(weights: Weights, doses: Sequence[Dose], undo: bool) -> None:
     """Raises `Refused` where an adapter does not fit the base, or where what is to be undone cannot be."""
     for dose in doses:
+        check_finite(dose.name, dose.adapter)
         check_biases(dose.name, dose.adapter)
         found = next((place for place, module in dose.adapter.modules.items() if module.is_dora), None)
         if undo and found:

@@ -35,8 +35,9 @@ def convert(path: Path, dialect: str, dtype: str, out: Path, force: bool = False
         tensors = converted(adapter, dialect, DTYPES.get(dtype))
     except Refused as refused:
         raise Refused(f"{path}: {refused}") from None
-    overflown = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if overflown and dtype == "fp16":
+    halves = tensors if dtype == "fp16" else {}
+    overflown = [name for name, tensor in halves.items() if not torch.isfinite(tensor).all()]
+    if overflown:
         raise Refused(f"{out} was not written: {overflown[0]} has numbers that fp16 cannot hold; use --dtype bf16")
     return words_for_cut(write_adapter(tensors, metadata_for(adapter, dialect), out, force))
 

@@ -146,8 +146,9 @@ def kernel_of(place: Place, module: Module, family: str) -> tuple[int, ...]:
 
 
 def dtype_of(module: Module) -> torch.dtype:
-    """The widest type of the module's factors; magnitudes are kept in fp32 beside them."""
-    dtypes = [tensor.dtype for slot, tensor in module.tensors.items() if slot != "dora_scale"]
+    """The widest type of the module's factors, at least half precision; magnitudes are kept in fp32 beside them."""
+    own = [tensor.dtype for slot, tensor in module.tensors.items() if slot != "dora_scale"]
+    dtypes = [dtype if dtype.itemsize > 1 else torch.float16 for dtype in own]
     found = dtypes[0]
     for dtype in dtypes[1:]:
         found = torch.promote_types(found, dtype)
@@ -172,6 +173,13 @@ def check_dora(name: str, adapter: Adapter, base: Weights | None) -> None:
         raise Refused(f"{name}: {found} is DoRA, whose change depends on its base; name it: --base FILE")
     if found and base:
         check_fit(name, adapter, base)
+
+
+def check_finite(name: str, adapter: Adapter) -> None:
+    """Raises `Refused` where a number of a module is not finite."""
+    found = next((place for place, module in adapter.modules.items() if not module.is_finite), None)
+    if found:
+        raise Refused(f"{name}: {found} holds numbers that are not finite; nothing can be computed with it")
 
 
 def check_biases(name: str, adapter: Adapter) -> None:

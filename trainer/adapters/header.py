@@ -46,6 +46,8 @@ def read_header(path: Path) -> Header:
     """The checked header of a safetensors file. Raises `Refused` naming the file and what is wrong with it."""
     if path.is_dir():
         raise Refused(f"{path}: is a folder; name a .safetensors file in it")
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise Refused(f"{path}: is no file")
     try:
         with path.open("rb") as file:
             total = os.fstat(file.fileno()).st_size
@@ -101,7 +103,7 @@ def _entry(path: Path, name: str, told: object) -> Entry:
     whole = isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
     if not whole or not all(type(number) is int and 0 <= number < 2**63 for number in [*shape, *offsets]):
         raise Refused(f"{path}: tensor {_short(name)} has an impossible shape or place")
-    if dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise Refused(f"{path}: tensor {_short(name)} has the unknown type {_short(dtype)}")
     start, end = offsets
     if end - start != prod(shape) * ITEM_BYTES[dtype]:

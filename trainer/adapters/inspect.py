@@ -85,7 +85,7 @@ def inspect(path: Path) -> Report:
     """Look into an adapter of any dialect. Raises `Refused` where it is none."""
     tensors, metadata = read_named(path)
     adapter = from_tensors(tensors, metadata, str(path))
-    broken = tuple(place for place, module in adapter.modules.items() if not is_finite(module))
+    broken = tuple(place for place, module in adapter.modules.items() if not module.is_finite)
     norms = {place: norm(module) for place, module in adapter.modules.items() if place not in broken}
     factors = [tensor for module in adapter.modules.values() for tensor in module.tensors.values()]
     return Report(
@@ -122,11 +122,6 @@ def norm(module: Module) -> float:
     if known := factors_of(module):
         return _product_norm(known.up.double(), known.down.double())
     return float(module.delta().norm())
-
-
-def is_finite(module: Module) -> bool:
-    numbers_are_finite = all(bool(torch.isfinite(tensor).all()) for tensor in module.tensors.values())
-    return numbers_are_finite and bool(torch.isfinite(torch.tensor(module.scale)))
 
 
 def block_norms(norms: Mapping[Place, float]) -> dict[str, tuple[float, int]]:

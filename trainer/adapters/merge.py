@@ -22,6 +22,7 @@ from .factors import (
     change_of,
     check_biases,
     check_dora,
+    check_finite,
     collect,
     dtype_of,
     exact_rank,
@@ -95,6 +96,7 @@ def check(inputs: Sequence[Input], recipe: Recipe, base: Weights | None = None) 
     first = inputs[0]
     known = sorted({place.block for one in inputs for place in one.adapter.modules})
     for one in inputs:
+        check_finite(one.name, one.adapter)
         check_biases(one.name, one.adapter)
         check_dora(one.name, one.adapter, base)
         if one.adapter.family != first.adapter.family:

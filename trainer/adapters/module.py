@@ -6,7 +6,7 @@ scale * kron(w1, w2) (both Yeh et al. 2023, LyCORIS). DoRA keeps besides a magni
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 
 import torch
 
@@ -42,6 +42,12 @@ class Module:
     def is_dora(self) -> bool:
         """Whether its change depends on the base's weight too."""
         return "dora_scale" in self.tensors
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether it has neither an infinite number nor NaN."""
+        tensors = (tensor if tensor.dtype.itemsize > 1 else tensor.float() for tensor in self.tensors.values())
+        return isfinite(self.scale) and all(bool(torch.isfinite(tensor).all()) for tensor in tensors)  # knows no fp8
 
     @property
     def label(self) -> str:

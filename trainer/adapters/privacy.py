@@ -9,6 +9,8 @@ import json
 import re
 from collections.abc import Mapping
 
+from scumble.configs.errors import printable
+
 PICTURES = ("modelspec.thumbnail", "ssmd_cover_images")  # base64, in which slashes mean nothing
 LONGEST = 1024  # what is longer than paths are, is none
 HOMES = ("home", "users", "documents and settings")
@@ -40,7 +42,7 @@ def without_paths(metadata: Mapping[str, str]) -> tuple[dict[str, str], list[str
 
 def words_for_cut(names: list[str]) -> list[str]:
     """What a person is told of the entries that had a path: a line, or none."""
-    return [f"paths of a disk were cut out of its metadata: {', '.join(names)}"] if names else []
+    return [f"paths of a disk were cut out of its metadata: {printable(', '.join(names))}"] if names else []
 
 
 def last_part(path: str) -> str:

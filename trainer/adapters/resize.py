@@ -3,7 +3,7 @@
 from scumble.configs.errors import Refused
 
 from .adapter import Adapter
-from .factors import Reduced, Reduction, check_biases, check_dora, collect, kernel_of, reduced_change
+from .factors import Reduced, Reduction, check_biases, check_dora, check_finite, collect, kernel_of, reduced_change
 from .keys import Place
 from .lowrank import Rule
 from .progress import with_bar
@@ -17,6 +17,7 @@ def resize(adapter: Adapter, rule: Rule, name: str, base: Weights | None = None)
     without them and for impossible rules.
     """
     check(rule)
+    check_finite(name, adapter)
     check_biases(name, adapter)
     check_dora(name, adapter, base)
     modules: dict[Place, Reduced] = {}

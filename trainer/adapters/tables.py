@@ -8,6 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from scumble.configs.errors import printable
+
 from ..sizes import in_words
 from .inspect import (
     FAMILY_LABELS,
@@ -128,7 +130,7 @@ def not_whole(poor: Sequence[str], dialect: str) -> str:
 
 def safe(text: str, most: int = 400) -> Text:
     """Text of a stranger's file: no markup, no control characters, not endless."""
-    shown = "".join(letter if letter.isprintable() else " " for letter in text)
+    shown = printable(text)
     return Text(shown if len(shown) <= most else shown[: most - 1] + "…")
 
 

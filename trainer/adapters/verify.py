@@ -17,7 +17,7 @@ from scumble.configs.options import Model
 from ..models import load, recognise
 from .adapter import Adapter, from_tensors, read_named
 from .fit import misfits
-from .inspect import COMPONENT_LABELS, FAMILY_LABELS, beyond_diffusers, is_finite, network_of, poor_uis
+from .inspect import COMPONENT_LABELS, FAMILY_LABELS, beyond_diffusers, network_of, poor_uis
 from .trial import Trial, too_large, tried, tried_by_layers
 from .uis import Match, matches
 from .weights import Weights, find_weights
@@ -106,7 +106,7 @@ def _faults(adapter: Adapter, weights: Weights) -> Iterator[str]:
     for place, why in misfits(adapter, weights):
         yield f"{place}: {why}"
     for place, module in adapter.modules.items():
-        if not is_finite(module):
+        if not module.is_finite:
             yield f"{place}: holds numbers that are not finite"
         if module.is_dora and module.tensors["dora_scale"].shape[0] != 1:
             yield f"{place}: has DoRA magnitudes by outputs, which UIs compute otherwise; bake it into the base"
