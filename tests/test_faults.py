@@ -70,12 +70,28 @@ class Line:
         return (self.weight * batch["x"] - 1).pow(2) * batch["weight"]
 
 
-def update_of(broken: Sequence[int] = (), fits: int = 1000) -> tuple[Update, Line, list[str]]:
+class Halved(Accelerator):
+    """What accelerate does in fp16, on the CPU, for which it does not offer it."""
+
+    def __init__(self, scale: float):
+        super().__init__(cpu=True)
+        self.scaler, self.native_amp = torch.amp.GradScaler("cpu", init_scale=scale), True
+
+    @property
+    def mixed_precision(self) -> str:
+        return "fp16"
+
+
+def update_of(
+    broken: Sequence[int] = (), fits: int = 1000, accelerator: Accelerator | None = None
+) -> tuple[Update, Line, list[str]]:
     weight, said = torch.nn.Parameter(torch.tensor(0.1)), []
     line = Line(weight, broken, fits)
     flat = Flat([[weight]])
     optimizer = make_optimizer("adamw", grouped([(0.01, [weight])]), 0.0, flat)
-    update = Update(Accelerator(cpu=True), Passes(line, flat), {"w": weight}, flat, optimizer, 1.0, 0.0, said.append)
+    accelerator = accelerator or Accelerator(cpu=True)
+    passes = Passes(line, flat, accelerator.backward)
+    update = Update(accelerator, passes, {"w": weight}, flat, optimizer, 1.0, 0.0, said.append)
     return update, line, said
 
 
@@ -91,6 +107,25 @@ def test_a_step_that_is_not_finite_is_left_out_and_some_in_a_row_halve_the_rate(
     left_out = [f"step {step}: the loss is not finite; the step is left out" for step in (3, 4, 5)]
     left_out[-1] += f", and after {HALVED_AFTER} such in a row the rate is halved"
     assert said == left_out
+
+
+def test_a_scaled_loss_gives_the_same_steps_and_an_overflow_is_left_out_and_scaled_less():
+    plain, line, _ = update_of()
+    scaled, other, said = update_of(accelerator=Halved(1024.0))
+    for step in range(4):  # gradients above 1, so clipping counts
+        outcomes = [update.take(step, [[0, 1], [2]], 1.0) for update in (plain, scaled)]
+        assert outcomes[0] == outcomes[1]
+        torch.testing.assert_close(other.weight, line.weight, rtol=1e-6, atol=0)
+    again, third, _ = update_of(accelerator=Halved(1.0))
+    again.restore(scaled.tensors(), scaled.optimizer_state())
+    assert again.optimizer_state()["scaler"] == scaled.optimizer_state()["scaler"]
+    large, fourth, said = update_of(accelerator=Halved(3e38))
+    before = float(fourth.weight)
+    assert large.take(0, [[0, 1], [2]], 1.0).broken == "" and float(fourth.weight) == before
+    assert large.optimizer_state()["scaler"]["scale"] == pytest.approx(1.5e38) and said == []
+    for update, weight in ((scaled, other.weight), (again, third.weight)):
+        update.take(4, [[0, 1], [2]], 1.0)
+        assert float(weight) == float(other.weight)
 
 
 def test_a_run_whose_steps_stay_broken_stops():
