@@ -148,6 +148,12 @@ def test_bad_places_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Captu
     assert "model_index.json" in refused("--base", f"{tmp_path}/empty", "--out", f"{tmp_path}/a.png")[1]
     code, line = refused("--out", f"{tmp_path}/there.png/a.png")
     assert code == 73 and "cannot be written" in line
+    assert refused("--out", f"{tmp_path}/a.txt")[1].endswith("a.txt: give a name that ends in .png\n")
+    assert "--strengths: name adapter files" in refused("--strengths", "1", "--out", f"{tmp_path}/a.png")[1]
+    assert (
+        "--strengths: give at least one value; where the first begins with a minus, write --strengths=-0.5,1"
+        in (refused("--strengths", "-1,0", "--out", f"{tmp_path}/a.png")[1])
+    )
     assert refused("--prompt-file", f"{tmp_path}/none.txt", "--out", f"{tmp_path}/a.png")[0] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "there.png"]
 
