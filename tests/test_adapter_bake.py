@@ -324,8 +324,12 @@ def test_an_existing_place_needs_force_and_a_folder_of_something_else_is_never_r
         bake(tiny, tmp_path / "mine", doses, force=True)
     with pytest.raises(Refused, match=r"a folder, and so is what is written; give a name without \.safetensors"):
         bake(tiny, tmp_path / "x.safetensors", doses)
-    with pytest.raises(Refused, match="is the base itself"):
-        bake(tiny, tiny, doses, force=True)
+    shutil.copytree(tiny, tmp_path / "outer")
+    shutil.copytree(tiny, tmp_path / "outer/inner")
+    for base in (tmp_path / "outer", tmp_path / "outer/inner"):
+        with pytest.raises(Refused, match="is the base itself, or holds it"):
+            bake(base, tmp_path / "outer", doses, force=True)
+    shutil.rmtree(tmp_path / "outer")
     assert (tmp_path / "mine/diary.txt").read_text() == "dear diary"
     shutil.copytree(tiny, tmp_path / "base")
     (tmp_path / "base/unet/diffusion_pytorch_model.bin").write_bytes(b"pickle")

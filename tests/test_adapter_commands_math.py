@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cyclopts import App
+from cyclopts import App, CycloptsError
 from safetensors import safe_open
 
 from scumble.configs.errors import Refused
@@ -70,11 +70,11 @@ def test_a_large_exact_sum_is_refused_with_its_file_and_both_sizes_unless_it_is_
     for name, module in (("whole", Module("lokr", whole, None)), ("small", loha(rank=4))):
         write_adapter(to_tensors(Adapter({place: module})), {}, tmp_path / f"{name}.safetensors")
     line = (
-        r"whole is LoKr: the exact sum has whole layers, 13\.1 MB; cut to rank 32 it is 328 kB: "
+        r"whole\.safetensors is LoKr: the exact sum has whole layers, 13\.1 MB; cut to rank 32 it is 328 kB: "
         "use --method svd --rank 32, or --method linear to have it whole"
     )
     files = tmp_path / "small.safetensors", tmp_path / "whole.safetensors"
-    with pytest.raises(Refused, match=f"^{line}$"):
+    with pytest.raises(Refused, match=rf"/{line}$"):
         run("merge", *files, "--out", out)
     assert not out.exists()
     run("merge", *files, "--out", out, "--method", "svd", "--rank", 32)
@@ -143,6 +143,17 @@ def test_what_is_baked_is_extracted_again_and_can_be_taken_out(folder: Path, cap
         (["merge", "a", "--out", "x.safetensors", "--weights", "x"], "--weights x: must be numbers, such as 0.7 0.5"),
         (["merge", "a", "--out", "x.safetensors", "--blocks", "3:text=1"], "--blocks 3:text=1: write BLOCK=FACTOR"),
         (["merge", "a", "--out", "x.safetensors", "--blocks", "text=much"], "--blocks text=much: write BLOCK=FACTOR"),
+        (["merge", "a", "--out", "x.safetensors", "--blocks", "text=inf"], "--blocks text=inf: write BLOCK=FACTOR"),
+        (["merge", "a", "--out", "x.safetensors", "--blocks", "0:text=1"], "--blocks 0:text=1: write BLOCK=FACTOR"),
+        (
+            ["merge", "a", "--out", "x.safetensors", "--blocks", "text=1,text=0"],
+            "text=0: text has been given 1",
+        ),
+        (["merge", "a", "--out", "x.safetensors", "--density", "0.3"], r"--density 0\.3: linear keeps all values; use"),
+        (["merge", "a", "--out", "x.safetensors", "--method", "ties", "--seed", "1"], "--seed 1: ties draws nothing"),
+        (["merge", "a", "--out", "/dev/null/x.safetensors"], r"x\.safetensors: cannot be written \(Not a directory\)"),
+        (["merge", "x.safetensors", "--out", "x.safetensors", "--force"], "--out x.safetensors: is what is read"),
+        (["bake", "x/a", "--base", "sketch", "--out", "x", "--force"], "--out x: holds what is read; choose another"),
         (["resize", "a", "--out", "x.pt"], r"--out x\.pt: give a name that ends in \.safetensors"),
         (["bake", "a", "--base", "sketch", "--out", "x", "--strengths", "nan"], "--strengths nan: use a finite number"),
     ],
@@ -150,6 +161,16 @@ def test_what_is_baked_is_extracted_again_and_can_be_taken_out(folder: Path, cap
 def test_what_is_told_wrongly_is_one_line_before_a_file_is_read(arguments: list[str], line: str):
     with pytest.raises(Refused, match=line):
         run(*arguments)
+
+
+def test_factors_of_one_file_go_before_those_of_all_in_any_order():
+    for told in (["2:text=0", "text=0.5", "mid_block=2"], ["text=0.5,2:text=0,mid_block=2"]):
+        assert commands_math.block_factors(told, 2) == [{"text": 0.5, "mid_block": 2}, {"text": 0, "mid_block": 2}]
+
+
+def test_a_flag_without_its_numbers_is_refused(folder: Path):
+    with pytest.raises(CycloptsError, match="requires at least 1 element"):
+        run("merge", folder / "clay.safetensors", "--weights", "--out", folder / "no.safetensors")
 
 
 def test_files_are_worked_on_without_diffusers(folder: Path):

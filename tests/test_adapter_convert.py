@@ -140,7 +140,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(tmp_path: Path, capsys: pyte
     save_file({f"{stem}.lokr_w1": torch.ones(2, 2), f"{stem}.lokr_w2": torch.ones(2, 2)}, tmp_path / "k.safetensors")
     (tmp_path / "there.safetensors").write_bytes(b"mine")
     source, out = str(tmp_path / "big.safetensors"), ("--out", str(tmp_path / "out.safetensors"))
-    assert "is a file that is read" in refused(source, "--to", "kohya", "--out", source)
+    assert "is what is read; choose another" in refused(source, "--to", "kohya", "--out", source)
     assert "exists: choose another --out, or --force" in refused(
         source, "--to", "kohya", "--out", str(tmp_path / "there.safetensors")
     )

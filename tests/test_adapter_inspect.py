@@ -145,6 +145,17 @@ def test_the_longest_names_of_blocks_leave_room_for_whole_bars_on_80_columns(tmp
     assert "2,000" in "".join(lines) and max(map(len, lines)) <= 80
 
 
+def test_of_many_ranks_the_smallest_and_the_largest_are_told(tmp_path: Path):
+    parts = {}
+    for rank in range(1, 12):
+        stem = TEXT.replace("5", str(rank - 1))
+        parts |= {f"{stem}.lora_down.weight": numbers(rank, 32), f"{stem}.lora_up.weight": numbers(64, rank)}
+    save_file(parts, tmp_path / "x.safetensors")
+    assert "1 to 11 (11 different)  none (scale 1)" in shown(tmp_path / "x.safetensors", width=80)
+    save_file(tensors(), tmp_path / "x.safetensors")
+    assert "UNet                     1  4" in shown(tmp_path / "x.safetensors", width=80)
+
+
 def test_dead_and_broken_modules_are_named(tmp_path: Path):
     path = tmp_path / "x.safetensors"
     parts = tensors()

@@ -1,5 +1,6 @@
 """Previews: diffusers' own pictures, the same in any batch, on a labelled grid."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Network, Previews
 from scumble.trainer import cli, compare, preview
-from scumble.trainer.adapters.adapter import read_adapter
+from scumble.trainer.adapters.adapter import Adapter, read_adapter
 from scumble.trainer.adapters.files import write_adapter
 from scumble.trainer.adapters.keys import text_key, unet_key
 from scumble.trainer.adapters.wear import worn
@@ -86,14 +87,26 @@ def test_a_grid_has_each_picture_in_its_place_with_room_for_its_label():
     long = "a label that is much too long for its picture"
     sheet = preview.grid([[red, green], [blue]], [["one", long], ["three"]])
     gap, line_px = preview.GAP_PX, int(11 * 1.7)
-    assert sheet.size == (2 * (64 + gap) + gap, 2 * (48 + line_px + gap) + gap)
+    assert sheet.size == (2 * (64 + gap) + gap, 2 * (48 + line_px + gap) + gap + 2 * line_px)  # a label of three lines
     assert sheet.getpixel((gap, gap)) == (255, 0, 0)
     assert sheet.getpixel((2 * gap + 64, gap)) == (0, 128, 0)
-    assert sheet.getpixel((gap, 2 * gap + 48 + line_px)) == (0, 0, 255)
+    assert sheet.getpixel((gap, 2 * gap + 48 + 3 * line_px)) == (0, 0, 255)
     label = np.asarray(sheet.crop((gap, gap + 48, gap + 64, gap + 48 + line_px)))
     assert label.min() < 100  # ink
     between = np.asarray(sheet.crop((64 + gap, 0, 64 + 2 * gap, sheet.height)))
     assert between.min() == 255  # a long label does not run into its neighbour
+
+
+def test_long_labels_are_wrapped_between_words_and_only_their_end_is_cut():
+    def lines(label: str) -> list[str]:
+        return preview.wrapped(label, 11, 128)[0]
+
+    assert lines("owl, clay style") == ["owl, clay style"] and lines("") == [""]
+    long = "photo of a woman, clay style, in a garden by the sea at dusk"
+    assert " ".join(lines(long)) == long and 1 < len(lines(long)) <= preview.LABEL_LINES
+    longer = lines(f"{long}, {long}")
+    assert len(longer) == preview.LABEL_LINES and longer[:2] == lines(long)[:2] and longer[2].endswith("…")
+    assert lines("x" * 90)[0].endswith("…")
 
 
 def test_rows_of_a_grid_have_their_label_at_the_left():
@@ -148,6 +161,12 @@ def test_bad_places_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Captu
     assert "model_index.json" in refused("--base", f"{tmp_path}/empty", "--out", f"{tmp_path}/a.png")[1]
     code, line = refused("--out", f"{tmp_path}/there.png/a.png")
     assert code == 73 and "cannot be written" in line
+    assert refused("--out", f"{tmp_path}/a.txt")[1].endswith("a.txt: give a name that ends in .png\n")
+    assert "--strengths: name adapter files" in refused("--strengths", "1", "--out", f"{tmp_path}/a.png")[1]
+    assert (
+        "--strengths: give at least one value; where the first begins with a minus, write --strengths=-0.5,1"
+        in (refused("--strengths", "-1,0", "--out", f"{tmp_path}/a.png")[1])
+    )
     assert refused("--prompt-file", f"{tmp_path}/none.txt", "--out", f"{tmp_path}/a.png")[0] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "there.png"]
 
@@ -245,6 +264,22 @@ def test_a_row_is_a_file_at_a_strength_and_a_column_a_prompt(tmp_path: Path):
     assert np.array_equal(rows[0][:side, : plain.width], np.asarray(plain)[:side])  # 0 is the base alone, once
     assert compare.names_of([file, again])[1] == "b/it"
     assert len(compare.names_of([Path("x" * 90 + ".safetensors")])[0]) == compare.LABEL_LETTERS
+
+
+def test_without_prompts_an_adapters_own_words_are_painted():
+    tags = json.dumps({"a": {"owl": 1, "clay style": 3}, "b": {"clay style": 2, "tree": 2}})
+    told = [
+        {"modelspec.trigger_phrase": "zwx --w 9\x1b"},
+        {"ss_tag_frequency": tags},
+        {},
+        {"ss_tag_frequency": "{"},
+    ]
+    assert [compare.words_of(Adapter({}, metadata)) for metadata in told] == ["zwx  w 9", "clay style", "", ""]
+    assert compare.words_of(Adapter({}, {"ss_tag_frequency": json.dumps({"a": {"owl": 1, "tree": 1}})})) == ""
+    twice = [Adapter({}, told[1])] * 2
+    assert compare.prompts_of(twice) == ["clay style", "red apple, clay style", "castle, clay style"]
+    assert compare.prompts_of([Adapter({})]) == ["red apple", "castle"]
+    assert compare.strengths_of(["1,0.5", "1"]) == [1, 0.5]
 
 
 def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError, ValidationError
+from cyclopts.exceptions import ConsumeMultipleError
 from pydantic import ValidationError as PydanticError
 
 from scumble.captioning.commands import caption
@@ -20,6 +21,7 @@ from scumble.configs.options import Model, Options, Previews, section
 from . import check
 from .adapters.commands import adapter
 from .cache_commands import cache
+from .outputs import check_out
 from .run_commands import register
 from .run_folder import OPTIONS, is_run, name_of_set, status_of
 
@@ -108,7 +110,7 @@ def preview(
         list[str] | None,
         Parameter(
             help="Strengths of the adapters, behind the files; none: 0 0.5 0.8 1 1.2",
-            consume_multiple=True,
+            consume_multiple=1,
             negative="",
         ),
     ] = None,
@@ -121,8 +123,9 @@ def preview(
         "previews": previews.model_dump(exclude_unset=True),
     }
     options = files.resolve(flags=flags)
-    if out.exists() and not force:
-        raise Refused(f"{out} exists: choose another --out, or --force to write over it")
+    check_out(out, ".png", force, *adapters)
+    if strengths and not adapters:
+        raise Refused("--strengths: name adapter files, before it")
     for prompt in options.previews.prompts:
         if prompt.endswith(".safetensors"):
             raise Refused(f"--prompts {prompt}: is a file, not a prompt; name adapter files before --prompts")
@@ -199,6 +202,9 @@ def _one_line(error: CycloptsError) -> str:
         return f"{flag}: no such option of this command{close}; --help lists its own, `scumble options` all"
     if isinstance(error, UnusedCliTokensError):
         return f"{' '.join(error.unused_tokens or ())}: too much; --help shows what the command takes"
+    if isinstance(error, ConsumeMultipleError) and error.argument:
+        flag = error.argument.name
+        return f"{flag}: give at least one value; where the first begins with a minus, write {flag}=-0.5,1"
     if isinstance(error, ValidationError) and isinstance(error.__cause__, PydanticError):
         return str(files.refusal(error.__cause__, files.as_flag))
     return " ".join(str(error).split())

@@ -10,23 +10,25 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from scumble.configs.errors import Refused
+from scumble.configs.errors import Refused, printable
 from scumble.configs.options import Model, Previews
 
 from .adapters.adapter import Adapter, read_adapter
 from .adapters.fit import check_fit
-from .adapters.inspect import beyond_diffusers, network_of
+from .adapters.inspect import beyond_diffusers, network_of, tag_counts
 from .adapters.progress import with_bar
 from .adapters.wear import worn
 from .adapters.weights import find_weights
 from .machine import best_device
 from .models import Base, Source, load, recognise
 from .preview import cell, default_cfg, grid, paint, write_picture
-from .prompts import SHOWN_PROMPTS, Shot, shots_of
+from .prompts import SHOWN_WORDS, Shot, shots_of
 
 STRENGTH_LIMIT = 10.0
 STRENGTHS = ("0", "0.5", "0.8", "1", "1.2")
 LABEL_LETTERS = 32  # of a file's name
+THINGS = SHOWN_WORDS[0], SHOWN_WORDS[4]  # a small thing and a scene
+MOST_LETTERS = 200  # of words that are taken from metadata
 LOADED = "compared"
 
 
@@ -42,7 +44,7 @@ def compare(files: Sequence[Path], model: Model, previews: Previews, strengths: 
     source = recognise(model)
     for file, adapter in zip(files, adapters, strict=True):
         check_paintable(file, adapter, source)
-    shots = shots_of(previews, None, SHOWN_PROMPTS, default_cfg(model.base))
+    shots = shots_of(previews, None, prompts_of(adapters), default_cfg(model.base))
     base = load(model, source, torch.device(best_device()), torch.float32)
     amounts = [strength for strength in strengths if strength]
     alone = len(amounts) < len(strengths)
@@ -75,8 +77,22 @@ def paint_strengths(
     base.pipeline.unload_lora_weights()
 
 
+def prompts_of(adapters: Sequence[Adapter]) -> list[str]:
+    """What is painted where no prompt is named: each adapter's own words alone, and with two things."""
+    words = dict.fromkeys(filter(None, map(words_of, adapters)))
+    return [prompt for own in words for prompt in (own, *(f"{thing}, {own}" for thing in THINGS))] or list(THINGS)
+
+
+def words_of(adapter: Adapter) -> str:
+    """An adapter's trigger, or the tag that most of its captions have, or nothing."""
+    ranked = [*tag_counts(adapter.metadata).most_common(2), ("", 1), ("", 1)]
+    shared = ranked[0][0] if ranked[0][1] > ranked[1][1] else ""
+    words = adapter.metadata.get("modelspec.trigger_phrase") or shared
+    return printable(words).replace("--", " ").strip()[:MOST_LETTERS]  # a stranger's flags would set sizes
+
+
 def strengths_of(told: Sequence[str]) -> list[float]:
-    """`0,0.5,1`, with commas or spaces between -> numbers.
+    """`0,0.5,1`, with commas or spaces between -> numbers, each once.
 
     Raises `Refused` where one is none, or is beyond what any UI offers.
     """
@@ -89,7 +105,7 @@ def strengths_of(told: Sequence[str]) -> list[float]:
         raise Refused(
             f"--strengths {text}: must be numbers from -{STRENGTH_LIMIT:g} to {STRENGTH_LIMIT:g}, such as 0,0.5,1"
         )
-    return strengths
+    return list(dict.fromkeys(strengths))
 
 
 def base_of(files: Sequence[Path], adapters: Sequence[Adapter]) -> str:

@@ -33,6 +33,7 @@ SAMPLERS = {
 EMBEDDINGS = "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
 BATCH = 8
 GAP_PX = 8
+LABEL_LINES = 3  # of a prompt below its picture, at most
 CELL_PX = range(128, 385)  # longer side of a picture on a grid
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
@@ -179,18 +180,19 @@ def grid(
     """Rows of pictures, a label below each (none where `below` has an empty row) and one at the left of each row."""
     width = max(picture.width for row in rows for picture in row)
     height = max(picture.height for row in rows for picture in row)
-    text_px = max(11, width // 12)
+    text_px = max(11, width // 18)
     line_px = int(text_px * 1.7)
     names = [lettered(label, text_px) for label in left]
     margin = int(max((font.getlength(label) for label, font in names), default=0)) + (GAP_PX if left else 0)
+    texts = [[wrapped(label, text_px, width) for label in labels] for labels in below]
     tops, top = [], GAP_PX
-    for labels in below:
+    for labels in texts:
         tops.append(top)
-        top += height + (line_px if labels else 0) + GAP_PX
+        top += height + line_px * max((len(lines) for lines, _ in labels), default=0) + GAP_PX
     columns = max(map(len, rows))
     sheet = Image.new("RGB", (margin + columns * (width + GAP_PX) + GAP_PX, top), PAPER)
     pen = ImageDraw.Draw(sheet)
-    for number, (row, labels, top) in enumerate(zip(rows, below, tops, strict=True)):
+    for number, (row, labels, top) in enumerate(zip(rows, texts, tops, strict=True)):
         if left:
             name, font = names[number]
             pen.text((GAP_PX, top + height / 2), name, INK, font, anchor="lm")
@@ -198,10 +200,26 @@ def grid(
             x = margin + GAP_PX + column * (width + GAP_PX)
             sheet.paste(picture, (x + (width - picture.width) // 2, top + (height - picture.height) // 2))
             if labels:
-                label, font = lettered(labels[column], text_px)
-                shown = shortened(label, font, width)
-                pen.text((x + width / 2, top + height + line_px / 2), shown, INK, font, anchor="mm")
+                lines, font = labels[column]
+                for line, shown in enumerate(lines):
+                    pen.text((x + width / 2, top + height + line_px * (line + 0.5)), shown, INK, font, anchor="mm")
     return sheet
+
+
+def wrapped(label: str, text_px: int, width_px: int) -> tuple[list[str], Font]:
+    """The label in as many lines as it needs, at most LABEL_LINES, the last of them cut with …; and their font."""
+    shown, font = lettered(label, text_px)
+    lines, words = [""], shown.split()
+    for number, word in enumerate(words):
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or font.getlength(longer) <= width_px:
+            lines[-1] = longer
+        elif len(lines) < LABEL_LINES:
+            lines.append(word)
+        else:
+            lines[-1] = " ".join([lines[-1], *words[number:]])
+            break
+    return [shortened(line, font, width_px) for line in lines], font
 
 
 def shortened(label: str, font: Font, width_px: int) -> str:

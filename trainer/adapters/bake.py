@@ -47,8 +47,8 @@ def bake(base: Path, out: Path, doses: Sequence[Dose], undo: bool = False, force
     check(weights, doses, undo)
     if out.exists() and not force:
         raise Refused(f"{out} exists: choose another name, or --force to write over it")
-    if out.resolve() == base.resolve():
-        raise Refused(f"{out} is the base itself: choose another name")
+    if base.resolve().is_relative_to(out.resolve()):
+        raise Refused(f"{out} is the base itself, or holds it: choose another name")
     doses = [Dose(dose.name, dose.adapter, -dose.strength if undo else dose.strength) for dose in doses]
     if base.is_dir():
         if out.suffix == ".safetensors":

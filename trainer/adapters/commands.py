@@ -9,7 +9,8 @@ from cyclopts import App, Parameter
 from scumble.configs.errors import Refused
 
 from ..check import SERIOUS
-from .commands_math import Force, bake, check_out, extract, merge, resize, tell
+from ..outputs import check_out
+from .commands_math import SUFFIX, Force, bake, extract, merge, resize, tell
 
 adapter = App(name="adapter", help="Look into finished adapter files, and change them.", help_format="plaintext")
 
@@ -57,7 +58,7 @@ def convert(
     Its metadata is kept, but for paths of a disk.
     """
     target = out or file.with_name(f"{file.stem}-{to}.safetensors")
-    check_out(target, force, file)
+    check_out(target, SUFFIX, force, file)
     from .convert import convert as converted
 
     tell(converted(file, to, dtype or "", target, force))

@@ -1,5 +1,6 @@
 """Commands that compute adapters: merge, resize, extract, bake. Torch is imported when one of them runs."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -7,8 +8,10 @@ from cyclopts import Parameter
 
 from scumble.configs.errors import Refused
 
+from ..outputs import check_out, check_place
 from ..sizes import in_words
 
+SUFFIX = ".safetensors"
 Method = Literal["linear", "svd", "ties", "dare", "dare_ties"]
 OutFile = Annotated[Path, Parameter(help="File to write, .safetensors")]
 Force = Annotated[bool, Parameter(help="Write over what is there", negative="", show_default=False)]
@@ -16,7 +19,7 @@ DoraBase = Annotated[str, Parameter(help="Only for DoRA: its base, a folder, a h
 Strengths = Annotated[
     list[str] | None,
     Parameter(
-        help="Strength of each adapter, in their order, such as 0.7 0.5; none: 1", consume_multiple=True, negative=""
+        help="Strength of each adapter, in their order, such as 0.7 0.5; none: 1", consume_multiple=1, negative=""
     ),
 ]
 
@@ -29,7 +32,7 @@ def merge(
         list[str] | None,
         Parameter(
             help="Factors in some blocks, as up_blocks.1=0.5 for all files or 2:text=0 for the second",
-            consume_multiple=True,
+            consume_multiple=1,
             negative="",
         ),
     ] = None,
@@ -40,8 +43,8 @@ def merge(
         ),
     ] = None,
     rank: Annotated[int, Parameter(help="Rank of the result, but for linear; 0: the largest of the files'")] = 0,
-    density: Annotated[float, Parameter(help="Share of values that ties and dare keep")] = 0.5,
-    seed: Annotated[int, Parameter(help="Draws of dare")] = 0,
+    density: Annotated[float | None, Parameter(help="Share of values that ties and dare keep; none: 0.5")] = None,
+    seed: Annotated[int | None, Parameter(help="Draws of dare; none: 0")] = None,
     rslora: Annotated[
         bool, Parameter(help="Read alphas as rank-stabilised: alpha / √rank", negative="", show_default=False)
     ] = False,
@@ -51,7 +54,8 @@ def merge(
     """Merge adapters into one LoRA."""
     if not files:
         raise Refused("adapter merge: name at least one adapter file")
-    check_out(out, force, *files)
+    check_out(out, SUFFIX, force, *files)
+    check_used(method or "linear", density, seed)
     strengths = as_many(weights, files, "--weights")
     factors = block_factors(blocks or [], len(files))
     from .adapter import read_adapter
@@ -61,8 +65,8 @@ def merge(
     from .weights import find_weights
 
     adapters = [rank_stabilised(read_adapter(file)) if rslora else read_adapter(file) for file in files]
-    inputs = [Input(*one) for one in zip([file.stem for file in files], adapters, strengths, factors, strict=True)]
-    recipe = Recipe(method or "linear", rank, density, seed)
+    inputs = [Input(*one) for one in zip(map(str, files), adapters, strengths, factors, strict=True)]
+    recipe = Recipe(method or "linear", rank, 0.5 if density is None else density, seed or 0)
     dora_base = find_weights(place_of_base(base)) if base else None
     if not method:
         check(inputs, recipe, dora_base)
@@ -70,9 +74,9 @@ def merge(
     result = merged(inputs, recipe, dora_base)
     parts = zip(files, strengths, factors, strict=True)
     parents = ", ".join(f"{file.stem} x {weight:g}{_told(table)}" for file, weight, table in parts)
-    how = recipe.method if recipe.method in ("linear", "svd") else f"{method}, density {density:g}"
+    how = recipe.method if recipe.method in ("linear", "svd") else f"{method}, density {recipe.density:g}"
     tell(write_result(result, adapters, out, f"merged with scumble ({how}): {parents}", force))
-    if recipe.method.startswith("dare") and density < 1:
+    if recipe.method.startswith("dare") and recipe.density < 1:
         print("dare drops values at random by design and keeps their mean: most of an error above is that noise")
 
 
@@ -88,7 +92,7 @@ def resize(
     force: Force = False,
 ) -> None:
     """Give an adapter a smaller rank: one for all layers, or for each the least that keeps enough."""
-    check_out(out, force, file)
+    check_out(out, SUFFIX, force, file)
     from .adapter import read_adapter
     from .lowrank import Rule
     from .provenance import write_result
@@ -96,7 +100,7 @@ def resize(
     from .weights import find_weights
 
     adapter = read_adapter(file)
-    result = resized(adapter, Rule(rank, energy, ratio), file.stem, find_weights(place_of_base(base)) if base else None)
+    result = resized(adapter, Rule(rank, energy, ratio), str(file), find_weights(place_of_base(base)) if base else None)
     told = [f"{name} {value:g}" for name, value in (("rank", rank), ("energy", energy), ("ratio", ratio)) if value]
     comment = f"resized with scumble ({', '.join(told)}): {file.stem}"
     tell(write_result(result, [adapter], out, comment, force))
@@ -119,7 +123,7 @@ def extract(
     force: Force = False,
 ) -> None:
     """Make a LoRA of what fine-tuning changed in a model."""
-    check_out(out, force, tuned, Path(base))
+    check_out(out, SUFFIX, force, tuned, Path(base))
     import torch
 
     from scumble.configs.options import Model
@@ -152,6 +156,7 @@ def bake(
     """Add adapters into a base for good, or take them out again."""
     if not files:
         raise Refused("adapter bake: name at least one adapter file")
+    check_place(out, *files)
     amounts = as_many(strengths, files, "--strengths")
     from .adapter import read_adapter
     from .bake import Dose
@@ -163,14 +168,12 @@ def bake(
     print(f"wrote {out}: {in_words(sum(file.stat().st_size for file in files_out if file.is_file()))}")
 
 
-def check_out(out: Path, force: bool, *sources: Path) -> None:
-    """Raises `Refused` for a place that would be refused after the work, and for one of the files that are read."""
-    if out.suffix != ".safetensors":
-        raise Refused(f"--out {out}: give a name that ends in .safetensors")
-    if any(out.resolve() == source.resolve() for source in sources):
-        raise Refused(f"--out {out}: is a file that is read; choose another name")
-    if out.exists() and not force:
-        raise Refused(f"{out} exists: choose another --out, or --force to write over it")
+def check_used(method: str, density: float | None, seed: int | None) -> None:
+    """Raises `Refused` for numbers of methods against interference that another method would pass over."""
+    if density is not None and method in ("linear", "svd"):
+        raise Refused(f"--density {density:g}: {method} keeps all values; use --method ties, dare or dare_ties")
+    if seed is not None and not method.startswith("dare"):
+        raise Refused(f"--seed {seed}: {method} draws nothing; use --method dare or dare_ties")
 
 
 def as_many(told: list[str] | None, files: tuple[Path, ...], flag: str) -> list[float]:
@@ -184,24 +187,32 @@ def as_many(told: list[str] | None, files: tuple[Path, ...], flag: str) -> list[
     if len(numbers) != len(files):
         raise Refused(f"{flag}: {len(numbers)} numbers for {len(files)} files; give one each")
     for number in numbers:
-        if not abs(number) < float("inf"):
+        if not math.isfinite(number):
             raise Refused(f"{flag} {number:g}: use a finite number")
     return numbers
 
 
 def block_factors(told: list[str], num_files: int) -> list[dict[str, float]]:
-    """`up_blocks.1=0.5` for all files and `2:text=0` for the second -> a table of factors for each file."""
-    factors: list[dict[str, float]] = [{} for _ in range(num_files)]
-    for one in told:
-        number, colon, rest = one.rpartition(":")
-        block, _, factor = rest.partition("=")
+    """`up_blocks.1=0.5` for all files and `2:text=0` for the second, which goes before it -> a table for each file.
+
+    With spaces or commas between. Raises `Refused` where one cannot be read or is told twice.
+    """
+    factors: dict[tuple[int, str], float] = {}  # by number of the file, 0 for all, and block
+    for one in ",".join(told).split(",") if told else []:
+        number, colon, rest = one.strip().rpartition(":")
+        block, _, text = rest.partition("=")
         try:
-            chosen = factors if not colon else [factors[range(1, num_files + 1).index(int(number))]]
-            for table in chosen:
-                table[block] = float(factor)
+            file, factor = int(number) if colon else 0, float(text)
         except ValueError:
-            raise Refused(f"--blocks {one}: write BLOCK=FACTOR, or N:BLOCK=FACTOR for file N of {num_files}") from None
-    return factors
+            file, factor = -1, 0.0
+        if not bool(colon) <= file <= num_files or not math.isfinite(factor):
+            raise Refused(f"--blocks {one}: write BLOCK=FACTOR, or N:BLOCK=FACTOR for file N of {num_files}")
+        if (file, block) in factors:
+            raise Refused(f"--blocks {one}: {block} has been given {factors[file, block]:g} already")
+        factors[file, block] = factor
+    tables = ({block: factor for (file, block), factor in factors.items() if file == n} for n in range(num_files + 1))
+    for_all, *own = tables
+    return [for_all | table for table in own]
 
 
 def place_of_base(base: str) -> Path:

@@ -27,6 +27,7 @@ DIALECT_LABELS = {"kohya": "kohya's", "peft": "PEFT's (diffusers)"}
 BAR_CELLS = 32  # at most; a narrow terminal has shorter bars
 DORA_NOTE = "without DoRA's magnitudes, whose effect depends on the base"
 MOST_FAULTS = 20
+MOST_LISTED = 6  # ranks or alphas of one part
 NAMED = 3  # modules named where many have the same trouble
 
 
@@ -165,10 +166,15 @@ def _facts(report: Report) -> Table:
 def _parts(report: Report) -> Table:
     table = _table("part", "modules", "rank", "alpha")
     for group in report.groups:
-        ranks = ", ".join(str(rank) if rank else "whole" for rank in group.ranks)
-        alphas = ", ".join("none (scale 1)" if alpha is None else f"{alpha:g}" for alpha in group.alphas)
-        table.add_row(group.label, str(group.modules), safe(ranks, 40), safe(alphas, 40))
+        ranks = [str(rank) if rank else "whole" for rank in group.ranks]
+        alphas = ["none (scale 1)" if alpha is None else f"{alpha:g}" for alpha in group.alphas]
+        table.add_row(group.label, str(group.modules), _list(ranks), _list(alphas))
     return table
+
+
+def _list(rising: Sequence[str]) -> str:
+    """All of a few, else the first and the last."""
+    return ", ".join(rising) if len(rising) <= MOST_LISTED else f"{rising[0]} to {rising[-1]} ({len(rising)} different)"
 
 
 def _bars(report: Report) -> Table:

@@ -1,0 +1,30 @@
+"""Where a result may be written: asked before the work begins, which may take long."""
+
+import errno
+import os
+from pathlib import Path
+
+from scumble.configs.errors import Refused
+
+
+def check_out(out: Path, suffix: str, force: bool, *sources: Path) -> None:
+    """Raises `Refused` for a place that would be refused after the work, and for one of the files that are read."""
+    if out.suffix != suffix:
+        raise Refused(f"--out {out}: give a name that ends in {suffix}")
+    check_place(out, *sources)
+    if out.is_dir():
+        raise Refused(f"--out {out}: is a folder; choose another name")
+    if out.exists() and not force:
+        raise Refused(f"{out} exists: choose another --out, or --force to write over it")
+
+
+def check_place(out: Path, *sources: Path) -> None:
+    """Raises `Refused` where `out` is or holds a source, and (73) where it cannot be written."""
+    place = out.resolve()
+    for source in sources:
+        if source.resolve().is_relative_to(place):
+            raise Refused(f"--out {out}: {'is' if source.resolve() == place else 'holds'} what is read; choose another")
+    folder = next(parent for parent in place.parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = os.strerror(errno.EACCES if folder.is_dir() else errno.ENOTDIR)
+        raise Refused(f"{out}: cannot be written ({reason})", 73)
