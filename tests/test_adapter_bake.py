@@ -1,5 +1,6 @@
 """Baking against what diffusers paints with the adapter loaded, against PEFT's own merge, and in one file."""
 
+import errno
 import json
 import math
 import shutil
@@ -312,6 +313,16 @@ def test_what_does_not_fit_is_one_line_before_anything_is_written(tiny: Path, tm
         with pytest.raises(Refused, match=line):
             bake(base, tmp_path / "out", [Dose("x", fits)])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copy2", full)
+    with pytest.raises(Refused, match=r"out: cannot be written \(No space left on device\)$") as error:
+        bake(tiny, tmp_path / "out", [Dose("x", adapter_for(tiny, "sd1", 1))])
+    assert error.value.exit_code == 73 and list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_place_needs_force_and_a_folder_of_something_else_is_never_replaced(tiny: Path, tmp_path: Path):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Options
-from scumble.datasets.cache import digest_of_file
 from scumble.datasets.captions import CERTAIN, ruled, said, with_trigger
 from scumble.datasets.checkup import Checkup, check
 from scumble.datasets.folder import Example, PictureSet, read_set
@@ -51,6 +50,8 @@ def with_held_out(examples: list[Example], share: float, seed: int) -> list[Exam
     """
     if not share:
         return examples
+    from scumble.datasets.cache import digest_of_file  # imports torch, which `scumble check` does without
+
     keys = {
         example.image: hashlib.blake2b(f"{seed}/{digest_of_file(example.image)}".encode()).digest()
         for example in examples

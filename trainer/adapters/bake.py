@@ -105,7 +105,12 @@ def parts_of(base: Path) -> list[str]:
 def copy_part(old: Path, new: Path, with_weights: bool) -> None:
     """The files of one part but for pickles, and for weights that are written anew."""
     left_out = PICKLES if with_weights else (*PICKLES, ".safetensors")
-    shutil.copytree(old, new, ignore=shutil.ignore_patterns(*(f"*{suffix}" for suffix in left_out)))
+    new.mkdir()
+    for file in sorted(old.rglob("*")):
+        if file.is_file() and file.suffix not in left_out:
+            target = new / file.relative_to(old)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, target)
 
 
 def cut_names(folder: Path) -> list[str]:
