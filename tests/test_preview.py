@@ -88,10 +88,11 @@ def test_a_grid_has_each_picture_in_its_place_with_room_for_its_label():
     sheet = preview.grid([[red, green], [blue]], [["one", long], ["three"]])
     gap, line_px = preview.GAP_PX, int(11 * 1.7)
     assert sheet.size == (2 * (64 + gap) + gap, 2 * (48 + line_px + gap) + gap + 2 * line_px)  # a label of three lines
-    assert sheet.getpixel((gap, gap)) == (255, 0, 0)
-    assert sheet.getpixel((2 * gap + 64, gap)) == (0, 128, 0)
-    assert sheet.getpixel((gap, 2 * gap + 48 + 3 * line_px)) == (0, 0, 255)
-    label = np.asarray(sheet.crop((gap, gap + 48, gap + 64, gap + 48 + line_px)))
+    top = gap + 3 * line_px
+    assert sheet.getpixel((gap, top)) == (255, 0, 0)
+    assert sheet.getpixel((2 * gap + 64, top)) == (0, 128, 0)
+    assert sheet.getpixel((gap, top + 48 + gap + line_px)) == (0, 0, 255)
+    label = np.asarray(sheet.crop((gap, top - line_px, gap + 64, top)))  # a short one right over its picture
     assert label.min() < 100  # ink
     between = np.asarray(sheet.crop((64 + gap, 0, 64 + 2 * gap, sheet.height)))
     assert between.min() == 255  # a long label does not run into its neighbour
@@ -111,9 +112,9 @@ def test_long_labels_are_wrapped_between_words_and_only_their_end_is_cut():
 
 def test_rows_of_a_grid_have_their_label_at_the_left():
     red = Image.new("RGB", (64, 48), "red")
-    sheet = preview.grid([[red], [red]], [[], ["prompt"]], ["before", "epoch 12"])
+    sheet = preview.grid([[red], [red]], [["prompt"], []], ["before", "epoch 12"])
     left = np.asarray(sheet.crop((0, 0, sheet.width - 64 - 2 * preview.GAP_PX, sheet.height)))
-    assert left.min() < 100 and sheet.getpixel((sheet.width - 20, 20)) == (255, 0, 0)
+    assert left.min() < 100 and sheet.getpixel((sheet.width - 20, 40)) == (255, 0, 0)
 
 
 def test_prompts_come_from_options_then_from_the_file_without_its_remarks(tmp_path: Path):
@@ -255,13 +256,18 @@ def test_a_row_is_a_file_at_a_strength_and_a_column_a_prompt(tmp_path: Path):
               "--out", str(out)])  # fmt: skip
     picture, side = Image.open(out).convert("RGB"), 128 + preview.GAP_PX
     margin = picture.width - 3 * side - preview.GAP_PX
-    assert margin > 40 and picture.height - 5 * side in range(preview.GAP_PX + 11, preview.GAP_PX + 40)
-    rows = [np.asarray(picture.crop((margin, side * row, picture.width, side * (row + 1)))) for row in range(5)]
+    top = picture.height - 5 * side - preview.GAP_PX  # the prompts over their columns
+    assert margin > 40 and 11 < top < 40
+    rows = [
+        np.asarray(picture.crop((margin, top + side * row, picture.width, top + side * (row + 1)))) for row in range(5)
+    ]
     assert np.array_equal(rows[1], rows[3]) and np.array_equal(rows[2], rows[4])  # the same bytes under two names
     assert not any(np.array_equal(rows[one], rows[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
     cli.main(["preview", *prompts, "--preview-steps", "1", "--out", str(tmp_path / "base.png")])
     plain = Image.open(tmp_path / "base.png").convert("RGB")
-    assert np.array_equal(rows[0][:side, : plain.width], np.asarray(plain)[:side])  # 0 is the base alone, once
+    assert np.array_equal(
+        rows[0][:side, : plain.width], np.asarray(plain)[top : top + side]
+    )  # 0 is the base alone, once
     assert compare.names_of([file, again])[1] == "b/it"
     assert len(compare.names_of([Path("x" * 90 + ".safetensors")])[0]) == compare.LABEL_LETTERS
 

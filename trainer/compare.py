@@ -57,8 +57,8 @@ def compare(files: Sequence[Path], model: Model, previews: Previews, strengths: 
             yield from paint_strengths(base, file, adapter, shots, amounts, previews.sampler)
 
     rows = [[cell(picture) for picture in row] for row in with_bar(painted(), "painting", len(labels))]
-    below = [[] for _ in rows[:-1]] + [[shot.prompt for shot in shots]]
-    write_picture(grid(rows, below, labels), out)
+    above = [[shot.prompt for shot in shots], *([] for _ in rows[1:])]
+    write_picture(grid(rows, above, labels), out)
 
 
 def paint_strengths(

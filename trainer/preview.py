@@ -33,7 +33,7 @@ SAMPLERS = {
 EMBEDDINGS = "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
 BATCH = 8
 GAP_PX = 8
-LABEL_LINES = 3  # of a prompt below its picture, at most
+LABEL_LINES = 3  # of a prompt over its picture, at most
 CELL_PX = range(128, 385)  # longer side of a picture on a grid
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
@@ -132,8 +132,8 @@ class Gallery:
             write_picture(picture, self._file(step, index), settings_of(shot, self.sampler, self.base.source.name))
         self._append((label, epoch, step), pictures)
         sheet = self.folder / "grid.png"
-        below = [[] for _ in self.cells[:-1]] + [[shot.prompt for shot in self.shots]]
-        write_picture(grid(self.cells, below, [label for label, _, _ in self.rows]), sheet)
+        above = [[shot.prompt for shot in self.shots], *([] for _ in self.cells[1:])]
+        write_picture(grid(self.cells, above, [label for label, _, _ in self.rows]), sheet)
         for index, (shot, picture) in enumerate(zip(self.shots, pictures, strict=True)):
             file = self._file(step, index)
             self.events.emit(
@@ -175,22 +175,22 @@ def cell(picture: Image.Image) -> Image.Image:
 
 
 def grid(
-    rows: Sequence[Sequence[Image.Image]], below: Sequence[Sequence[str]], left: Sequence[str] = ()
+    rows: Sequence[Sequence[Image.Image]], above: Sequence[Sequence[str]], left: Sequence[str] = ()
 ) -> Image.Image:
-    """Rows of pictures, a label below each (none where `below` has an empty row) and one at the left of each row."""
+    """Rows of pictures, a label over each (none where `above` has an empty row) and one at the left of each row."""
     width = max(picture.width for row in rows for picture in row)
     height = max(picture.height for row in rows for picture in row)
     text_px = max(11, width // 18)
     line_px = int(text_px * 1.7)
     names = [lettered(label, text_px) for label in left]
     margin = int(max((font.getlength(label) for label, font in names), default=0)) + (GAP_PX if left else 0)
-    texts = [[wrapped(label, text_px, width) for label in labels] for labels in below]
-    tops, top = [], GAP_PX
+    texts = [[wrapped(label, text_px, width) for label in labels] for labels in above]
+    tops, end = [], GAP_PX
     for labels in texts:
-        tops.append(top)
-        top += height + line_px * max((len(lines) for lines, _ in labels), default=0) + GAP_PX
+        tops.append(end + line_px * max((len(lines) for lines, _ in labels), default=0))
+        end = tops[-1] + height + GAP_PX
     columns = max(map(len, rows))
-    sheet = Image.new("RGB", (margin + columns * (width + GAP_PX) + GAP_PX, top), PAPER)
+    sheet = Image.new("RGB", (margin + columns * (width + GAP_PX) + GAP_PX, end), PAPER)
     pen = ImageDraw.Draw(sheet)
     for number, (row, labels, top) in enumerate(zip(rows, texts, tops, strict=True)):
         if left:
@@ -201,8 +201,8 @@ def grid(
             sheet.paste(picture, (x + (width - picture.width) // 2, top + (height - picture.height) // 2))
             if labels:
                 lines, font = labels[column]
-                for line, shown in enumerate(lines):
-                    pen.text((x + width / 2, top + height + line_px * (line + 0.5)), shown, INK, font, anchor="mm")
+                for line, shown in enumerate(reversed(lines)):
+                    pen.text((x + width / 2, top - line_px * (line + 0.5)), shown, INK, font, anchor="mm")
     return sheet
 
 
