@@ -138,11 +138,11 @@ def test_a_run_that_goes_on_knows_what_was_measured_and_keeps_the_best(tmp_path:
     best = min((2, 4, 6), key=lambda step: losses[step])
     assert [path.name for path in (unbroken.folder / "checkpoints").iterdir()] == [f"clay-{best:06}.safetensors"]
     end = unbroken.events[-1]["text"].splitlines()
-    assert f"held-out pictures: loss {losses[8]:.4f} at the end, but {min(losses.values()):.4f} after step 0; " \
+    assert f"held-out pictures: loss {losses[8]:.4f} after step 8, but {min(losses.values()):.4f} after step 0; " \
         "what came later did not help with pictures unseen" in end  # fmt: skip
-    cut = begun(tmp_path / "b", stop_at=4, **tables)
+    cut = begun(tmp_path / "b", stop_at=3, **tables)
     again = go_on(cut)
-    assert {event["step"]: event["loss"] for event in again.of("validated")} == {6: losses[6], 8: losses[8]}
+    assert [(event["step"], event["loss"]) for event in again.of("validated")] == [*losses.items()][2:]
     kept = newest_state(cut, pytest.fail)
     assert kept and dict(kept.state.validated) == losses
     assert_same(adapter_of(cut), adapter_of(unbroken.folder))

@@ -107,7 +107,8 @@ class Artifacts:
         """The adapter first, then the state."""
         self.run.check_owner()
         job, options, plan, epoch = self.job, self.job.options, self.job.plan, self.epoch(step)
-        self.validate(step)
+        if not self.run.code:  # who stops a run does not wait for it, and an unbroken one would not measure here
+            self.validate(step)
         progress = Progress(epoch, step, plan.num_epochs, plan.num_steps, self.state.started)
         metadata = metadata_of(self.base, options, plan.parts, job.pictures.examples, job.buckets, progress)
         with self.update.finished_weights():
@@ -171,7 +172,7 @@ def told_loss(validated: Mapping[int, float]) -> str:
 def told_best(validated: Mapping[int, float], checkpoints: Sequence[str]) -> str:
     """After which step the loss on held-out pictures was lowest, and which of `checkpoints` is of that step."""
     best, last = min(validated, key=lambda step: validated[step]), max(validated)
-    text = f"held-out pictures: loss {validated[last]:.4f} at the end"
+    text = f"held-out pictures: loss {validated[last]:.4f} after step {last}"
     if best == last:
         return f"{text}, the lowest of all; more steps may still help"
     text += f", but {validated[best]:.4f} after step {best}; what came later did not help with pictures unseen"

@@ -287,31 +287,40 @@ train_plainly(EMBEDDED, Path({samples!r}), Path({out!r}), size_px=64, steps=160,
 """
 
 
+def run_of_ours(flags: Sequence[str]) -> tuple[float, dict[str, float]]:
+    """Seconds from the command to the finished file on the sample style, latents not cached; and its phases."""
+    with TemporaryDirectory() as folder:
+        began = time.time()
+        command = [sys.executable, "-m", "scumble.trainer.cli", "train", str(SAMPLES), "--base", "sketch", *flags]
+        subprocess.run(
+            [*command, "--device", "cpu", "--cache", "off", "--runs", folder, "--name", "it"], check=True,
+            capture_output=True,
+        )  # fmt: skip
+        ended = time.time()
+        lines = (Path(folder) / "it/events.jsonl").read_text(encoding="utf-8").splitlines()
+    return ended - began, phases_of([json.loads(line) for line in lines], began, ended)
+
+
 def whole(turns: int) -> dict[str, Any]:
     """Seconds from the command to the finished file, of both loops in turn, and where ours go."""
+    flags = [
+        "--resolution", "64", "--rank", "16", "--text-rank", "0", "--steps", "160", "--batch", "4", "--rate", "2e-3",
+        "--precision", "bf16", "--preview-every", "0", "--save-every", "0",
+    ]  # fmt: skip
     spent: dict[str, list[float]] = {"ours": [], "plain": []}
     phases: list[dict[str, float]] = []
     for _ in range(turns):
+        seconds, parts = run_of_ours(flags)
+        spent["ours"].append(seconds)
+        phases.append(parts)
         with TemporaryDirectory() as folder:
-            began = time.time()
-            command = [
-                sys.executable, "-m", "scumble.trainer.cli", "train", str(SAMPLES), "--base", "sketch", "--resolution",
-                "64", "--rank", "16", "--text-rank", "0", "--steps", "160", "--batch", "4", "--rate", "2e-3",
-                "--device", "cpu", "--precision", "bf16", "--preview-every", "0", "--save-every", "0", "--cache", "off",
-                "--runs", folder, "--name", "it",
-            ]  # fmt: skip
-            subprocess.run(command, check=True, capture_output=True)
-            spent["ours"].append(time.time() - began)
-            lines = (Path(folder) / "it/events.jsonl").read_text(encoding="utf-8").splitlines()
-            phases.append(phases_of([json.loads(line) for line in lines], began, began + spent["ours"][-1]))
             code = WHOLE.format(here=str(HERE), threads=torch.get_num_threads(), samples=str(SAMPLES), out=folder)
             began = time.time()
             subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
             spent["plain"].append(time.time() - began)
     share = statistics.median(b / a for a, b in zip(spent["ours"], spent["plain"], strict=True))
-    middle = {name: round(statistics.median(one[name] for one in phases), 2) for name in phases[0]}
     return {"seconds": {name: statistics.median(times) for name, times in spent.items()}, "ratio": share,
-            "phases": middle}  # fmt: skip
+            "phases": medians(phases)}  # fmt: skip
 
 
 def phases_of(events: list[dict[str, Any]], began: float, ended: float) -> dict[str, float]:
@@ -328,19 +337,11 @@ def phases_of(events: list[dict[str, Any]], began: float, ended: float) -> dict[
 
 
 def demo(turns: int) -> dict[str, float]:
-    """Seconds of the phases of what `make demo` runs, medians; latents are not in the cache before."""
-    phases: list[dict[str, float]] = []
-    for _ in range(turns):
-        with TemporaryDirectory() as folder:
-            began = time.time()
-            command = [
-                sys.executable, "-m", "scumble.trainer.cli", "train", str(SAMPLES), "--base", "sketch", "--preset",
-                "sketch-demo", "--device", "cpu", "--cache", "off", "--runs", folder, "--name", "it",
-            ]  # fmt: skip
-            subprocess.run(command, check=True, capture_output=True)
-            ended = time.time()
-            lines = (Path(folder) / "it/events.jsonl").read_text(encoding="utf-8").splitlines()
-        phases.append(phases_of([json.loads(line) for line in lines], began, ended))
+    """Seconds of the phases of what `make demo` runs, medians."""
+    return medians([run_of_ours(["--preset", "sketch-demo"])[1] for _ in range(turns)])
+
+
+def medians(phases: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: round(statistics.median(one[name] for one in phases), 2) for name in phases[0]}
 
 
