@@ -32,8 +32,8 @@ from scumble.trainer.latents import _posteriors
 from scumble.trainer.models import load, recognise
 from scumble.trainer.optimizers import grouped, make_optimizer
 from scumble.trainer.pace import Pace
+from scumble.trainer.painting import paint
 from scumble.trainer.passes import Passes
-from scumble.trainer.preview import paint
 from scumble.trainer.prompts import shots_of
 from scumble.trainer.run_folder import status_of
 from scumble.trainer.sizes import in_words

@@ -3,13 +3,19 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_train import ran
+from tiny import tiny_base
 
 from scumble.configs.errors import Refused
+from scumble.configs.options import Model
 from scumble.trainer import train as recipe
 from scumble.trainer.adapters.files import read_tensors
+from scumble.trainer.models import load, recognise
+from scumble.trainer.painting import SAMPLERS, paint
+from scumble.trainer.prompts import Shot
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,7 +68,7 @@ def test_captured_passes_have_the_losses_of_run_ones(
     tables: Any = {"machine": machine, "optimization": {"steps": 20}, "output": {"preview_every": 10}}
     captured = ran(tmp_path / "captured", **tables)
     assert not [event for event in captured.of("note") if "CUDA graphs are off" in event["text"]]
-    monkeypatch.setattr(recipe, "CudaGraphs", lambda: None)
+    monkeypatch.setattr(recipe, "capture_for", lambda device, kept: None)
     run = ran(tmp_path / "run", **tables)
     assert captured.losses == pytest.approx(run.losses, rel=1e-4 if precision == "fp32" else 1e-2)
 
@@ -75,3 +81,15 @@ def test_compiled_blocks_train_as_the_others_do(tmp_path: Path):
     )  # fmt: skip
     assert [event for event in compiled.of("note") if "compiled: a step takes" in event["text"]]
     assert compiled.losses == pytest.approx(plain, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_captured_previews_are_those_of_run_passes(kind: str, tmp_path: Path):
+    model = Model(base=str(tiny_base(kind, tmp_path)))
+    base = load(model, recognise(model), torch.device("cuda"), torch.float32)
+    shots = [Shot(word, "", 64, side, 3, 5, 4.0) for word, side in (("cat", 64), ("dog", 64), ("cat", 96))]
+    for sampler in SAMPLERS:
+        captured = paint(base, shots, sampler, pytest.fail)
+        run = paint(base, shots, sampler, capture=lambda run: run)
+        for one, other in zip(captured, run, strict=True):
+            assert np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() <= 2

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from PIL import Image
+from tiny import tiny_base
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Network, Previews
@@ -17,11 +18,14 @@ from scumble.trainer.adapters.adapter import Adapter, read_adapter
 from scumble.trainer.adapters.files import write_adapter
 from scumble.trainer.adapters.keys import text_key, unet_key
 from scumble.trainer.adapters.wear import worn
+from scumble.trainer.captured import Replay
 from scumble.trainer.export import export
 from scumble.trainer.lora import Part, attach
 from scumble.trainer.models import EMBEDDED, Base, load, recognise
+from scumble.trainer.painting import SAMPLERS, paint
 from scumble.trainer.prompts import Shot, derived, shots_of
 
+SHOTS_OF_THREE_SHAPES = ("cat", 64, 4.0), ("dog", 64, 4.0), ("cat", 96, 4.0), ("cat", 64, 1.0)
 SHOT = Shot("owl, flat style", "", None, None, seed=3, steps=3, cfg=4.0)
 
 
@@ -43,7 +47,7 @@ def test_a_preview_is_the_picture_that_stock_diffusers_paints(base: Base):
     expected = stock(
         "owl", num_inference_steps=5, guidance_scale=4.0, negative_prompt="cat", generator=torch.manual_seed(3)
     ).images[0]
-    painted = preview.paint(base, [replace(SHOT, prompt="owl", negative="cat", steps=5)], "ddim")[0]
+    painted = paint(base, [replace(SHOT, prompt="owl", negative="cat", steps=5)], "ddim")[0]
     assert np.abs(pixels(painted) - pixels(expected)).max() <= 1
 
 
@@ -51,18 +55,37 @@ def test_a_shot_gives_the_same_picture_alone_and_among_others_of_any_size(base: 
     words = ("cat", "dog", "car", "bus", "owl", "bee", "fox", "pie", "key")
     shots = [replace(SHOT, prompt=f"{word}, flat style", seed=seed) for seed, word in enumerate(words)]
     shots.insert(4, replace(SHOT, width=48, height=64))
-    together = preview.paint(base, shots, "ddim")
-    alone = preview.paint(base, shots[9:], "ddim")
+    together = paint(base, shots, "ddim")
+    alone = paint(base, shots[9:], "ddim")
     assert [picture.size for picture in together].count((48, 64)) == 1 and together[4].size == (48, 64)
     assert np.abs(pixels(together[9]) - pixels(alone[0])).max() <= 2
 
 
-@pytest.mark.parametrize("sampler", preview.SAMPLERS)
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_paints_and_the_base_keeps_its_own(sampler: str, base: Base):
     own = base.pipeline.scheduler
-    picture = preview.paint(base, [replace(SHOT, steps=12)], sampler)[0]
+    picture = paint(base, [replace(SHOT, steps=12)], sampler)[0]
     assert base.pipeline.scheduler is own
     assert np.isfinite(pixels(picture)).all() and pixels(picture).std() > 5
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_captured_passes_paint_what_run_passes_do(kind: str, tmp_path: Path):
+    """A capture that replays on the same memory, as a CUDA graph does, stands for one."""
+    small = loaded(Model(base=str(tiny_base(kind, tmp_path))))
+    shots = [replace(SHOT, prompt=word, width=64, height=side, cfg=cfg) for word, side, cfg in SHOTS_OF_THREE_SHAPES]
+    runs = []
+
+    def capture(run: Replay) -> Replay:
+        runs.append(run())
+        result = torch.empty_like(runs[-1])
+        return lambda: result.copy_(run())
+
+    for sampler in SAMPLERS:
+        runs.clear()
+        captured = paint(small, shots, sampler, pytest.fail, capture)
+        assert len(runs) == 3 and captured == paint(small, shots, sampler)
+    assert "forward" not in vars(small.unet)
 
 
 def test_options_of_the_base_reach_its_schedule():
@@ -198,7 +221,7 @@ def an_adapter(path: Path, **metadata: str) -> Path:
 def test_strengths_are_those_of_stock_diffusers_and_the_base_is_left_as_it_was(tmp_path: Path):
     base, shots = loaded(Model()), [replace(SHOT, cfg=1.5, steps=2)]
     file = an_adapter(tmp_path / "it.safetensors")
-    plain = preview.paint(base, shots, "ddim")[0]
+    plain = paint(base, shots, "ddim")[0]
     nothing, half, whole = (
         row[0] for row in compare.paint_strengths(base, file, read_adapter(file), shots, [0, 0.5, 1], "ddim")
     )
@@ -212,7 +235,7 @@ def test_strengths_are_those_of_stock_diffusers_and_the_base_is_left_as_it_was(t
         ).images[0]
         assert np.abs(pixels(picture) - pixels(expected)).max() <= 1
         assert np.abs(pixels(picture) - pixels(plain)).max() > 8
-    assert np.array_equal(pixels(preview.paint(base, shots, "ddim")[0]), pixels(plain))
+    assert np.array_equal(pixels(paint(base, shots, "ddim")[0]), pixels(plain))
 
 
 def test_an_adapter_is_put_on_a_base_on_another_device(tmp_path: Path):
@@ -225,7 +248,7 @@ def test_an_adapter_is_put_on_a_base_on_another_device(tmp_path: Path):
 @pytest.mark.parametrize("network", ["dora", "loha", "lokr"])
 def test_kinds_that_diffusers_cannot_load_are_painted_as_they_were_trained(network: str, tmp_path: Path):
     base, shots = loaded(Model()), [replace(SHOT, cfg=1.5, steps=2)]
-    plain = preview.paint(base, shots, "ddim")[0]
+    plain = paint(base, shots, "ddim")[0]
     live = loaded(Model())
     settings = Network.model_validate({"network": network, "targets": "full", "lokr_factor": 4})
     trained = attach(live, settings, [Part("unet", 4, 8.0, 2, 2.0), Part("text", 2, 2.0)], seed=0)
@@ -240,9 +263,9 @@ def test_kinds_that_diffusers_cannot_load_are_painted_as_they_were_trained(netwo
         row[0] for row in compare.paint_strengths(base, file, read_adapter(file), shots, [0, 1], "ddim")
     )  # fmt: skip
     assert np.array_equal(pixels(nothing), pixels(plain))
-    assert np.abs(pixels(whole) - pixels(preview.paint(live, shots, "ddim")[0])).max() <= 2
+    assert np.abs(pixels(whole) - pixels(paint(live, shots, "ddim")[0])).max() <= 2
     assert np.abs(pixels(whole) - pixels(plain)).max() > 8
-    assert np.array_equal(pixels(preview.paint(base, shots, "ddim")[0]), pixels(plain))
+    assert np.array_equal(pixels(paint(base, shots, "ddim")[0]), pixels(plain))
 
 
 def test_a_row_is_a_file_at_a_strength_and_a_column_a_prompt(tmp_path: Path):

@@ -11,9 +11,10 @@ from test_train import ran
 
 from scumble.trainer import train as recipe
 from scumble.trainer.adapters.files import read_tensors
+from scumble.trainer.captured import Capture, Replay
 from scumble.trainer.flat import Flat
 from scumble.trainer.optimizers import KINDS, grouped, make_optimizer
-from scumble.trainer.passes import Capture, Passes, Replay
+from scumble.trainer.passes import Passes
 from scumble.trainer.product import is_plain, speed_up
 from scumble.trainer.quantize import QuantizedLinear
 from scumble.trainer.step import Batch, Look
@@ -202,9 +203,9 @@ def test_captured_passes_add_the_same_gradients_whatever_comes_in_which_shape():
             two.prepare(looks)
         assert torch.equal(one(looks, 4.0), two(looks, 4.0))
         assert torch.equal(plain.gradients[0], captured.gradients[0])
-    assert len(two.captured) == 2 and squares.prepared == 5 and said == []
+    assert len(two.captured.captured) == 2 and squares.prepared == 5 and said == []
     two.forget()
-    assert two.captured == {}
+    assert two.captured.captured == {}
 
 
 def test_what_is_dropped_at_random_does_not_depend_on_whether_a_pass_was_captured_before(

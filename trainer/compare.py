@@ -21,7 +21,8 @@ from .adapters.wear import worn
 from .adapters.weights import find_weights
 from .machine import best_device
 from .models import Base, Source, load, recognise
-from .preview import cell, default_cfg, grid, paint, write_picture
+from .painting import paint
+from .preview import cell, default_cfg, grid, write_picture
 from .prompts import SHOWN_WORDS, Shot, shots_of
 
 STRENGTH_LIMIT = 10.0

@@ -1,15 +1,10 @@
-"""Previews: shots painted by diffusers' own pipeline, and grids with a label at each picture."""
+"""Previews: a run's gallery, and grids with a label at each picture."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import cast
 
 import torch
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
-from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
-from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
@@ -19,19 +14,10 @@ from scumble.datasets.lettering import Font, lettered
 
 from .events import Events
 from .machine import best_device
-from .memory import TooLarge, unless_too_large
 from .models import Base, load, recognise
-from .parking import at_hand
+from .painting import paint
 from .prompts import SHOWN_PROMPTS, Shot, shots_of
 
-SAMPLERS = {
-    "ddim": DDIMScheduler,
-    "euler": EulerDiscreteScheduler,
-    "euler_a": EulerAncestralDiscreteScheduler,
-    "dpmpp_2m": DPMSolverMultistepScheduler,
-}
-EMBEDDINGS = "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
-BATCH = 8
 GAP_PX = 8
 LABEL_LINES = 3  # of a prompt over its picture, at most
 CELL_PX = range(128, 385)  # longer side of a picture on a grid
@@ -55,67 +41,6 @@ def preview_base(model: Model, previews: Previews, out: Path) -> None:
     write_picture(grid(rows, [labels[start : start + columns] for start in range(0, len(labels), columns)]), out)
 
 
-@torch.no_grad()
-def paint(base: Base, shots: Sequence[Shot], sampler: str) -> list[Image.Image]:
-    """One picture a shot, as stock diffusers paints it; noise is drawn on the CPU, so any batch gives the same."""
-    pipeline = base.pipeline
-    own, was_training = pipeline.scheduler, [module for module in (base.unet, *base.text_encoders) if module.training]
-    pipeline.scheduler = SAMPLERS[sampler].from_config(own.config)
-    if base.device.type == "cuda":
-        base.vae.enable_slicing()  # of all that paints, decoding needs the most memory
-    pictures: dict[int, Image.Image] = {}
-    for module in was_training:
-        module.eval()
-    try:
-        for alike in _batches(shots):
-            pictures |= dict(zip(alike, _painted(base, [shots[index] for index in alike]), strict=True))
-    finally:
-        pipeline.scheduler = own
-        for module in was_training:
-            module.train()
-    return [pictures[index] for index in range(len(shots))]
-
-
-def _painted(base: Base, shots: Sequence[Shot]) -> list[Image.Image]:
-    """Shots that are alike, all at once, or as many as fit into memory. Raises `TooLarge` where not one does."""
-    first, encode_prompt = shots[0], cast("Callable[..., tuple[torch.Tensor, ...]]", base.pipeline.encode_prompt)
-
-    def painted() -> list[Image.Image]:
-        with at_hand(base, *base.text_encoders):
-            heard = encode_prompt(
-                [shot.prompt for shot in shots],
-                device=base.device,
-                num_images_per_prompt=1,
-                do_classifier_free_guidance=first.cfg > 1,
-                negative_prompt=[shot.negative for shot in shots],
-            )
-        with at_hand(base, base.vae):
-            return base.pipeline(
-                **dict(zip(EMBEDDINGS, heard, strict=False)),
-                num_inference_steps=first.steps,
-                guidance_scale=first.cfg,
-                height=first.height,
-                width=first.width,
-                generator=[torch.Generator().manual_seed(shot.seed) for shot in shots],
-            ).images
-
-    images = unless_too_large(painted)
-    if images is not None:
-        return images
-    if len(shots) == 1:
-        raise TooLarge(f"a preview of {first.width}x{first.height} does not fit into memory; lower --preview-size", 69)
-    half = len(shots) // 2
-    return _painted(base, shots[:half]) + _painted(base, shots[half:])
-
-
-def _batches(shots: Sequence[Shot]) -> list[list[int]]:
-    """Indices of shots that can be painted together: one size, one number of steps, one guidance."""
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for index, shot in enumerate(shots):
-        alike.setdefault((shot.width, shot.height, shot.steps, shot.cfg), []).append(index)
-    return [indices[start : start + BATCH] for indices in alike.values() for start in range(0, len(indices), BATCH)]
-
-
 class Gallery:
     """The previews of a run: each picture with its settings, and one grid that grows a row each time."""
 
@@ -127,7 +52,9 @@ class Gallery:
 
     def add(self, label: str, epoch: int, step: int) -> None:
         """Paint every shot as the adapter is now, into `folder`; `label` stands before the new row of the grid."""
-        pictures = paint(self.base, self.shots, self.sampler)
+        pictures = paint(
+            self.base, self.shots, self.sampler, say=lambda line: self.events.emit("note", text=f"  {line}")
+        )
         for index, (shot, picture) in enumerate(zip(self.shots, pictures, strict=True)):
             write_picture(picture, self._file(step, index), settings_of(shot, self.sampler, self.base.source.name))
         self._append((label, epoch, step), pictures)

@@ -16,6 +16,7 @@ from scumble.datasets.cache import cache_in
 from scumble.datasets.order import epoch_batches
 
 from .artifacts import Artifacts
+from .captured import capture_for
 from .events import Events, Reader, file_reader
 from .flat import Flat
 from .identity import allowed_changes, doubtful_changes, identity_of, refused_changes
@@ -29,7 +30,7 @@ from .models import Base, load_waiting, place_unet, resting_place, take_fewer_bi
 from .optimizers import grouped, make_optimizer
 from .pace import Pace
 from .parking import at_hand, fetch
-from .passes import CudaGraphs, Passes
+from .passes import Passes
 from .plan import Plan
 from .preflight import try_out
 from .product import speed_up
@@ -153,7 +154,7 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
     all_fast = speed_up([module.layer for module in trained], ADAPTER, flat.lowered)
     passes = Passes(
         objectives, flat, job.accelerator.backward, nullcontext if all_fast else job.accelerator.autocast,
-        CudaGraphs() if device.type == "cuda" else None, say,
+        capture_for(device, flat.gradients), say,
     )  # fmt: skip
     update = Update(
         job.accelerator, passes, named, flat, make_optimizer(wanted.optimizer, groups, wanted.weight_decay, flat),

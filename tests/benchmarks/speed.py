@@ -37,13 +37,14 @@ from scumble.configs.options import Data, Network, Objective
 from scumble.datasets.folder import Example
 from scumble.datasets.images import Crop, Size
 from scumble.trainer.bases import FAMILIES, Source
+from scumble.trainer.captured import capture_for
 from scumble.trainer.flat import Flat
 from scumble.trainer.kernels import choose_kernels
 from scumble.trainer.latents import Latents
 from scumble.trainer.lora import ADAPTER, Part, attach
 from scumble.trainer.models import BASES, Base
 from scumble.trainer.optimizers import grouped, make_optimizer
-from scumble.trainer.passes import CudaGraphs, Passes
+from scumble.trainer.passes import Passes
 from scumble.trainer.product import speed_up
 from scumble.trainer.step import Objectives
 from scumble.trainer.text import Conditioning
@@ -52,11 +53,13 @@ from scumble.trainer.update import Update
 HERE = Path(__file__).parent
 SAMPLES = HERE.parent.parent / "datasets/samples/clay-style"
 RANK, NUM_PICTURES, ALLOWED_FALL = 16, 16, 0.25
+WARM_UPS = 7  # until a CPU's passes are recorded
 TECHNIQUES = {
     "product": "PEFT's forward under autocast",
     "packing": "torch's own convolutions",
     "flat": "an update of each tensor",
     "kernels": "stock kernels",
+    "captured": "passes not captured",
 }
 PHASES = {
     "plan": "start: Python, torch, diffusers, transformers, peft; read the pictures",
@@ -69,7 +72,6 @@ PHASES = {
     "done": "adapters: written, read back, compared; states",
 }
 Step = Callable[[int], float]
-ON_CUDA = {"graphs": "no CUDA graph"}
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,9 @@ class Bench:
         )  # fmt: skip
         objectives.encodings["a"] = self.text
         accelerator = accelerator_for(self.device, self.dtype)
-        graphs = CudaGraphs() if self.device.type == "cuda" and without != "graphs" else None
+        capture = None if without == "captured" else capture_for(self.device, flat.gradients)
         passes = Passes(
-            objectives, flat, accelerator.backward, nullcontext if fast else accelerator.autocast, graphs, print
+            objectives, flat, accelerator.backward, nullcontext if fast else accelerator.autocast, capture, print
         )
         optimizer = make_optimizer("adamw", groups, 0.01, None if without == "flat" else flat)
         update = Update(accelerator, passes, named, flat, optimizer, 1.0, 0.0, print, looks_per_step=self.batch)
@@ -237,11 +239,11 @@ def rounds(variants: dict[str, Step], turns: int, steps: int, device: torch.devi
     """Steps of every variant in turn, after a warm-up; seconds a step in each turn."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for step in variants.values():
-        for number in range(3):
+        for number in range(WARM_UPS):
             step(number)
     for turn in range(turns):
         for name, step in variants.items():
-            first = 3 + turn * steps
+            first = WARM_UPS + turn * steps
             spent = timed(lambda step=step, first=first: [step(first + number) for number in range(steps)], device)
             seconds[name].append(spent / steps)
     return {name: Timed(spent, 0) for name, spent in seconds.items()}
@@ -346,9 +348,7 @@ def medians(phases: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def table(name: str, bench: Bench, times: dict[str, Timed], flops: float, peak: float) -> list[str]:
-    what = {"plain": "plain loop", "ours": "scumble"} | {
-        f"without {key}": text for key, text in (TECHNIQUES | ON_CUDA).items()
-    }
+    what = {"plain": "plain loop", "ours": "scumble"} | {f"without {key}": text for key, text in TECHNIQUES.items()}
     lines = [
         f"## {name}, {bench.layout.side_px} px, batch {bench.batch}, {str(bench.dtype).removeprefix('torch.')}",
         "",
@@ -392,7 +392,6 @@ def main() -> None:
         f"Medians of {chosen.turns} turns of {chosen.steps} steps each, all in turn in one process.", "",
     ]  # fmt: skip
     found: dict[str, Any] = {"machine": card, "torch": torch.__version__, "product_flops": peak, "steps": {}}
-    techniques = [*TECHNIQUES, *(ON_CUDA if device.type == "cuda" else ())]
     for name in chosen.layouts:
         for batch in chosen.batches:
             layout = LAYOUTS[name]
@@ -400,7 +399,7 @@ def main() -> None:
                 layout = Layout(layout.config, layout.family, chosen.side, layout.latent_px)
             bench = Bench(layout, batch, device, dtype)
             flops = bench.flops()
-            times = compared(bench, techniques, chosen.turns, chosen.steps)
+            times = compared(bench, [*TECHNIQUES], chosen.turns, chosen.steps)
             lines += table(name, bench, times, flops, peak)
             found["steps"][f"{name} {batch}"] = {
                 key: {"seconds": one.median, "of_ours": ratio(times, key), "peak_mb": one.peak_mb}

@@ -1,0 +1,142 @@
+"""Recordings of passes on a CPU against the passes themselves, which torch runs: the same to the bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train import Run, ran
+
+from scumble.trainer import recording
+from scumble.trainer import train as recipe
+from scumble.trainer.adapters.files import read_tensors
+from scumble.trainer.captured import Captured, Tensors
+from scumble.trainer.recording import Recordings
+
+ARRAY = torch.zeros(3)  # numpy has it too, and tells torch nothing of what it does there
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "PLAIN_TIMES", 1)
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of operators of what was replayed, one for each time."""
+    found: list[int] = []
+    finished = recording.Recorder.finished
+
+    def counted(self: recording.Recorder, result: torch.Tensor) -> Callable[[], torch.Tensor]:
+        replay = finished(self, result)
+
+        def run() -> torch.Tensor:
+            found.append(sum(node.op == "call_function" for node in self.graph.nodes))
+            return replay()
+
+        return run
+
+    monkeypatch.setattr(recording.Recorder, "finished", counted)
+    return found
+
+
+def file_of(run: Run) -> dict[str, torch.Tensor]:
+    return read_tensors(run.folder / "clay.safetensors")[0]
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {},
+        {"machine": {"precision": "bf16"}},
+        {"network": {"text_rank": 2, "conv_rank": 2, "dropout": 0.2}},
+        {"network": {"network": "dora"}, "machine": {"checkpointing": True}},
+        {"machine": {"quantize": "int8", "precision": "bf16"}},
+        {"network": {"network": "loha"}, "objective": {"noise_offset": 0.1, "multires_noise": 0.3}},
+    ],
+    ids=lambda tables: ",".join(str(value) for table in tables.values() for value in table.values()) or "plain",
+)
+def test_a_run_with_recordings_is_the_run_without(
+    tables: dict[str, Any], tmp_path: Path, replays: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    tables = {"optimization": {"steps": 12, "batch": 2}, "output": {"preview_every": 0}, **tables}
+    network = tables.get("network", {}).get("network", "lora")
+    recorded = ran(tmp_path / "recorded", **tables)
+    if network == "loha":  # PEFT asks a random number in each pass whether a layer is dropped
+        assert not replays
+    else:
+        assert len(replays) >= 4 and min(replays) > 500
+    replays.clear()
+    monkeypatch.setattr(recipe, "capture_for", lambda device, kept: None)
+    plain = ran(tmp_path / "plain", **tables)
+    assert not replays and recorded.losses == plain.losses
+    for name, tensor in file_of(plain).items():
+        assert torch.equal(file_of(recorded)[name], tensor)
+
+
+def ran_both(function: Callable[[Tensors, torch.Tensor], torch.Tensor], times: int = 6) -> None:
+    """`function` of other inputs each time, recorded and not: results, what it adds to, and chance are the same."""
+    one, other = torch.zeros(3), torch.zeros(3)
+    captured = Captured(lambda tensors: function(tensors, one), Recordings([one]), pytest.fail, [one])
+    for number in range(times):
+        tensors = {"x": torch.tensor([1.0, 2.0, -3.0]) * (number + 1)}
+        torch.manual_seed(number)
+        result, drawn = captured(tensors).clone(), torch.rand(1)
+        torch.manual_seed(number)
+        assert torch.equal(result, function(tensors, other)) and torch.equal(drawn, torch.rand(1))
+        assert torch.equal(one, other)
+
+
+def test_operators_in_place_views_parts_and_chance_are_recorded(replays: list[int]):
+    weight = torch.arange(9.0).view(3, 3)
+
+    def function(tensors: Tensors, total: torch.Tensor) -> torch.Tensor:
+        x = (tensors["x"] @ weight.t()).clone()
+        x[1:].mul_(2).neg_()
+        largest, place = x.view(3, 1).max(0)
+        first, rest = x.split([1, 2])
+        torch.sin(x)  # wanted by nobody
+        total.add_(torch.nn.functional.dropout(x, 0.5))
+        return torch.cat([first, rest.flip(0)]).sum() + largest * place + weight[0, 2]
+
+    ran_both(function)
+    assert len(replays) == 4  # to prove it, and three times for it
+    weight.mul_(3)  # the same memory is read again
+    ran_both(function)
+
+
+def test_gradients_are_recorded(replays: list[int]):
+    parameter = torch.nn.Parameter(torch.tensor([0.5, 1.0, 2.0]))
+
+    def function(tensors: Tensors, total: torch.Tensor) -> torch.Tensor:
+        parameter.grad = total
+        loss = (tensors["x"] * parameter).square().sum()
+        loss.backward()
+        return loss.detach()
+
+    ran_both(function)
+    assert len(replays) == 4
+
+
+def told(tensors: Tensors, total: torch.Tensor) -> torch.Tensor:
+    total += torch.rand(3)
+    return tensors["x"] * 2 if tensors["x"][0] > 3 else tensors["x"]
+
+
+def behind_the_back(tensors: Tensors, total: torch.Tensor) -> torch.Tensor:
+    total += torch.rand(3)
+    ARRAY.numpy()[:] = tensors["x"].numpy()
+    return ARRAY * 2
+
+
+@pytest.mark.parametrize("function", [told, behind_the_back])
+def test_what_cannot_be_recorded_is_run(function: Any, replays: list[int]):
+    ran_both(function, times=9)
+    assert len(replays) == (function is behind_the_back)  # that once, to find it out
+
+
+def test_what_takes_long_is_not_recorded(replays: list[int], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(recording, "PAYS_BELOW_S", 0.0)
+    ran_both(lambda tensors, total: tensors["x"] * 2)
+    assert not replays

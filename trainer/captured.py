@@ -1,0 +1,105 @@
+"""Functions of named tensors, captured once for each shape of those and replayed: as CUDA graphs, on a CPU recorded.
+
+At batch 1 a pass of a UNet is thousands of small kernels, and launching them one by one takes longer than they do. A
+CUDA graph launches them all at once, computes the same, and needs no time to compile.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .memory import is_out_of_memory
+from .recording import Recordings
+
+WARM_UPS = 2
+Tensors = dict[str, torch.Tensor]
+Replay = Callable[[], torch.Tensor]
+Capture = Callable[[Replay], Replay]
+
+
+class Captured:
+    """`run` by way of `capture`, which turns a function into one that does the same on the same memory, faster.
+
+    `kept` is what `run` adds to. Where it cannot be captured, or `capture` is None, it is run as it is; `say` gets the
+    reason, once.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Tensors], torch.Tensor],
+        capture: Capture | None,
+        say: Callable[[str], None] = lambda line: None,
+        kept: Sequence[torch.Tensor] = (),
+    ):
+        self.run, self.capture, self.say, self.kept = run, capture, say, kept
+        self.captured: dict[tuple[object, ...], tuple[Tensors, Replay]] = {}
+
+    def __call__(self, batch: Tensors) -> torch.Tensor:
+        """Its result, which the next call may overwrite."""
+        if self.capture is None:
+            return self.run(batch)
+        shape = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
+        if shape not in self.captured:
+            try:
+                self.captured[shape] = self._captured(batch, self.capture)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                self.run_as_it_is()
+                reason = str(error).splitlines()[0]
+                self.say(f"CUDA graphs are off, each kernel is launched by itself: {reason}")
+                return self.run(batch)
+        static, replay = self.captured[shape]
+        for name, tensor in batch.items():
+            static[name].copy_(tensor, non_blocking=True)
+        return replay()
+
+    def forget(self) -> None:
+        """Drop what was captured, since the function is another from now on, or its memory is needed."""
+        self.captured.clear()
+
+    def run_as_it_is(self) -> None:
+        """Capture no more."""
+        self.forget()
+        self.capture = None
+
+    def _captured(self, batch: Tensors, capture: Capture) -> tuple[Tensors, Replay]:
+        static = {name: tensor.clone() for name, tensor in batch.items()}
+        before = [one.clone() for one in self.kept]
+        devices = {tensor.device for tensor in batch.values() if tensor.is_cuda}
+        try:
+            with torch.random.fork_rng(devices):  # warm-ups use up no chance
+                return static, capture(lambda: self.run(static))
+        finally:
+            for one, value in zip(self.kept, before, strict=True):
+                one.copy_(value)
+
+
+def capture_for(device: torch.device, kept: Sequence[torch.Tensor] = ()) -> Capture | None:
+    """What captures on a device functions that add to `kept`; None where nothing does."""
+    return CudaGraphs() if device.type == "cuda" else Recordings(kept) if device.type == "cpu" else None
+
+
+class CudaGraphs:
+    """Captures on CUDA. All graphs share one pool of memory: none but the last replayed one's result is read."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Replay) -> Replay:
+        """Run it a few times apart, so that all is initialised, then record it once without running it."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            result = run()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return result
+
+        return replay

@@ -1,0 +1,127 @@
+"""Shots painted by diffusers' own pipeline over the modules that train."""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from PIL import Image
+
+from .captured import Capture, Captured, CudaGraphs, Tensors
+from .memory import TooLarge, unless_too_large
+from .models import Base
+from .parking import at_hand
+from .prompts import Shot
+
+SAMPLERS = {
+    "ddim": DDIMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_a": EulerAncestralDiscreteScheduler,
+    "dpmpp_2m": DPMSolverMultistepScheduler,
+}
+EMBEDDINGS = "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
+BATCH = 8
+
+
+@torch.no_grad()
+def paint(
+    base: Base,
+    shots: Sequence[Shot],
+    sampler: str,
+    say: Callable[[str], None] = lambda line: None,
+    capture: Capture | None = None,
+) -> list[Image.Image]:
+    """One picture a shot, as stock diffusers paints it; noise is drawn on the CPU, so any batch gives the same.
+
+    The UNet's passes are captured by `capture`, if None on CUDA as graphs; `say` is told where they cannot be.
+    """
+    if capture is None and base.device.type == "cuda":
+        capture = CudaGraphs()
+    pipeline = base.pipeline
+    own, was_training = pipeline.scheduler, [module for module in (base.unet, *base.text_encoders) if module.training]
+    pipeline.scheduler = SAMPLERS[sampler].from_config(own.config)
+    if base.device.type == "cuda":
+        base.vae.enable_slicing()  # of all that paints, decoding needs the most memory
+    pictures: dict[int, Image.Image] = {}
+    for module in was_training:
+        module.eval()
+    try:
+        with _captured_passes(base.unet, capture, say):
+            for alike in _batches(shots):
+                pictures |= dict(zip(alike, _painted(base, [shots[index] for index in alike]), strict=True))
+    finally:
+        pipeline.scheduler = own
+        for module in was_training:
+            module.train()
+    return [pictures[index] for index in range(len(shots))]
+
+
+@contextmanager
+def _captured_passes(unet: Any, capture: Capture | None, say: Callable[[str], None]) -> Generator[None]:
+    """Within the block a pipeline's calls of the UNet are captured for each shape, and replayed; with None they run."""
+    forward = unet.forward
+
+    def run(tensors: Tensors) -> torch.Tensor:
+        added = {name: tensors[name] for name in ("text_embeds", "time_ids") if name in tensors}
+        hidden = tensors["hidden"]
+        return forward(tensors["sample"], tensors["timestep"], hidden, added_cond_kwargs=added, return_dict=False)[0]
+
+    captured = Captured(run, capture, say)
+
+    def call(
+        sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor,
+        added_cond_kwargs: Tensors | None = None, return_dict: bool = True, **others: object,
+    ) -> tuple[torch.Tensor]:  # fmt: skip
+        assert not return_dict and all(value is None for value in others.values())
+        tensors = {"sample": sample, "timestep": timestep, "hidden": encoder_hidden_states}
+        return (captured(tensors | (added_cond_kwargs or {})).clone(),)
+
+    unet.forward = call
+    try:
+        yield
+    finally:
+        del unet.forward
+
+
+def _painted(base: Base, shots: Sequence[Shot]) -> list[Image.Image]:
+    """Shots that are alike, all at once, or as many as fit into memory. Raises `TooLarge` where not one does."""
+    first, encode_prompt = shots[0], cast("Callable[..., tuple[torch.Tensor, ...]]", base.pipeline.encode_prompt)
+
+    def painted() -> list[Image.Image]:
+        with at_hand(base, *base.text_encoders):
+            heard = encode_prompt(
+                [shot.prompt for shot in shots],
+                device=base.device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=first.cfg > 1,
+                negative_prompt=[shot.negative for shot in shots],
+            )
+        with at_hand(base, base.vae):
+            return base.pipeline(
+                **dict(zip(EMBEDDINGS, heard, strict=False)),
+                num_inference_steps=first.steps,
+                guidance_scale=first.cfg,
+                height=first.height,
+                width=first.width,
+                generator=[torch.Generator().manual_seed(shot.seed) for shot in shots],
+            ).images
+
+    images = unless_too_large(painted)
+    if images is not None:
+        return images
+    if len(shots) == 1:
+        raise TooLarge(f"a preview of {first.width}x{first.height} does not fit into memory; lower --preview-size", 69)
+    half = len(shots) // 2
+    return _painted(base, shots[:half]) + _painted(base, shots[half:])
+
+
+def _batches(shots: Sequence[Shot]) -> list[list[int]]:
+    """Indices of shots that can be painted together: one size, one number of steps, one guidance."""
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for index, shot in enumerate(shots):
+        alike.setdefault((shot.width, shot.height, shot.steps, shot.cfg), []).append(index)
+    return [indices[start : start + BATCH] for indices in alike.values() for start in range(0, len(indices), BATCH)]
