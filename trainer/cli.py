@@ -1,5 +1,7 @@
 """The command line. Nothing slow is imported before a command needs it, so that `scumble --help` answers at once."""
 
+import atexit
+import gc
 import logging
 import os
 import sys
@@ -40,6 +42,7 @@ app.command(cache)
 app["--help"].group = app["--version"].group = "Other"
 
 DEFAULTS = Options()
+OBJECTS_BETWEEN_COLLECTIONS = 10_000  # with Python's own 700, imports are searched for garbage for a second
 PresetFlag = Annotated[str, Parameter(help="Preset to start from; `scumble presets` lists them")]
 
 
@@ -157,6 +160,8 @@ def print_presets() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; what a person can mend is one line on stderr and exit code 2 (or the refusal's own)."""
+    gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS, 10, 10)
+    atexit.register(gc.freeze)  # what is left at the end need not be searched either
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")  # read when the library is imported
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of what is no trouble here

@@ -123,6 +123,13 @@ def wait_for(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def set_seed(seed: int, device: torch.device) -> None:
+    """Of chance on the CPU and on the device; torch.manual_seed asks after every kind of device, for 1 ms a call."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
 def free_unused() -> None:
     """Give back the memory that torch keeps for later on whatever device there is."""
     torch.cuda.empty_cache()

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
 from .flat import Flat
+from .machine import set_seed
 from .memory import TooLarge, unless_too_large
 from .optimizers import set_rate
 from .passes import Passes
@@ -107,7 +108,7 @@ class Update:
         However many looks pass at once, each has the same draws, and in a step of few looks the same weight as in
         one of many: the gradients are those of the sum over its looks, divided by their usual number.
         """
-        torch.manual_seed(seed_for(self.passes.objectives.seed, step, "dropout"))
+        set_seed(seed_for(self.passes.objectives.seed, step, "dropout"), self.accelerator.device)
         self.flat.lower()
         num_looks = sum(map(len, batches))
         total, slot = torch.zeros((), device=self.accelerator.device), 0
