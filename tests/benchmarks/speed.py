@@ -14,6 +14,7 @@ import argparse
 import copy
 import gc
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -289,40 +290,64 @@ train_plainly(EMBEDDED, Path({samples!r}), Path({out!r}), size_px=64, steps=160,
 """
 
 
-def run_of_ours(flags: Sequence[str]) -> tuple[float, dict[str, float]]:
-    """Seconds from the command to the finished file on the sample style, latents not cached; and its phases."""
+@dataclass(frozen=True)
+class Command:
+    """When a command began and ended (Unix seconds), and the most memory that it had."""
+
+    began: float
+    ended: float
+    peak_mb: int
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.began
+
+
+def commanded(*arguments: str) -> Command:
+    """This Python with arguments."""
+    began = time.time()
+    with subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{arguments}: exit code {process.returncode}")
+    return Command(began, time.time(), usage.ru_maxrss // 2**10)
+
+
+def run_of_ours(flags: Sequence[str]) -> tuple[Command, dict[str, float]]:
+    """From the command to the finished file on the sample style, latents not cached; and seconds of its phases."""
     with TemporaryDirectory() as folder:
-        began = time.time()
-        command = [sys.executable, "-m", "scumble.trainer.cli", "train", str(SAMPLES), "--base", "sketch", *flags]
-        subprocess.run(
-            [*command, "--device", "cpu", "--cache", "off", "--runs", folder, "--name", "it"], check=True,
-            capture_output=True,
+        done = commanded(
+            "-m", "scumble.trainer.cli", "train", str(SAMPLES), "--base", "sketch", *flags, "--device", "cpu",
+            "--cache", "off", "--runs", folder, "--name", "it",
         )  # fmt: skip
-        ended = time.time()
         lines = (Path(folder) / "it/events.jsonl").read_text(encoding="utf-8").splitlines()
-    return ended - began, phases_of([json.loads(line) for line in lines], began, ended)
+    return done, phases_of([json.loads(line) for line in lines], done.began, done.ended)
 
 
 def whole(turns: int) -> dict[str, Any]:
-    """Seconds from the command to the finished file, of both loops in turn, and where ours go."""
+    """Seconds from the command to the finished file and memory, of both loops in turn, and where ours go."""
     flags = [
         "--resolution", "64", "--rank", "16", "--text-rank", "0", "--steps", "160", "--batch", "4", "--rate", "2e-3",
         "--precision", "bf16", "--preview-every", "0", "--save-every", "0",
     ]  # fmt: skip
-    spent: dict[str, list[float]] = {"ours": [], "plain": []}
+    runs: dict[str, list[Command]] = {"ours": [], "plain": []}
     phases: list[dict[str, float]] = []
     for _ in range(turns):
-        seconds, parts = run_of_ours(flags)
-        spent["ours"].append(seconds)
+        done, parts = run_of_ours(flags)
+        runs["ours"].append(done)
         phases.append(parts)
         with TemporaryDirectory() as folder:
             code = WHOLE.format(here=str(HERE), threads=torch.get_num_threads(), samples=str(SAMPLES), out=folder)
-            began = time.time()
-            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-            spent["plain"].append(time.time() - began)
-    share = statistics.median(b / a for a, b in zip(spent["ours"], spent["plain"], strict=True))
-    return {"seconds": {name: statistics.median(times) for name, times in spent.items()}, "ratio": share,
-            "phases": medians(phases)}  # fmt: skip
+            runs["plain"].append(commanded("-c", code))
+    ratios = [plain.seconds / ours.seconds for ours, plain in zip(runs["ours"], runs["plain"], strict=True)]
+    return {
+        "seconds": {name: statistics.median(one.seconds for one in done) for name, done in runs.items()},
+        "peak_mb": {name: max(one.peak_mb for one in done) for name, done in runs.items()},
+        "ratio": statistics.median(ratios), "phases": medians(phases),
+    }  # fmt: skip
 
 
 def phases_of(events: list[dict[str, Any]], began: float, ended: float) -> dict[str, float]:
@@ -414,7 +439,8 @@ def main() -> None:
         lines += [
             "## From the command to the finished file", "",
             f"`clay-style` on `sketch`, 160 steps of 4: {seconds['ours']:.1f} s, the plain loop {seconds['plain']:.1f} "
-            f"s ({found['whole']['ratio']:.2f} × ours; medians of {chosen.whole}).",
+            f"s ({found['whole']['ratio']:.2f} × ours; medians of {chosen.whole}). At most "
+            f"{found['whole']['peak_mb']['ours']:,} MB and {found['whole']['peak_mb']['plain']:,} MB of memory.",
             "", "| phase | seconds |", "|---|---|",
             *(f"| {name} | {spent:.2f} |" for name, spent in phases.items()), "",
         ]  # fmt: skip
