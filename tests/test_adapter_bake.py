@@ -325,6 +325,19 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tiny: Path, tmp_path:
     assert error.value.exit_code == 73 and list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_with_too_little_room_is_refused_before_anything_is_written(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    save_file({"model.diffusion_model.middle_block.1.proj_in.weight": torch.ones(30, 30)}, tmp_path / "b.safetensors")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 99, 99))
+    for base, out in ((tiny, "out"), (tmp_path / "b.safetensors", "out.safetensors")):
+        doses = [Dose("x", adapter_for(base, "sd1", 1))]
+        with pytest.raises(Refused, match=rf"--out .*{out}: .* are written and 0 kB are free; make room") as error:
+            bake(base, tmp_path / out, doses)
+        assert error.value.exit_code == 73
+    assert [path.name for path in tmp_path.iterdir()] == ["b.safetensors"]
+
+
 def test_an_existing_place_needs_force_and_a_folder_of_something_else_is_never_replaced(tiny: Path, tmp_path: Path):
     doses = [Dose("x", adapter_for(tiny, "sd1", 1))]
     (tmp_path / "mine").mkdir()

@@ -166,8 +166,8 @@ def test_dead_and_broken_modules_are_named(tmp_path: Path):
     assert [place.path for place in report.broken] == ["up_blocks.1.resnets.0.conv1"]
     assert [place.path.rpartition(".")[2] for place in report.zero] == ["to_q"]
     text = shown(path, width=200)
-    assert "1 modules hold numbers that are not finite: unet.up_blocks.1.resnets.0.conv1" in text
-    assert "1 modules are zero and do nothing" in text
+    assert "1 module with numbers that are not finite: unet.up_blocks.1.resnets.0.conv1" in text
+    assert "1 module without effect, all zero" in text
 
 
 def test_what_strangers_wrote_reaches_the_terminal_as_plain_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

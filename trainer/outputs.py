@@ -2,9 +2,12 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 from scumble.configs.errors import Refused
+
+from .sizes import in_words
 
 
 def check_out(out: Path, suffix: str, force: bool, *sources: Path) -> None:
@@ -28,3 +31,14 @@ def check_place(out: Path, *sources: Path) -> None:
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         reason = os.strerror(errno.EACCES if folder.is_dir() else errno.ENOTDIR)
         raise Refused(f"{out}: cannot be written ({reason})", 73)
+
+
+def check_room(out: Path, needed: int) -> None:
+    """Raises `Refused` (73) where `needed` bytes are more than are free where `out` is to be."""
+    free = shutil.disk_usage(next(parent for parent in out.resolve().parents if parent.exists())).free
+    if needed > free:
+        raise Refused(
+            f"--out {out}: {in_words(needed)} are written and {in_words(free)} are free; make room, or choose another "
+            "disk",
+            73,
+        )

@@ -15,6 +15,7 @@ import torch
 
 from scumble.configs.errors import Refused
 
+from ..outputs import check_room
 from .adapter import Adapter
 from .factors import check_biases, check_finite
 from .fit import check_fit
@@ -58,6 +59,7 @@ def bake(base: Path, out: Path, doses: Sequence[Dose], undo: bool = False, force
         return words_for_cut(bake_folder(base, out, doses, note(doses)))
     if out.suffix != ".safetensors":
         raise Refused(f"{out}: the base is one file, so give a name that ends in .safetensors")
+    check_room(out, base.stat().st_size)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -72,6 +74,7 @@ def bake_folder(base: Path, out: Path, doses: Sequence[Dose], comment: str) -> l
     temporary, cut = out.with_name(out.name + ".part"), []
     if out.exists() and not (out / "model_index.json").is_file():
         raise Refused(f"{out}: is there and is no diffusers folder, so it is not replaced; choose another name")
+    check_room(out, sum(file.stat().st_size for name in parts_of(base) for file in kept_files(base / name)))
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -102,12 +105,16 @@ def parts_of(base: Path) -> list[str]:
     ]
 
 
+def kept_files(part: Path) -> list[Path]:
+    """The files of one part but for pickles."""
+    return [file for file in sorted(part.rglob("*")) if file.is_file() and file.suffix not in PICKLES]
+
+
 def copy_part(old: Path, new: Path, with_weights: bool) -> None:
     """The files of one part but for pickles, and for weights that are written anew."""
-    left_out = PICKLES if with_weights else (*PICKLES, ".safetensors")
     new.mkdir()
-    for file in sorted(old.rglob("*")):
-        if file.is_file() and file.suffix not in left_out:
+    for file in kept_files(old):
+        if with_weights or file.suffix != ".safetensors":
             target = new / file.relative_to(old)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, target)
