@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -329,13 +330,20 @@ def test_a_disk_with_too_little_room_is_refused_before_anything_is_written(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     save_file({"model.diffusion_model.middle_block.1.proj_in.weight": torch.ones(30, 30)}, tmp_path / "b.safetensors")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 99, 99))
-    for base, out in ((tiny, "out"), (tmp_path / "b.safetensors", "out.safetensors")):
-        doses = [Dose("x", adapter_for(base, "sd1", 1))]
-        with pytest.raises(Refused, match=rf"--out .*{out}: .* are written and 0 kB are free; make room") as error:
-            bake(base, tmp_path / out, doses)
-        assert error.value.exit_code == 73
-    assert [path.name for path in tmp_path.iterdir()] == ["b.safetensors"]
+    size_of_folder = sum(file.stat().st_size for file in tiny.rglob("*/*") if file.is_file())
+    sizes = {tiny: size_of_folder, tmp_path / "b.safetensors": (tmp_path / "b.safetensors").stat().st_size}
+    for base, needed in sizes.items():
+        out, doses = tmp_path / f"out{base.suffix}", [Dose("x", adapter_for(base, "sd1", 1))]
+        left = out.with_name(out.name + ".part")
+        for free in (needed - 1, needed):
+            left.mkdir() if base.is_dir() else left.write_bytes(b"of one that was killed")
+            monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+            if free < needed:
+                with pytest.raises(Refused, match=rf"--out .*{out.name}: .* are written and .* are free") as error:
+                    bake(base, out, doses)
+                assert error.value.exit_code == 73 and not out.exists() and not left.exists()
+        bake(base, out, doses)
+        assert out.exists() and not left.exists()
 
 
 def test_an_existing_place_needs_force_and_a_folder_of_something_else_is_never_replaced(tiny: Path, tmp_path: Path):

@@ -13,6 +13,7 @@ from scumble.configs.errors import Refused
 from scumble.configs.options import Model
 from scumble.trainer import train as recipe
 from scumble.trainer.adapters.files import read_tensors
+from scumble.trainer.captured import CudaGraphs
 from scumble.trainer.models import load, recognise
 from scumble.trainer.painting import SAMPLERS, paint
 from scumble.trainer.prompts import Shot
@@ -84,12 +85,17 @@ def test_compiled_blocks_train_as_the_others_do(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_captured_previews_are_those_of_run_passes(kind: str, tmp_path: Path):
+def test_captured_previews_are_those_of_run_passes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = Model(base=str(tiny_base(kind, tmp_path)))
     base = load(model, recognise(model), torch.device("cuda"), torch.float32)
     shots = [Shot(word, "", 64, side, 3, 5, 4.0) for word, side in (("cat", 64), ("dog", 64), ("cat", 96))]
+    made: list[object] = []
+    capture = CudaGraphs.__call__
+    monkeypatch.setattr(CudaGraphs, "__call__", lambda self, run: made.append(run) or capture(self, run))
     for sampler in SAMPLERS:
+        made.clear()
         captured = paint(base, shots, sampler, pytest.fail)
+        assert len(made) == 2
         run = paint(base, shots, sampler, capture=lambda run: run)
         for one, other in zip(captured, run, strict=True):
             assert np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() <= 2

@@ -88,6 +88,21 @@ def test_captured_passes_paint_what_run_passes_do(kind: str, tmp_path: Path):
     assert "forward" not in vars(small.unet)
 
 
+def test_where_memory_lacks_for_a_capture_passes_are_run(base: Base):
+    def refused(run: Replay) -> Replay:
+        raise torch.OutOfMemoryError("no room")
+
+    shots = [SHOT, replace(SHOT, seed=4)]
+    assert paint(base, shots, "ddim", pytest.fail, refused) == paint(base, shots, "ddim")
+
+
+def test_many_pictures_at_once_are_not_captured(base: Base):
+    def refused(run: Replay) -> Replay:
+        pytest.fail("captured")
+
+    paint(base, [replace(SHOT, seed=seed) for seed in range(5)], "ddim", pytest.fail, refused)
+
+
 def test_options_of_the_base_reach_its_schedule():
     scheduler = loaded(Model(prediction="v_prediction", zero_terminal_snr=True)).pipeline.scheduler
     assert scheduler.config["prediction_type"] == "v_prediction"

@@ -203,9 +203,9 @@ def test_captured_passes_add_the_same_gradients_whatever_comes_in_which_shape():
             two.prepare(looks)
         assert torch.equal(one(looks, 4.0), two(looks, 4.0))
         assert torch.equal(plain.gradients[0], captured.gradients[0])
-    assert len(two.captured.captured) == 2 and squares.prepared == 5 and said == []
+    assert len(two.captured.by_shape) == 2 and squares.prepared == 5 and said == []
     two.forget()
-    assert two.captured.captured == {}
+    assert two.captured.by_shape == {}
 
 
 def test_what_is_dropped_at_random_does_not_depend_on_whether_a_pass_was_captured_before(

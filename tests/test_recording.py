@@ -53,7 +53,9 @@ def file_of(run: Run) -> dict[str, torch.Tensor]:
         {"network": {"text_rank": 2, "conv_rank": 2, "dropout": 0.2}},
         {"network": {"network": "dora"}, "machine": {"checkpointing": True}},
         {"machine": {"quantize": "int8", "precision": "bf16"}},
-        {"network": {"network": "loha"}, "objective": {"noise_offset": 0.1, "multires_noise": 0.3}},
+        {"machine": {"quantize": "nf4", "precision": "bf16"}, "objective": {"loss": "huber"}},
+        {"optimization": {"steps": 12, "batch": 3, "accumulate": 2}},
+        {"network": {"network": "loha"}},
     ],
     ids=lambda tables: ",".join(str(value) for table in tables.values() for value in table.values()) or "plain",
 )
@@ -134,6 +136,44 @@ def behind_the_back(tensors: Tensors, total: torch.Tensor) -> torch.Tensor:
 def test_what_cannot_be_recorded_is_run(function: Any, replays: list[int]):
     ran_both(function, times=9)
     assert len(replays) == (function is behind_the_back)  # that once, to find it out
+
+
+def test_a_recording_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch):
+    def failed() -> torch.Tensor:
+        raise TypeError("no such argument")
+
+    def function(tensors: Tensors, total: torch.Tensor) -> torch.Tensor:
+        total += torch.rand(3)
+        return tensors["x"] * 2
+
+    monkeypatch.setattr(recording.Recorder, "finished", lambda self, result: failed)
+    ran_both(function)
+    monkeypatch.setattr(recording.Recorder, "finished", lambda self, result: failed())
+    ran_both(function)
+
+
+def test_what_is_not_a_number_proves_nothing(replays: list[int]):
+    def function(tensors: Tensors, total: torch.Tensor) -> torch.Tensor:
+        return tensors["x"] / (tensors["x"] - 3)  # in the third run, which is to prove it, 3 / 0
+
+    ran_both(function)
+    assert len(replays) == 4  # tried in the third, proved in the fourth, then used twice
+
+
+def test_too_little_memory_is_told_while_recording_too():
+    runs: list[int] = []
+
+    def run() -> torch.Tensor:
+        runs.append(1)
+        if len(runs) == 2:
+            raise torch.OutOfMemoryError("no room")
+        return torch.ones(1)
+
+    function = Recordings()(run)
+    function()
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        function()
+    assert function() == 1
 
 
 def test_what_takes_long_is_not_recorded(replays: list[int], monkeypatch: pytest.MonkeyPatch):

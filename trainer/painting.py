@@ -25,6 +25,7 @@ SAMPLERS = {
 }
 EMBEDDINGS = "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
 BATCH = 8
+MAX_CAPTURED = 8  # pictures in a pass, empty prompts too: with more, launching is not what takes the time
 
 
 @torch.no_grad()
@@ -37,7 +38,8 @@ def paint(
 ) -> list[Image.Image]:
     """One picture a shot, as stock diffusers paints it; noise is drawn on the CPU, so any batch gives the same.
 
-    The UNet's passes are captured by `capture`, if None on CUDA as graphs; `say` is told where they cannot be.
+    The UNet's passes of few pictures are captured by `capture`, if None on CUDA as graphs; `say` hears where they
+    cannot be.
     """
     if capture is None and base.device.type == "cuda":
         capture = CudaGraphs()
@@ -50,9 +52,9 @@ def paint(
     for module in was_training:
         module.eval()
     try:
-        with _captured_passes(base.unet, capture, say):
+        with _captured_passes(base.unet, capture, say) as captured:
             for alike in _batches(shots):
-                pictures |= dict(zip(alike, _painted(base, [shots[index] for index in alike]), strict=True))
+                pictures |= dict(zip(alike, _painted(base, [shots[index] for index in alike], captured), strict=True))
     finally:
         pipeline.scheduler = own
         for module in was_training:
@@ -61,8 +63,8 @@ def paint(
 
 
 @contextmanager
-def _captured_passes(unet: Any, capture: Capture | None, say: Callable[[str], None]) -> Generator[None]:
-    """Within the block a pipeline's calls of the UNet are captured for each shape, and replayed; with None they run."""
+def _captured_passes(unet: Any, capture: Capture | None, say: Callable[[str], None]) -> Generator[Captured]:
+    """Within the block a pipeline's calls of the UNet for few pictures are captured once a shape, and replayed."""
     forward = unet.forward
 
     def run(tensors: Tensors) -> torch.Tensor:
@@ -72,23 +74,26 @@ def _captured_passes(unet: Any, capture: Capture | None, say: Callable[[str], No
 
     captured = Captured(run, capture, say)
 
-    def call(
-        sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor,
-        added_cond_kwargs: Tensors | None = None, return_dict: bool = True, **others: object,
-    ) -> tuple[torch.Tensor]:  # fmt: skip
-        assert not return_dict and all(value is None for value in others.values())
+    def call(sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **others: Any) -> Any:
+        added = others.get("added_cond_kwargs") or {}
+        told = {name for name, value in others.items() if value is not None} - {"added_cond_kwargs", "return_dict"}
+        if told or captured.capture is None or len(sample) > MAX_CAPTURED:
+            return forward(sample, timestep, encoder_hidden_states, **others)
         tensors = {"sample": sample, "timestep": timestep, "hidden": encoder_hidden_states}
-        return (captured(tensors | (added_cond_kwargs or {})).clone(),)
+        return (captured(tensors | added).clone(),)
 
     unet.forward = call
     try:
-        yield
+        yield captured
     finally:
         del unet.forward
 
 
-def _painted(base: Base, shots: Sequence[Shot]) -> list[Image.Image]:
-    """Shots that are alike, all at once, or as many as fit into memory. Raises `TooLarge` where not one does."""
+def _painted(base: Base, shots: Sequence[Shot], captured: Captured) -> list[Image.Image]:
+    """Shots that are alike, all at once, or as many as fit into memory. Raises `TooLarge` where not one does.
+
+    Passes are captured no more where memory lacks: a captured one keeps its own.
+    """
     first, encode_prompt = shots[0], cast("Callable[..., tuple[torch.Tensor, ...]]", base.pipeline.encode_prompt)
 
     def painted() -> list[Image.Image]:
@@ -111,12 +116,15 @@ def _painted(base: Base, shots: Sequence[Shot]) -> list[Image.Image]:
             ).images
 
     images = unless_too_large(painted)
+    if images is None and captured.capture is not None:
+        captured.run_as_it_is()
+        images = unless_too_large(painted)
     if images is not None:
         return images
     if len(shots) == 1:
         raise TooLarge(f"a preview of {first.width}x{first.height} does not fit into memory; lower --preview-size", 69)
     half = len(shots) // 2
-    return _painted(base, shots[:half]) + _painted(base, shots[half:])
+    return _painted(base, shots[:half], captured) + _painted(base, shots[half:], captured)
 
 
 def _batches(shots: Sequence[Shot]) -> list[list[int]]:

@@ -51,6 +51,10 @@ class Passes:
         """Drop what was captured, since the pass is another from now on, or its memory is needed."""
         self.captured.forget()
 
+    def run_as_they_are(self) -> None:
+        """Capture no more."""
+        self.captured.run_as_it_is()
+
     def _run(self, batch: Batch) -> torch.Tensor:
         with self.surroundings():
             loss = self.objectives.losses_of(batch).sum()

@@ -46,7 +46,7 @@ def try_out(
         update.passes.forget()
         update.is_compiled = compiled_s is not None
         if update.is_compiled and device.type == "cpu":
-            update.passes.captured.run_as_it_is()  # a recording knows nothing of compiled kernels
+            update.passes.run_as_they_are()  # a recording knows nothing of compiled kernels
         measured = replace(measured, seconds=compiled_s or measured.seconds)
     step_s = measured.seconds * passes
     num_saves = plan.num_steps // plan.save_every if plan.save_every else 0

@@ -4,6 +4,7 @@ A step of a small UNet is thousands of small operators. To find out in Python wh
 wants to know of each, takes a fifth of it. A recording does as a CUDA graph does: the same, on the same memory.
 """
 
+import math
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +14,8 @@ import torch
 from torch.fx import Graph, GraphModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
+
+from .memory import is_out_of_memory
 
 PLAIN_TIMES = 8  # that a function runs first; to record it takes as long as its recording saves in 25 runs
 PAYS_BELOW_S = 1.0  # what takes longer gains nothing
@@ -28,9 +31,9 @@ class RecordingError(RuntimeError):
 class Recordings:
     """Records functions without arguments that give a result and add to `kept`.
 
-    Each is run as it is at first. Then one run is recorded, and in the next, which has other inputs, it is seen whether
-    the recording gives the same, to the bit: of what is no operator it knows nothing. Where it does, it runs from then
-    on; where it does not, or a run cannot be recorded, the function goes on as it is.
+    Each is run as it is at first. Then one run is recorded, and in the next, which has other inputs where a batch is
+    another, it is seen whether the recording gives the same numbers: of what is no operator it knows nothing. Where it
+    does, it runs from then on; where it does not, or a run cannot be recorded, the function goes on as it is.
     """
 
     def __init__(self, kept: Sequence[torch.Tensor] = ()):
@@ -43,28 +46,33 @@ class Recordings:
 class _Recording:
     def __init__(self, run: Run, kept: Sequence[torch.Tensor]):
         self.run, self.kept = run, kept
-        self.times: list[float] = []
+        self.plain_times, self.quickest_s = 0, math.inf
         self.replay: Run | None = None
         self.was_tried = self.is_proven = False
 
     def __call__(self) -> torch.Tensor:
         if self.replay is not None:
             return self.replay() if self.is_proven else self._proven(self.replay)
-        if not self.was_tried and len(self.times) >= PLAIN_TIMES and min(self.times) < PAYS_BELOW_S:
+        if not self.was_tried and self.plain_times >= PLAIN_TIMES and self.quickest_s < PAYS_BELOW_S:
             return self._recorded()
         began = time.perf_counter()
         result = self.run()
-        self.times.append(time.perf_counter() - began)
+        self.plain_times += 1
+        self.quickest_s = min(self.quickest_s, time.perf_counter() - began)
         return result
 
     def _recorded(self) -> torch.Tensor:
         self.was_tried = True
-        before = self._moment()
-        try:
-            with Recorder() as recorder:
+        before, recorder = self._moment(), Recorder()
+
+        def recorded() -> torch.Tensor:
+            with recorder:
                 result = self.run()
             self.replay = recorder.finished(result)
-        except RecordingError:
+            return result
+
+        result = _unless_it_fails(recorded)
+        if result is None:
             self._go_to(before)
             return self.run()
         return result
@@ -72,13 +80,16 @@ class _Recording:
     def _proven(self, replay: Run) -> torch.Tensor:
         """First what is recorded, while nothing of the run itself is there yet; then the run, which counts."""
         before = self._moment()
-        again = [replay(), *self._moment()]
+        again = _unless_it_fails(replay)
+        found: list[Any] = [again, *self._moment()]
         self._go_to(before)
         result = self.run()
-        pairs = zip(again, [result, *self._moment()], strict=True)
-        self.is_proven = all(torch.allclose(one, other, rtol=0, atol=0, equal_nan=True) for one, other in pairs)
-        if not self.is_proven:
+        right = [result, *self._moment()]
+        if again is None:
             self.replay = None
+        elif all(bool(one.isfinite().all()) for one in right):  # else nothing is proved; the next run may do it
+            self.is_proven = all(map(torch.equal, found, right))
+            self.replay = replay if self.is_proven else None
         return result
 
     def _moment(self) -> list[torch.Tensor]:
@@ -168,3 +179,13 @@ def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
             yield value
         elif isinstance(value, tuple | list):
             yield from _tensors(value)
+
+
+def _unless_it_fails(compute: Run) -> torch.Tensor | None:
+    """What `compute` gives; None where it fails other than for too little memory. A fault of the run's comes again."""
+    try:
+        return compute()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+    return None

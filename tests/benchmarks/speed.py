@@ -14,14 +14,14 @@ import argparse
 import copy
 import gc
 import json
-import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,6 +47,7 @@ from scumble.trainer.models import BASES, Base
 from scumble.trainer.optimizers import grouped, make_optimizer
 from scumble.trainer.passes import Passes
 from scumble.trainer.product import speed_up
+from scumble.trainer.recording import PLAIN_TIMES
 from scumble.trainer.step import Objectives
 from scumble.trainer.text import Conditioning
 from scumble.trainer.update import Update
@@ -54,7 +55,7 @@ from scumble.trainer.update import Update
 HERE = Path(__file__).parent
 SAMPLES = HERE.parent.parent / "datasets/samples/clay-style"
 RANK, NUM_PICTURES, ALLOWED_FALL = 16, 16, 0.25
-WARM_UPS = 7  # until a CPU's passes are recorded
+WARM_UPS = PLAIN_TIMES + 2  # until a CPU's passes are recorded and proved
 TECHNIQUES = {
     "product": "PEFT's forward under autocast",
     "packing": "torch's own convolutions",
@@ -305,15 +306,17 @@ class Command:
 
 def commanded(*arguments: str) -> Command:
     """This Python with arguments."""
-    began = time.time()
-    with subprocess.Popen(
-        [sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+    began, peak_mb = time.time(), 0
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None:  # getrusage would tell the peak of this process too, from which that one was forked
+        with suppress(OSError):
+            told = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+            peak_mb = max(peak_mb, *(int(kilobytes) // 2**10 for kilobytes in re.findall(r"VmHWM:\s+(\d+)", told)), 0)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.2)
     if process.returncode:
         raise RuntimeError(f"{arguments}: exit code {process.returncode}")
-    return Command(began, time.time(), usage.ru_maxrss // 2**10)
+    return Command(began, time.time(), peak_mb)
 
 
 def run_of_ours(flags: Sequence[str]) -> tuple[Command, dict[str, float]]:

@@ -6,6 +6,7 @@ Several adapters go one by one, each on what the one before it made.
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,8 @@ def bake(base: Path, out: Path, doses: Sequence[Dose], undo: bool = False, force
     """Write the base with the adapters in it: a folder from a folder, a file from a file, types as they were.
 
     `undo` takes them out, exactly but for the rounding of the type. Raises `Refused` before anything is written where
-    an adapter has a layer that the base has not, where shapes differ, or where `out` exists and `force` is false.
+    an adapter has a layer that the base has not, where shapes differ, where `out` exists and `force` is false, or (73)
+    where the disk has too little room.
     Returns what to say of paths that were cut out of its metadata.
     """
     weights = find_weights(base)
@@ -59,6 +61,8 @@ def bake(base: Path, out: Path, doses: Sequence[Dose], undo: bool = False, force
         return words_for_cut(bake_folder(base, out, doses, note(doses)))
     if out.suffix != ".safetensors":
         raise Refused(f"{out}: the base is one file, so give a name that ends in .safetensors")
+    with suppress(OSError):
+        out.with_name(out.name + ".part").unlink()  # of one that was killed
     check_room(out, base.stat().st_size)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -74,9 +78,9 @@ def bake_folder(base: Path, out: Path, doses: Sequence[Dose], comment: str) -> l
     temporary, cut = out.with_name(out.name + ".part"), []
     if out.exists() and not (out / "model_index.json").is_file():
         raise Refused(f"{out}: is there and is no diffusers folder, so it is not replaced; choose another name")
+    shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
     check_room(out, sum(file.stat().st_size for name in parts_of(base) for file in kept_files(base / name)))
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for name in parts_of(base):
             copy_part(base / name, temporary / name, with_weights=name not in FOLDERS)
