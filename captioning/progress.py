@@ -6,6 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from scumble.configs.words import counted
+
 from .recipe import Outcome
 
 EXAMPLES = 3  # captions that are shown so that a wrong captioner is noticed at once
@@ -64,10 +66,6 @@ def told(outcome: Outcome, source: Path, captioner: str, dry_run: bool) -> str:
     if outcome.written and not dry_run:
         lines.append(f"  `scumble caption {shlex.quote(str(source))} --undo` takes them back")
     return "\n".join(lines)
-
-
-def counted(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def named(paths: list[Path]) -> str:

@@ -6,8 +6,10 @@ from itertools import combinations
 from statistics import median
 from textwrap import shorten
 
+from scumble.configs.words import counted
+
 from .look import Look
-from .material import Found, Material, counted, details, others
+from .material import Found, Material, details, others
 
 TAG_WORDS = 4  # a longer part between commas is a sentence
 TAGGED = 4  # median tags of a caption from which a set is taken to be tagged

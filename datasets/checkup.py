@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from scumble.configs.words import counted
+
 from . import caption_checks, picture_checks
 from .folder import Example, PictureSet
 from .likeness import nearest
 from .look import Look, Subject, looks_at
-from .material import Found, Material, Severity, counted
+from .material import Found, Material, Severity
 from .stamp import Corners
 from .tokens import Window
 from .views import View

@@ -83,11 +83,6 @@ def details(told: Mapping[Look, str] | Sequence[tuple[Look, str]]) -> dict[str, 
     return {str(look.path): text for look, text in pairs}
 
 
-def counted(count: int, one: str, many: str = "") -> str:
-    """`1 picture`, `3 pictures`."""
-    return f"{count} {one if count == 1 else many or one + 's'}"
-
-
 def others(look: Look, group: list[Look], most: int = 2) -> str:
     """The names of the other pictures of a group, a few of them."""
     names = [other.path.name for other in group if other is not look]

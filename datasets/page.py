@@ -13,10 +13,11 @@ from pathlib import Path
 from jinja2 import Environment
 from PIL import Image
 
+from scumble.configs.words import counted
+
 from .checkup import OF_FILES, SEVERITIES, Checkup, Finding, verdict
 from .images import Crop
 from .look import Look, Thumb, thumb_of
-from .material import counted
 
 TEMPLATE = Path(__file__).with_name("page.html")
 SHOWN = 500  # pictures on a page, those with findings first: about 15 MB

@@ -5,8 +5,10 @@ tests/benchmarks/checkup.py measures both rates, and its results lie beside it.
 from collections.abc import Iterator
 from statistics import median
 
+from scumble.configs.words import counted
+
 from .look import Look
-from .material import Found, Material, counted, details, others
+from .material import Found, Material, details, others
 from .stamp import stamps_in
 
 ENOUGH = {"style": (5, 10), "character": (3, 8)}  # fewer are serious, worth a warning

@@ -1,11 +1,11 @@
 """Which of a run's adapters stay on the disk, and how much room a run needs there."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from scumble.configs.errors import Refused
 
+from .outputs import free_bytes
 from .sizes import in_words
 
 STATES_AT_ONCE = 3  # two that stay and one that is being staged
@@ -37,9 +37,7 @@ def check_disk(folder: Path, needed: int) -> int:
     What an earlier try left in the folder is part of what the run needs.
     """
     held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if needed > free + held:
         raise Refused(
             f"--runs {folder}: the run needs up to {in_words(needed)} and {in_words(free)} are free; make room, take "

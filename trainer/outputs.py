@@ -33,9 +33,15 @@ def check_place(out: Path, *sources: Path) -> None:
         raise Refused(f"{out}: cannot be written ({reason})", 73)
 
 
+def free_bytes(place: Path) -> int:
+    """Of the disk where a file or folder is or is to be."""
+    place = place.resolve()
+    return shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
+
+
 def check_room(out: Path, needed: int) -> None:
     """Raises `Refused` (73) where `needed` bytes are more than are free where `out` is to be."""
-    free = shutil.disk_usage(next(parent for parent in out.resolve().parents if parent.exists())).free
+    free = free_bytes(out)
     if needed > free:
         raise Refused(
             f"--out {out}: {in_words(needed)} are written and {in_words(free)} are free; make room, or choose another "

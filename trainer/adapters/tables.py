@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from scumble.configs.errors import printable
+from scumble.configs.words import counted
 
 from ..sizes import in_words
 from .inspect import (
@@ -55,15 +56,15 @@ def headline(report: Report) -> str:
     network = " + ".join(LABELS[name] for name in report.network.split("+"))
     count = sum(group.modules for group in report.groups)
     base = "sketch" if report.settings.get("base") == "sketch" else FAMILY_LABELS[report.family]
-    return f"{network} for {base}, {_modules(count)}, {in_words(report.bytes)}, {' + '.join(report.dtypes)}"
+    return f"{network} for {base}, {counted(count, 'module')}, {in_words(report.bytes)}, {' + '.join(report.dtypes)}"
 
 
 def troubles(report: Report) -> Iterator[str]:
     """What a person should know before using the file, a line each."""
     if report.broken:
-        yield f"{_modules(len(report.broken))} with numbers that are not finite: {_named(report.broken)}"
+        yield f"{counted(len(report.broken), 'module')} with numbers that are not finite: {_named(report.broken)}"
     if report.zero:
-        yield f"{_modules(len(report.zero))} without effect, all zero: {_named(report.zero)}"
+        yield f"{counted(len(report.zero), 'module')} without effect, all zero: {_named(report.zero)}"
     if report.hashes.stored and report.hashes.stored != report.hashes.model:
         yield "the hash in its metadata is not that of its tensors: the file was changed after it was written"
     if report.paths:
@@ -207,7 +208,3 @@ def _line(text: str, style: str = "") -> Text:
 def _named(places: Sequence[Place]) -> str:
     more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
     return ", ".join(map(str, places[:NAMED])) + more
-
-
-def _modules(count: int) -> str:
-    return f"{count} module{'s' if count != 1 else ''}"
