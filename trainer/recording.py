@@ -7,15 +7,16 @@ wants to know of each, takes a fifth of it. A recording does as a CUDA graph doe
 import math
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .memory import is_out_of_memory
+from .simplify import Layout, Place, Simplifier
 
 PLAIN_TIMES = 8  # that a function runs first; to record it takes as long as its recording saves in 25 runs
 PAYS_BELOW_S = 1.0  # what takes longer gains nothing
@@ -114,7 +115,10 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.graph = Graph()
         self.constants: list[torch.Tensor] = []
+        self.in_memory: dict[int, list[torch.Tensor]] = {}  # constants, by where their memory begins
         self.nodes = WeakIdKeyDictionary()  # by tensor; it keeps none, so that memory is freed as it always is
+        self.places: dict[Node, Place] = {}
+        self.changed: set[Node] = set()  # roots of what is changed in place
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -129,8 +133,11 @@ class Recorder(TorchDispatchMode):
             if isinstance(one, torch.Tensor):
                 if all(one is not old for old in given):  # else it was changed in place
                     self.nodes[one] = node if is_one else self.graph.call_function(operator.getitem, (node, place))
+                    self._note_place(one, given)
             elif one is not None:
                 raise RecordingError(f"{func} tells Python a {type(one).__name__}")
+        if func._schema.is_mutable:
+            self._note_changes(func._schema.arguments, args, kwargs)
         return made
 
     def is_constant(self, tensor: torch.Tensor) -> bool:
@@ -141,6 +148,8 @@ class Recorder(TorchDispatchMode):
         if isinstance(value, torch.Tensor):
             if value not in self.nodes:
                 self.nodes[value] = self.graph.placeholder(f"constant_{len(self.constants)}")
+                self._note_place(value, self.in_memory.setdefault(_memory(value), []))
+                self.in_memory[_memory(value)].append(value)
                 self.constants.append(value)
             return self.nodes[value]
         if isinstance(value, tuple | list):
@@ -149,17 +158,33 @@ class Recorder(TorchDispatchMode):
             return value
         raise RecordingError(f"an operator takes a {type(value).__name__}")
 
+    def _note_place(self, tensor: torch.Tensor, others: Iterable[torch.Tensor]) -> None:
+        """It lies in the memory of one of the others, or in its own."""
+        if tensor.layout is torch.strided:
+            node, memory = self.nodes[tensor], _memory(tensor)
+            roots = (self.places[self.nodes[one]].root for one in others if memory and _memory(one) == memory)
+            layout = Layout(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
+            self.places[node] = Place(next(roots, node), layout)
+
+    def _note_changes(self, arguments: Sequence[Any], args: Sequence[object], kwargs: Mapping[str, object]) -> None:
+        """What an operator of these arguments writes to."""
+        for place, argument in enumerate(arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[place] if place < len(args) else kwargs.get(argument.name)
+                self.changed |= {self.places[self.nodes[one]].root for one in _tensors([value])}
+
     def finished(self, result: torch.Tensor) -> Run:
         """Runs what was recorded, up to its `result`."""
         self.graph.output(self.written(result))
         self.graph.eliminate_dead_code()
+        Simplifier(self.places, self.changed)(self.graph)
         for node in self.graph.nodes:
             if node.op == "call_function":
                 node.target = _bound(node.target)
         module, constants = GraphModule(torch.nn.Module(), self.graph), self.constants
 
         def replay() -> torch.Tensor:
-            with torch.no_grad():
+            with torch.inference_mode():
                 return module.forward(*constants)
 
         return replay
@@ -171,6 +196,11 @@ def _bound(target: Any) -> Any:
         name = target.overloadpacket.__name__
         return next((getattr(place, name) for place in BOUND if hasattr(place, name)), target)
     return target
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Where its memory begins; 0 where it has none, or hides it."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
 
 
 def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:

@@ -1,0 +1,111 @@
+"""A recorded graph with fewer operators, which gives the same to the bit.
+
+A view of a view is taken straight from the memory where it lies; what was computed before is not computed again;
+nothing is divided by one; and what lies in order already is not copied to lie so.
+"""
+
+from collections.abc import Hashable, Mapping, Set
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+ATEN = torch.ops.aten
+BY_A_NUMBER = {ATEN.div.Tensor, ATEN.mul.Tensor}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor lies in memory; stride and offset in elements."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: in the memory that was made for the node `root`."""
+
+    root: Node
+    layout: Layout
+
+
+class Simplifier:
+    """Works on graphs of torch's operators. `places` tells of every node that is one dense tensor where it lies;
+    `changed` are the roots of all that is changed in place, of which nothing is taken for the same."""
+
+    def __init__(self, places: Mapping[Node, Place], changed: Set[Node]):
+        self.places, self.changed = dict(places), changed
+        self.known: dict[Hashable, Node] = {}
+
+    def __call__(self, graph: Graph) -> None:
+        """Change `graph` in place."""
+        for node in list(graph.nodes):
+            if node.op == "call_function" and node in self.places:
+                other = self._same(node)
+                if other is not None:
+                    self.places[node] = self.places[other]
+                    node.replace_all_uses_with(other)
+                    graph.erase_node(node)
+        graph.eliminate_dead_code()
+
+    def _same(self, node: Node) -> Node | None:
+        """A node before it that can stand for it."""
+        place = self.places[node]
+        root = self.places[place.root].root
+        if root is not node:
+            return self._view(node, Place(root, place.layout))
+        if root in self.changed:
+            return None
+        return self._unchanged(node) or self._computed_before(node)
+
+    def _view(self, node: Node, place: Place) -> Node | None:
+        """Of memory that is there: the root itself or the first such view; else `node` becomes a view of the root."""
+        self.places[node] = place
+        layout = place.layout
+        if self.places[place.root].layout == layout:
+            return place.root
+        if self.places[place.root].layout.dtype == layout.dtype:
+            node.target, node.kwargs = ATEN.as_strided.default, {}
+            node.args = place.root, list(layout.size), list(layout.stride), layout.offset
+        first = self.known.setdefault(place, node)
+        return None if first is node else first
+
+    def _unchanged(self, node: Node) -> Node | None:
+        """What is copied, or multiplied or divided by one, only to be as it was."""
+        given = node.args[0] if node.args else None
+        by_one = node.target in BY_A_NUMBER and type(node.args[1]) in (int, float) and node.args[1] == 1
+        if not (by_one or node.target is ATEN.clone.default) or not isinstance(given, Node):
+            return None
+        place = self.places.get(given)
+        if place is None or place.root in self.changed or place.root.op == "placeholder":
+            return None
+        return given if place.layout == self.places[node].layout else None
+
+    def _computed_before(self, node: Node) -> Node | None:
+        """The same operator of the same."""
+        given = node.all_input_nodes
+        operator = node.target
+        if (
+            not isinstance(operator, torch._ops.OpOverload)
+            or operator._schema.is_mutable
+            or torch.Tag.nondeterministic_seeded in operator.tags
+            or not given
+            or any(one not in self.places or self.places[one].root in self.changed for one in given)
+        ):
+            return None
+        first = self.known.setdefault((operator, _frozen(node.args), _frozen(node.kwargs)), node)
+        return None if first is node else first
+
+
+def _frozen(value: object) -> Hashable:
+    """An argument, to compare by: numbers of other types, and both zeros, are others."""
+    if isinstance(value, Node):
+        return value
+    if isinstance(value, tuple | list):
+        return tuple(map(_frozen, value))
+    if isinstance(value, Mapping):
+        return tuple((name, _frozen(one)) for name, one in value.items())
+    return type(value), repr(value)
