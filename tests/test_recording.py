@@ -12,6 +12,7 @@ from scumble.trainer import recording
 from scumble.trainer import train as recipe
 from scumble.trainer.adapters.files import read_tensors
 from scumble.trainer.captured import Captured, Tensors
+from scumble.trainer.program import Program
 from scumble.trainer.recording import Recordings
 
 ARRAY = torch.zeros(3)  # numpy has it too, and tells torch nothing of what it does there
@@ -28,11 +29,11 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     finished = recording.Recorder.finished
 
-    def counted(self: recording.Recorder, result: torch.Tensor) -> Callable[[], torch.Tensor]:
-        replay = finished(self, result)
+    def counted(self: recording.Recorder, result: torch.Tensor, grouped: bool) -> Callable[[], torch.Tensor]:
+        replay = finished(self, result, grouped)
 
         def run() -> torch.Tensor:
-            found.append(sum(node.op == "call_function" for node in self.graph.nodes))
+            found.append(sum(node.op == "call_function" for node in self.program.graph.nodes))
             return replay()
 
         return run
@@ -70,7 +71,7 @@ def test_a_run_with_recordings_is_the_run_without(
     else:
         assert len(replays) >= 4 and min(replays) > 500
     replays.clear()
-    monkeypatch.setattr(recipe, "capture_for", lambda device, kept: None)
+    monkeypatch.setattr(recipe, "capture_for", lambda device, kept, factors: None)
     plain = ran(tmp_path / "plain", **tables)
     assert not replays and recorded.losses == plain.losses
     for name, tensor in file_of(plain).items():
@@ -135,7 +136,48 @@ def behind_the_back(tensors: Tensors, total: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("function", [told, behind_the_back])
 def test_what_cannot_be_recorded_is_run(function: Any, replays: list[int]):
     ran_both(function, times=9)
-    assert len(replays) == (function is behind_the_back)  # that once, to find it out
+    assert len(replays) == 2 * (function is behind_the_back)  # to find it out, with grouped products and without
+
+
+@pytest.mark.parametrize("fault", ["wrong", "fails"])
+def test_products_that_cannot_be_grouped_are_recorded_apart(
+    fault: str, replays: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """As where a library rounds products of another shape otherwise."""
+
+    def spoil(program: Program) -> None:
+        if fault == "fails":
+            raise ValueError("no such shape")
+        program.calls[-1].kwargs = {"alpha": 2}
+
+    monkeypatch.setattr(recording, "group", spoil)
+    ran_both(lambda tensors, total: total.add_(tensors["x"]).sum() + tensors["x"][0], times=8)
+    assert len(replays) == 5  # to prove it once, and what is right after that
+
+
+def test_a_recording_is_proved_on_factors_that_are_not_zero(replays: list[int], monkeypatch: pytest.MonkeyPatch):
+    """As those of a new adapter are, half of them, where nothing is seen of what comes after them."""
+
+    def spoil(program: Program) -> None:
+        for node in program.calls:
+            if node.target is torch.ops.aten.add_.Tensor:
+                node.kwargs = {"alpha": 2}
+
+    monkeypatch.setattr(recording, "group", spoil)
+    factor, total, right = torch.zeros(3), torch.zeros(3), torch.zeros(3)
+
+    def run(tensors: Tensors) -> torch.Tensor:
+        total.add_(tensors["x"] * factor)
+        return tensors["x"].sum()
+
+    captured = Captured(run, Recordings([total], [factor]), pytest.fail, [total])
+    for number in range(8):
+        x = torch.arange(3.0) + number
+        captured({"x": x})
+        right += x * factor
+        assert torch.equal(total, right)
+        factor.fill_(max(0, number - 4))
+    assert len(replays) == 5  # one that is found wrong, one that is found right, and three
 
 
 def test_a_recording_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch):
@@ -146,7 +188,7 @@ def test_a_recording_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch):
         total += torch.rand(3)
         return tensors["x"] * 2
 
-    monkeypatch.setattr(recording.Recorder, "finished", lambda self, result: failed)
+    monkeypatch.setattr(recording.Recorder, "finished", lambda self, result, grouped: failed)
     ran_both(function)
     monkeypatch.setattr(recording.Recorder, "finished", lambda self, result: failed())
     ran_both(function)

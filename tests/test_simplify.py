@@ -17,9 +17,9 @@ def replayed(function: Function) -> Counter[str]:
     x, total, recorder = torch.randn(4, 6), torch.zeros(4, 6), Recorder()
     with recorder:
         result = function(x, total)
-    names = [str(node.target) for node in recorder.graph.nodes if node.op == "call_function"]
+    names = [str(node.target) for node in recorder.program.graph.nodes if node.op == "call_function"]
     replay = recorder.finished(result)
-    left = [getattr(node.target, "__name__", "") for node in recorder.graph.nodes if node.op == "call_function"]
+    left = [getattr(node.target, "__name__", "") for node in recorder.program.graph.nodes if node.op == "call_function"]
     assert len(left) <= len(names)
     for seed in range(3):
         x.copy_(torch.randn(4, 6))

@@ -75,9 +75,12 @@ class Captured:
                 one.copy_(value)
 
 
-def capture_for(device: torch.device, kept: Sequence[torch.Tensor] = ()) -> Capture | None:
-    """What captures on a device functions that add to `kept`; None where nothing does."""
-    return CudaGraphs() if device.type == "cuda" else Recordings(kept) if device.type == "cpu" else None
+def capture_for(
+    device: torch.device, kept: Sequence[torch.Tensor] = (), factors: Sequence[torch.Tensor] = ()
+) -> Capture | None:
+    """What captures on a device functions of `factors`, among other things, that add to `kept`; None where nothing
+    does."""
+    return CudaGraphs() if device.type == "cuda" else Recordings(kept, factors) if device.type == "cpu" else None
 
 
 class CudaGraphs:

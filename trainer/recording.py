@@ -7,21 +7,23 @@ wants to know of each, takes a fifth of it. A recording does as a CUDA graph doe
 import math
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .grouping import group
 from .memory import is_out_of_memory
-from .simplify import Layout, Place, Simplifier
+from .program import Place, Program, layout_of, memory_of, written_to
+from .simplify import simplify
 
 PLAIN_TIMES = 8  # that a function runs first; to record it takes as long as its recording saves in 25 runs
+FACTORS_STD = 0.1
 PAYS_BELOW_S = 1.0  # what takes longer gains nothing
 WRITABLE = bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None)
-BOUND = torch._C._VariableFunctions, torch._C.TensorBase  # operators without torch.ops' own layer of Python
 Run = Callable[[], torch.Tensor]
 
 
@@ -33,73 +35,80 @@ class Recordings:
     """Records functions without arguments that give a result and add to `kept`.
 
     Each is run as it is at first. Then one run is recorded, and in the next, which has other inputs where a batch is
-    another, it is seen whether the recording gives the same numbers: of what is no operator it knows nothing. Where it
-    does, it runs from then on; where it does not, or a run cannot be recorded, the function goes on as it is.
+    another, it is seen whether the recording gives the same numbers: of what is no operator it knows nothing. For that
+    `factors`, of which half are zero at first and would hide much, are random. Where the numbers are the same, the
+    recording runs from then on; where they are not, or a run cannot be recorded, the function goes on as it is.
     """
 
-    def __init__(self, kept: Sequence[torch.Tensor] = ()):
-        self.kept = kept
+    def __init__(self, kept: Sequence[torch.Tensor] = (), factors: Sequence[torch.Tensor] = ()):
+        self.kept, self.factors = kept, factors
 
     def __call__(self, run: Run) -> Run:
-        return _Recording(run, self.kept)
+        return _Recording(run, self.kept, self.factors)
 
 
 class _Recording:
-    def __init__(self, run: Run, kept: Sequence[torch.Tensor]):
-        self.run, self.kept = run, kept
+    def __init__(self, run: Run, kept: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]):
+        self.run, self.kept, self.factors = run, kept, factors
         self.plain_times, self.quickest_s = 0, math.inf
+        self.ways = [True, False]  # with products grouped and without: those that are left to try, the quickest first
         self.replay: Run | None = None
-        self.was_tried = self.is_proven = False
+        self.is_proven = False
 
     def __call__(self) -> torch.Tensor:
         if self.replay is not None:
             return self.replay() if self.is_proven else self._proven(self.replay)
-        if not self.was_tried and self.plain_times >= PLAIN_TIMES and self.quickest_s < PAYS_BELOW_S:
-            return self._recorded()
+        if self.ways and self.plain_times >= PLAIN_TIMES and self.quickest_s < PAYS_BELOW_S:
+            return self._recorded(grouped=self.ways[0])
         began = time.perf_counter()
         result = self.run()
         self.plain_times += 1
         self.quickest_s = min(self.quickest_s, time.perf_counter() - began)
         return result
 
-    def _recorded(self) -> torch.Tensor:
-        self.was_tried = True
+    def _recorded(self, grouped: bool) -> torch.Tensor:
         before, recorder = self._moment(), Recorder()
 
         def recorded() -> torch.Tensor:
             with recorder:
                 result = self.run()
-            self.replay = recorder.finished(result)
+            self.replay = recorder.finished(result, grouped)
             return result
 
         result = _unless_it_fails(recorded)
         if result is None:
+            self.ways.pop(0)
             self._go_to(before)
             return self.run()
         return result
 
     def _proven(self, replay: Run) -> torch.Tensor:
-        """First what is recorded, while nothing of the run itself is there yet; then the run, which counts."""
+        """Both on the same random factors, which leaves nothing behind; then the run itself."""
         before = self._moment()
-        again = _unless_it_fails(replay)
-        found: list[Any] = [again, *self._moment()]
-        self._go_to(before)
-        result = self.run()
-        right = [result, *self._moment()]
-        if again is None:
-            self.replay = None
-        elif all(bool(one.isfinite().all()) for one in right):  # else nothing is proved; the next run may do it
-            self.is_proven = all(map(torch.equal, found, right))
-            self.replay = replay if self.is_proven else None
-        return result
+        try:
+            generator = torch.Generator().manual_seed(0)
+            for factor in self.factors:
+                factor.normal_(0, FACTORS_STD, generator=generator)
+            drawn = self._moment()
+            again, found = _unless_it_fails(replay), self._moment()
+            self._go_to(drawn)
+            result, right = self.run(), self._moment()
+        finally:
+            self._go_to(before)
+        if again is None or all(bool(one.isfinite().all()) for one in (result, *right)):  # else the next may prove it
+            self.is_proven = again is not None and all(map(torch.equal, (again, *found), (result, *right)))
+            if not self.is_proven:
+                self.replay = None
+                self.ways.pop(0)
+        return self.run()
 
     def _moment(self) -> list[torch.Tensor]:
-        """Copies of what the function changes: `kept`, and the state of chance."""
-        return [*(one.clone() for one in self.kept), torch.get_rng_state()]
+        """Copies of what a run changes and a proof draws, and the state of chance."""
+        return [*(one.clone() for one in (*self.kept, *self.factors)), torch.get_rng_state()]
 
     def _go_to(self, moment: Sequence[torch.Tensor]) -> None:
         *values, chance = moment
-        for one, value in zip(self.kept, values, strict=True):
+        for one, value in zip((*self.kept, *self.factors), values, strict=True):
             one.copy_(value)
         torch.set_rng_state(chance)
 
@@ -107,37 +116,35 @@ class _Recording:
 class Recorder(TorchDispatchMode):
     """While it is on, writes down the operators that run, below autograd.
 
-    Tensors from before are `constants`, in the order of the graph's placeholders; so are views of them, made but once.
+    Tensors from before are constants of the program; so are views of them, made but once.
     Raises `RecordingError` for an operator that tells Python a number, since the next run may have another.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.graph = Graph()
-        self.constants: list[torch.Tensor] = []
-        self.in_memory: dict[int, list[torch.Tensor]] = {}  # constants, by where their memory begins
+        self.program = Program()
         self.nodes = WeakIdKeyDictionary()  # by tensor; it keeps none, so that memory is freed as it always is
-        self.places: dict[Node, Place] = {}
-        self.changed: set[Node] = set()  # roots of what is changed in place
+        self.in_memory: dict[int, list[torch.Tensor]] = {}  # constants, by where their memory begins
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         made = func(*args, **kwargs)
         given = [*_tensors(args), *_tensors(kwargs.values())]
+        self.program.frozen |= {memory_of(one) for one in given if isinstance(one, Parameter) and not one.requires_grad}
         if func.is_view and given and all(map(self.is_constant, given)):
             return made
         written = {name: self.written(value) for name, value in kwargs.items()}
-        node = self.graph.call_function(func, tuple(map(self.written, args)), written)
+        graph, places = self.program.graph, self.program.places
+        node = graph.call_function(func, tuple(map(self.written, args)), written)
         is_one = not isinstance(made, tuple | list)
         for place, one in enumerate([made] if is_one else made):
             if isinstance(one, torch.Tensor):
                 if all(one is not old for old in given):  # else it was changed in place
-                    self.nodes[one] = node if is_one else self.graph.call_function(operator.getitem, (node, place))
+                    self.nodes[one] = node if is_one else graph.call_function(operator.getitem, (node, place))
                     self._note_place(one, given)
             elif one is not None:
                 raise RecordingError(f"{func} tells Python a {type(one).__name__}")
-        if func._schema.is_mutable:
-            self._note_changes(func._schema.arguments, args, kwargs)
+        self.program.changed |= {places[self.nodes[one]].root for one in _tensors(written_to(func, args, kwargs))}
         return made
 
     def is_constant(self, tensor: torch.Tensor) -> bool:
@@ -147,10 +154,9 @@ class Recorder(TorchDispatchMode):
         """An argument as the graph has it."""
         if isinstance(value, torch.Tensor):
             if value not in self.nodes:
-                self.nodes[value] = self.graph.placeholder(f"constant_{len(self.constants)}")
-                self._note_place(value, self.in_memory.setdefault(_memory(value), []))
-                self.in_memory[_memory(value)].append(value)
-                self.constants.append(value)
+                self.nodes[value] = self.program.constant(value)
+                self._note_place(value, self.in_memory.setdefault(memory_of(value), []))
+                self.in_memory[memory_of(value)].append(value)
             return self.nodes[value]
         if isinstance(value, tuple | list):
             return [self.written(one) for one in value]
@@ -161,46 +167,18 @@ class Recorder(TorchDispatchMode):
     def _note_place(self, tensor: torch.Tensor, others: Iterable[torch.Tensor]) -> None:
         """It lies in the memory of one of the others, or in its own."""
         if tensor.layout is torch.strided:
-            node, memory = self.nodes[tensor], _memory(tensor)
-            roots = (self.places[self.nodes[one]].root for one in others if memory and _memory(one) == memory)
-            layout = Layout(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
-            self.places[node] = Place(next(roots, node), layout)
+            node, places, memory = self.nodes[tensor], self.program.places, memory_of(tensor)
+            roots = (places[self.nodes[one]].root for one in others if memory and memory_of(one) == memory)
+            places[node] = Place(next(roots, node), layout_of(tensor))
 
-    def _note_changes(self, arguments: Sequence[Any], args: Sequence[object], kwargs: Mapping[str, object]) -> None:
-        """What an operator of these arguments writes to."""
-        for place, argument in enumerate(arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[place] if place < len(args) else kwargs.get(argument.name)
-                self.changed |= {self.places[self.nodes[one]].root for one in _tensors([value])}
-
-    def finished(self, result: torch.Tensor) -> Run:
-        """Runs what was recorded, up to its `result`."""
-        self.graph.output(self.written(result))
-        self.graph.eliminate_dead_code()
-        Simplifier(self.places, self.changed)(self.graph)
-        for node in self.graph.nodes:
-            if node.op == "call_function":
-                node.target = _bound(node.target)
-        module, constants = GraphModule(torch.nn.Module(), self.graph), self.constants
-
-        def replay() -> torch.Tensor:
-            with torch.inference_mode():
-                return module.forward(*constants)
-
-        return replay
-
-
-def _bound(target: Any) -> Any:
-    """An operator of torch's own as its bindings have it, which choose by arguments what `target` is already."""
-    if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
-        name = target.overloadpacket.__name__
-        return next((getattr(place, name) for place in BOUND if hasattr(place, name)), target)
-    return target
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    """Where its memory begins; 0 where it has none, or hides it."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+    def finished(self, result: torch.Tensor, grouped: bool = True) -> Run:
+        """Runs what was recorded, up to its `result`; its products `grouped`, which may change how they are rounded."""
+        self.program.graph.output(self.written(result))
+        simplify(self.program)
+        if grouped:
+            group(self.program)
+            simplify(self.program)
+        return self.program.runnable()
 
 
 def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:

@@ -1,63 +1,53 @@
-"""A recorded graph with fewer operators, which gives the same to the bit.
+"""A recorded program with fewer operators, which gives the same to the bit.
 
 A view of a view is taken straight from the memory where it lies; what was computed before is not computed again;
 nothing is divided by one; and what lies in order already is not copied to lie so.
 """
 
-from collections.abc import Hashable, Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
+
+from .program import AS_STRIDED, Place, Program
 
 ATEN = torch.ops.aten
 BY_A_NUMBER = {ATEN.div.Tensor, ATEN.mul.Tensor}
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a tensor lies in memory; stride and offset in elements."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor lies: in the memory that was made for the node `root`."""
-
-    root: Node
-    layout: Layout
+def simplify(program: Program) -> None:
+    """Change the program in place."""
+    simplifier = _Simplifier(program)
+    for node in list(program.graph.nodes):
+        if node in program.places:
+            simplifier.meet(node)
+    program.graph.eliminate_dead_code()
 
 
-class Simplifier:
-    """Works on graphs of torch's operators. `places` tells of every node that is one dense tensor where it lies;
-    `changed` are the roots of all that is changed in place, of which nothing is taken for the same."""
-
-    def __init__(self, places: Mapping[Node, Place], changed: Set[Node]):
-        self.places, self.changed = dict(places), changed
+class _Simplifier:
+    def __init__(self, program: Program):
+        self.graph, self.places = program.graph, program.places
+        self.constants, self.changed = program.constants, program.changed
         self.known: dict[Hashable, Node] = {}
 
-    def __call__(self, graph: Graph) -> None:
-        """Change `graph` in place."""
-        for node in list(graph.nodes):
-            if node.op == "call_function" and node in self.places:
-                other = self._same(node)
-                if other is not None:
-                    self.places[node] = self.places[other]
-                    node.replace_all_uses_with(other)
-                    graph.erase_node(node)
-        graph.eliminate_dead_code()
+    def meet(self, node: Node) -> None:
+        """The next node in order; it goes if one before can stand for it."""
+        other = self._same(node)
+        if other is not None:
+            self.places[node] = self.places[other]
+            node.replace_all_uses_with(other)
+            self.graph.erase_node(node)
+            self.constants.pop(node, None)
 
     def _same(self, node: Node) -> Node | None:
-        """A node before it that can stand for it."""
         place = self.places[node]
+        if node.op == "placeholder":
+            first = self.known.setdefault(place, place.root if place.layout == self.places[place.root].layout else node)
+            return None if first is node else first
         root = self.places[place.root].root
         if root is not node:
             return self._view(node, Place(root, place.layout))
-        if root in self.changed:
+        if root in self.changed:  # then it is the same as another only for a while
             return None
         return self._unchanged(node) or self._computed_before(node)
 
@@ -68,7 +58,7 @@ class Simplifier:
         if self.places[place.root].layout == layout:
             return place.root
         if self.places[place.root].layout.dtype == layout.dtype:
-            node.target, node.kwargs = ATEN.as_strided.default, {}
+            node.target, node.kwargs = AS_STRIDED, {}
             node.args = place.root, list(layout.size), list(layout.stride), layout.offset
         first = self.known.setdefault(place, node)
         return None if first is node else first

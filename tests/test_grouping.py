@@ -1,0 +1,156 @@
+"""Grouped products against torch, which computes them apart. All numbers are whole, so that sums are exact in any order
+and a difference is a fault."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from scumble.trainer.recording import Recorder
+
+ROWS, IN, OUT, RANK = 5, 4, 6, 2
+
+
+def whole(*shape: int) -> torch.Tensor:
+    return torch.randint(-4, 5, shape).float()
+
+
+class Layers:
+    """Frozen weights, factors that change from run to run, and gradients that are added to."""
+
+    def __init__(self) -> None:
+        self.x, self.g = whole(ROWS, IN), whole(ROWS, OUT)
+        self.weights = [Parameter(whole(OUT, IN), requires_grad=False) for _ in range(3)]
+        self.bias = Parameter(whole(OUT), requires_grad=False)
+        flat = whole(6 * RANK * IN)
+        self.downs = [flat[start : start + RANK * IN].view(RANK, IN) for start in range(0, len(flat), RANK * IN)]
+        self.up = whole(OUT, RANK)
+        self.total = whole(3 * OUT * IN)
+        self.totals = [self.total[start : start + OUT * IN].view(OUT, IN) for start in range(0, 3 * OUT * IN, OUT * IN)]
+
+    def change(self) -> None:
+        for tensor in (self.x, self.g, self.up, *self.downs):
+            tensor.copy_(whole(*tensor.shape))
+
+
+Function = Callable[[Layers], torch.Tensor]
+
+
+def replayed(function: Function) -> Counter[str]:
+    """How many operators of each name are left, once replays on other numbers gave what the function gives."""
+    torch.manual_seed(0)
+    layers, recorder = Layers(), Recorder()
+    with recorder:
+        result = function(layers)
+    replay = recorder.finished(result)
+    for _ in range(3):
+        layers.change()
+        before = layers.total.clone(), layers.x.clone()
+        found = [replay().clone(), layers.total.clone()]
+        layers.total.copy_(before[0])
+        layers.x.copy_(before[1])
+        assert all(map(torch.equal, found, [function(layers), layers.total]))
+    return Counter(getattr(node.target, "__name__", "") for node in recorder.program.calls)
+
+
+def test_a_layer_and_its_factor_are_one_product():
+    def function(layers: Layers) -> torch.Tensor:
+        inner = layers.x @ layers.downs[0].t()
+        return torch.nn.functional.linear(layers.x, layers.weights[0]).sum() + inner.pow(2).sum()
+
+    found = replayed(function)
+    assert found["mm"] == 1 and found["_foreach_copy_"] == 1
+
+
+def test_layers_with_and_without_bias_are_one_product_and_may_be_changed_in_place():
+    def function(layers: Layers) -> torch.Tensor:
+        outs = [torch.nn.functional.linear(layers.x, one) for one in layers.weights[:2]]
+        outs.append(torch.nn.functional.linear(layers.x, layers.weights[2], layers.bias))
+        outs[1].addmm_(layers.x @ layers.downs[1].t(), layers.up.t(), alpha=2)
+        heads = [one.view(ROWS, 2, OUT // 2).permute(1, 0, 2) for one in outs]
+        return (heads[0] @ heads[1].transpose(1, 2)).sum() + heads[2].square().sum() + outs[1].sum()
+
+    found = replayed(function)
+    assert found["mm"] == 0 and found["addmm"] == 1 and found["addmm_"] == 1
+
+
+def test_gradients_through_a_layer_and_its_factor_are_one_product():
+    def function(layers: Layers) -> torch.Tensor:
+        before = layers.g @ layers.up
+        return (layers.g @ layers.weights[0]).addmm_(before, layers.downs[0]).square().sum()
+
+    found = replayed(function)
+    assert found["mm"] == 1 and found["_foreach_copy_"] == 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda layers: (
+            (layers.x @ layers.weights[0].t()).view(-1)[3:-1].sum() + (layers.x @ layers.weights[1].t()).sum()
+        ),
+        lambda layers: (layers.x @ layers.downs[0].t()).sum() + (layers.x @ layers.downs[1].t()).sum(),
+        lambda layers: (layers.x @ layers.weights[0].t()).sum() + (layers.x.sin() @ layers.weights[1].t()).sum(),
+        lambda layers: (layers.x @ layers.weights[0].t()).sum() + (layers.x.mul_(2) @ layers.weights[1].t()).sum(),
+    ],
+    ids=["a view over the edges of rows", "nothing frozen", "another left side", "a left side that changes"],
+)
+def test_what_cannot_be_one_product_is_not(function: Function):
+    assert replayed(function)["mm"] == 2
+
+
+def test_gradients_of_one_shape_are_one_batched_product():
+    def function(layers: Layers) -> torch.Tensor:
+        for number, total in enumerate(layers.totals):
+            total.add_((layers.g * (number + 1)).t() @ (layers.x + number), alpha=3)
+        return layers.g.sum()
+
+    found = replayed(function)
+    assert (found["mm"], found["add_"], found["bmm"], found["_foreach_add_"]) == (0, 0, 1, 1)
+
+
+def read_between(layers: Layers) -> torch.Tensor:
+    layers.totals[0].add_(layers.g.t() @ layers.x)
+    read = layers.totals[0].sum()
+    layers.totals[1].add_(layers.g.t() @ layers.x)
+    return read
+
+
+def overlapping(layers: Layers) -> torch.Tensor:
+    for start in (0, 2):
+        layers.total[start : start + OUT * IN].view(OUT, IN).add_(layers.g.t() @ layers.x)
+    return layers.x.sum()
+
+
+def operands_that_change(layers: Layers) -> torch.Tensor:
+    y = layers.g.sin().round()
+    for total in layers.totals:
+        total.add_(y.t() @ layers.x)
+        y.mul_(2)
+    return y.sum()
+
+
+def used_otherwise(layers: Layers) -> torch.Tensor:
+    products = [layers.g.t() @ (layers.x + number) for number in range(3)]
+    for total, product in zip(layers.totals, products, strict=True):
+        total.add_(product)
+    return torch.stack(products).sum()
+
+
+@pytest.mark.parametrize("function", [read_between, overlapping, operands_that_change, used_otherwise])
+def test_what_cannot_wait_does_not(function: Function):
+    found = replayed(function)
+    assert found["_foreach_add_"] == 0 and found["add_"] >= 2
+
+
+def test_different_shapes_and_scales_are_batches_of_their_own():
+    def function(layers: Layers) -> torch.Tensor:
+        for number in range(2):
+            layers.totals[number].add_(layers.g.t() @ (layers.x + number), alpha=2)
+        layers.totals[2].add_(layers.g.t() @ layers.x, alpha=3)
+        return layers.g.sum()
+
+    found = replayed(function)
+    assert (found["bmm"], found["_foreach_add_"], found["mm"], found["add_"]) == (1, 1, 1, 1)

@@ -1,0 +1,235 @@
+"""Small products of a recorded program, computed together: on a CPU each costs more to call than to compute.
+
+A LoRA on a layer is six products more, of a rank's width. Together they give the same as apart to the bit, where the
+library adds up in the same order; whoever uses this has to see whether it does.
+"""
+
+import operator
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch.fx import Node
+
+from .program import AS_STRIDED, Layout, Place, Program
+
+ATEN = torch.ops.aten
+MM, ADDMM = ATEN.mm.default, ATEN.addmm.default
+MAX_EXTRA_BYTES = 2**26  # of constants that are copied to lie side by side, for each shape of a batch
+
+
+def group(program: Program) -> None:
+    """Change a simplified program in place."""
+    _join(program)
+    _batch(program)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """left @ right, matrices, and + bias where there is one."""
+
+    node: Node
+    left: Node
+    right: Node
+    bias: Node | None = None
+
+    @classmethod
+    def of(cls, node: object) -> "_Product | None":
+        if not isinstance(node, Node) or node.kwargs or node.target not in (MM, ADDMM):
+            return None
+        *bias, left, right = (one for one in node.args if isinstance(one, Node))
+        return cls(node, left, right, *bias)
+
+
+def _join(program: Program) -> None:
+    """One matrix times several constants becomes one product with the constants side by side: those of a layer and of
+    its factor A, of q, k and v, of all layers that hear the same text."""
+    order, changes = _changes(program)
+    together: dict[object, list[_Product]] = defaultdict(list)
+    for product in filter(None, map(_Product.of, program.calls)):
+        if _has_constants(program, product) and _can_be_part(program, product):
+            changes_before = bisect_left(changes[program.places[product.left].root], order[product.node])
+            right = program.places[product.right].layout
+            together[product.left, changes_before, right.lies_in_columns].append(product)
+    room, copies = MAX_EXTRA_BYTES, []
+    for products in together.values():
+        extra = sum(program.constants[product.right].nbytes for product in products)
+        has_frozen = any(program.is_frozen(product.right) for product in products)  # else all is copied in each run
+        if len(products) > 1 and has_frozen and extra <= room:
+            room -= extra
+            wide, edges = _side_by_side([program.constants[product.right] for product in products])
+            _replace(program, products, wide, edges)
+            for product, (start, end) in zip(products, pairwise(edges), strict=True):
+                if not program.is_frozen(product.right):
+                    copies.append((program.constant(wide[:, start:end]), product.right))
+    if copies:
+        targets, sources = zip(*copies, strict=True)
+        with program.graph.inserting_before(program.calls[0]):
+            program.call(ATEN._foreach_copy_.default, list(targets), list(sources))
+
+
+def _changes(program: Program) -> tuple[dict[Node, int], dict[Node, list[int]]]:
+    """Of each node its number, and of each root the numbers of those that change it in place, in order."""
+    order = {node: number for number, node in enumerate(program.graph.nodes)}
+    changes: dict[Node, list[int]] = defaultdict(list)
+    for node, root in program.changes():
+        changes[root].append(order[node])
+    return order, changes
+
+
+def _has_constants(program: Program, product: _Product) -> bool:
+    """Whether its right side is a constant in order, and its bias a frozen one, and its left side is known."""
+    if product.left not in program.places or product.right not in program.constants:
+        return False
+    place = program.places[product.right]
+    bias = product.bias
+    return (
+        place.root not in program.changed
+        and place.layout.is_whole_matrix
+        and (
+            bias is None
+            or (bias in program.constants and program.is_frozen(bias) and program.constants[bias].ndim == 1)
+        )
+    )
+
+
+def _can_be_part(program: Program, product: _Product) -> bool:
+    """Whether all views of it can be views of a wider one."""
+    width = program.places[product.node].layout.size[1]
+    views = [node for node in program.views(product.node) if node is not product.node]
+    return all(
+        node.target is AS_STRIDED and _widened(program.places[node].layout, width, 2 * width, 0) for node in views
+    )
+
+
+def _side_by_side(matrices: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
+    """One matrix of several, that lies in rows or in columns as they do; and the columns where each begins and ends."""
+    edges = [*accumulate((matrix.shape[1] for matrix in matrices), initial=0)]
+    with torch.no_grad():
+        if matrices[0].stride(0) == 1:
+            return torch.cat([matrix.t() for matrix in matrices]).t(), edges
+        return torch.cat(list(matrices), 1), edges
+
+
+def _side_by_side_biases(biases: Sequence[torch.Tensor | None], edges: Sequence[int]) -> torch.Tensor:
+    """Those of products between `edges`, with zeros for what has none."""
+    one = next(bias for bias in biases if bias is not None)
+    whole = torch.zeros(edges[-1], dtype=one.dtype)
+    for bias, (start, end) in zip(biases, pairwise(edges), strict=True):
+        if bias is not None:
+            whole[start:end] = bias.detach()
+    return whole
+
+
+def _replace(program: Program, products: Sequence[_Product], wide: torch.Tensor, edges: Sequence[int]) -> None:
+    """Products of one left side, by parts of one product."""
+    one = program.places[products[0].node].layout
+    layout = Layout((one.size[0], edges[-1]), (edges[-1], 1), 0, one.dtype)
+    sides = products[0].left, program.constant(wide)
+    biases = [None if product.bias is None else program.constants[product.bias] for product in products]
+    if any(bias is not None for bias in biases):
+        sides = program.constant(_side_by_side_biases(biases, edges)), *sides
+    with program.graph.inserting_before(products[0].node):
+        joint = program.call(ADDMM if len(sides) == 3 else MM, *sides, layout=layout)
+        for product, (start, end) in zip(products, pairwise(edges), strict=True):
+            if product.node in program.changed:
+                program.changed.add(joint)
+            for node in program.views(product.node):
+                part = _widened(program.places[node].layout, end - start, edges[-1], start)
+                assert part is not None
+                node.replace_all_uses_with(program.view(Place(joint, part)))
+
+
+def _widened(layout: Layout, width: int, joint_width: int, start: int) -> Layout | None:
+    """Of a view of a matrix in rows of `width`, which become columns from `start` on of one of `joint_width`; None
+    where the view runs on from one row into the next."""
+    last = layout.offset % width + sum(
+        (size - 1) * (stride % width) for size, stride in zip(layout.size, layout.stride, strict=True)
+    )
+    if last >= width:
+        return None
+    stride = tuple(stride // width * joint_width + stride % width for stride in layout.stride)
+    offset = layout.offset // width * joint_width + layout.offset % width + start
+    return Layout(layout.size, stride, offset, layout.dtype)
+
+
+@dataclass(frozen=True)
+class _Added:
+    """`alpha` times a product, which is used for nothing else, added to the constant `total`."""
+
+    node: Node
+    total: Node
+    product: _Product
+
+    @property
+    def alpha(self) -> object:
+        return self.node.kwargs.get("alpha", 1)
+
+
+def _batch(program: Program) -> None:
+    """Products that are only added to constants, as gradients of factors are, wait for the end; there those of one
+    shape are one batched product."""
+    order, changes = _changes(program)
+    together: dict[object, list[_Added]] = defaultdict(list)
+    for added in _added(program):
+        sides = [program.places[side] for side in (added.product.left, added.product.right)]
+        if not any(
+            bisect_left(changes[side.root], order[added.product.node]) < len(changes[side.root]) for side in sides
+        ):
+            total = program.places[added.total].layout
+            shape = *((side.layout.size, side.layout.stride, side.layout.dtype) for side in sides), total.dtype
+            together[*shape, added.alpha].append(added)
+    with program.graph.inserting_before(next(node for node in program.graph.nodes if node.op == "output")):
+        for members in together.values():
+            if len(members) > 1:
+                sides = ([one.product.left for one in members], [one.product.right for one in members])
+                products = program.call(ATEN.bmm.default, *(_stacked(program, side) for side in sides))
+                parts = program.call(ATEN.unbind.int, products)
+                each = [program.call(operator.getitem, parts, number) for number in range(len(members))]
+                totals = [one.total for one in members]
+                program.call(ATEN._foreach_add_.List, totals, each, alpha=members[0].alpha)
+                for one in members:
+                    program.graph.erase_node(one.node)
+
+
+def _added(program: Program) -> list[_Added]:
+    """Those that may wait: nothing else of the program sees what they are added to, nor do they overlap."""
+    users: dict[Node, list[Node]] = defaultdict(list)
+    totals: dict[Node, list[Node]] = defaultdict(list)
+    for constant in program.constants:
+        if constant in program.places and constant.users:
+            users[program.places[constant].root] += constant.users
+            totals[program.places[constant].root].append(constant)
+    found = []
+    for root in program.changed & totals.keys():
+        are_sums = all(node.target is ATEN.add_.Tensor and not node.users for node in users[root])
+        if are_sums and _lie_apart([program.places[total].layout for total in totals[root]]):
+            for node in users[root]:
+                total, product = node.args[0], _Product.of(node.args[1])
+                if isinstance(total, Node) and product and product.bias is None and len(product.node.users) == 1:
+                    found.append(_Added(node, total, product))
+    return found
+
+
+def _lie_apart(layouts: Iterable[Layout]) -> bool:
+    """Whether they are whole pieces of memory that do not overlap."""
+    pieces = []
+    for layout in layouts:
+        whole = torch.empty(layout.size, device="meta")
+        if layout.stride != whole.stride():
+            return False
+        pieces.append((layout.offset, layout.offset + whole.numel()))
+    return all(end <= start for (_, end), (start, _) in pairwise(sorted(pieces)))
+
+
+def _stacked(program: Program, matrices: Sequence[Node]) -> Node:
+    """(L, m, n) of L matrices (m, n) of one layout; those that lie in columns are stacked as they lie."""
+    in_columns = program.places[matrices[0]].layout.lies_in_columns
+    if in_columns:
+        places = [program.places[matrix] for matrix in matrices]
+        matrices = [program.view(Place(place.root, place.layout.transposed)) for place in places]
+    stacked = program.call(ATEN.stack.default, list(matrices))
+    return program.call(ATEN.transpose.int, stacked, 1, 2) if in_columns else stacked
