@@ -14,6 +14,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from scumble.configs.errors import Refused
 
+from .kernels import Projection
+
 BITS = {"auto": 16, "off": 16, "int8": 8, "nf4": 4}  # to begin with
 
 
@@ -111,5 +113,6 @@ def _linears(unet: UNet2DConditionModel) -> list[str]:
     """Paths of the frozen Linears in transformer blocks; those of an adapter are trained."""
     return [
         path for path, module in unet.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".attentions." in path and not module.weight.requires_grad
+        if isinstance(module, torch.nn.Linear) and not isinstance(module, Projection)
+        and ".attentions." in path and not module.weight.requires_grad
     ]  # fmt: skip
