@@ -2,9 +2,12 @@
 
 Pictures come through a DataLoader, every step encodes them with the VAE and the captions with the text encoder, LoRA is
 on the UNet's attention, AdamW moves it. Nothing of scumble is used here but the pictures.
+
+`python plain_loop.py BASE PICTURES OUT THREADS` trains as `speed.py --whole` compares it.
 """
 
 import random
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,3 +101,11 @@ def train_plainly(
     loop_s = time.monotonic() - loop_started
     StableDiffusionPipeline.save_lora_weights(out, unet_lora_layers=get_peft_model_state_dict(unet))
     return Timed(loop_s, time.monotonic() - started)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[4]))
+    train_plainly(
+        Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), size_px=64, steps=160, batch=4, rank=16, rate=2e-3,
+        min_snr_gamma=5.0, seed=0, dtype=torch.bfloat16,
+    )  # fmt: skip

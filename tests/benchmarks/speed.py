@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scumble.configs.options import Data, Network, Objective
 from scumble.datasets.folder import Example
 from scumble.datasets.images import Crop, Size
-from scumble.trainer.bases import FAMILIES, Source
+from scumble.trainer.bases import EMBEDDED, FAMILIES, Source
 from scumble.trainer.captured import capture_for
 from scumble.trainer.flat import Flat
 from scumble.trainer.kernels import choose_kernels
@@ -279,16 +279,11 @@ def ratio(times: dict[str, Timed], name: str) -> float:
     return statistics.median(a / b for a, b in zip(times[name].seconds, times["ours"].seconds, strict=True))
 
 
-WHOLE = """
-import sys, torch
-sys.path.insert(0, {here!r})
-from pathlib import Path
-from plain_loop import train_plainly
-from scumble.trainer.models import EMBEDDED
-torch.set_num_threads({threads})
-train_plainly(EMBEDDED, Path({samples!r}), Path({out!r}), size_px=64, steps=160, batch=4, rank=16, rate=2e-3,
-              min_snr_gamma=5.0, seed=0, dtype=torch.bfloat16)
-"""
+LAUNCHER = "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--mixed_precision=bf16"
+WHOLE = {
+    "plain": "the plain loop",
+    "launched": "the same by `accelerate launch`, as diffusers' documentation starts its scripts",
+}
 
 
 @dataclass(frozen=True)
@@ -336,20 +331,26 @@ def whole(turns: int) -> dict[str, Any]:
         "--resolution", "64", "--rank", "16", "--text-rank", "0", "--steps", "160", "--batch", "4", "--rate", "2e-3",
         "--precision", "bf16", "--preview-every", "0", "--save-every", "0",
     ]  # fmt: skip
-    runs: dict[str, list[Command]] = {"ours": [], "plain": []}
+    runs: dict[str, list[Command]] = {"ours": [], **{name: [] for name in WHOLE}}
     phases: list[dict[str, float]] = []
+    threads = str(torch.get_num_threads())
+    launcher = *LAUNCHER, f"--num_cpu_threads_per_process={threads}"
     for _ in range(turns):
         done, parts = run_of_ours(flags)
         runs["ours"].append(done)
         phases.append(parts)
-        with TemporaryDirectory() as folder:
-            code = WHOLE.format(here=str(HERE), threads=torch.get_num_threads(), samples=str(SAMPLES), out=folder)
-            runs["plain"].append(commanded("-c", code))
-    ratios = [plain.seconds / ours.seconds for ours, plain in zip(runs["ours"], runs["plain"], strict=True)]
+        for name in WHOLE:
+            with TemporaryDirectory() as folder:
+                loop = str(HERE / "plain_loop.py"), str(EMBEDDED), str(SAMPLES), folder, threads
+                runs[name].append(commanded(*(launcher if name == "launched" else ()), *loop))
     return {
         "seconds": {name: statistics.median(one.seconds for one in done) for name, done in runs.items()},
-        "peak_mb": {name: max(one.peak_mb for one in done) for name, done in runs.items()},
-        "ratio": statistics.median(ratios), "phases": medians(phases),
+        "of_ours": {
+            name: statistics.median(a.seconds / b.seconds for a, b in zip(runs[name], runs["ours"], strict=True))
+            for name in WHOLE
+        },
+        "peak_mb": {name: max(one.peak_mb for one in runs[name]) for name in ("ours", "plain")},
+        "phases": medians(phases),
     }  # fmt: skip
 
 
@@ -438,14 +439,16 @@ def main() -> None:
             gc.collect()
     if chosen.whole:
         found["whole"] = whole(chosen.whole)
-        seconds, phases = found["whole"]["seconds"], found["whole"]["phases"]
+        seconds, of_ours, peak_mb = (found["whole"][name] for name in ("seconds", "of_ours", "peak_mb"))
         lines += [
             "## From the command to the finished file", "",
-            f"`clay-style` on `sketch`, 160 steps of 4: {seconds['ours']:.1f} s, the plain loop {seconds['plain']:.1f} "
-            f"s ({found['whole']['ratio']:.2f} × ours; medians of {chosen.whole}). At most "
-            f"{found['whole']['peak_mb']['ours']:,} MB and {found['whole']['peak_mb']['plain']:,} MB of memory.",
+            f"`clay-style` on `sketch`, 160 steps of 4; medians of {chosen.whole} runs of each, in turn. At most "
+            f"{peak_mb['ours']:,} MB of memory, the plain loop {peak_mb['plain']:,} MB.", "",
+            "| | seconds | of ours |", "|---|---|---|", f"| scumble | {seconds['ours']:.1f} | 1.00 × |",
+            *(f"| {what} | {seconds[name]:.1f} | {of_ours[name]:.2f} × |" for name, what in WHOLE.items()), "",
+            "Where ours go:",
             "", "| phase | seconds |", "|---|---|",
-            *(f"| {name} | {spent:.2f} |" for name, spent in phases.items()), "",
+            *(f"| {name} | {spent:.2f} |" for name, spent in found["whole"]["phases"].items()), "",
         ]  # fmt: skip
     if chosen.demo:
         found["demo"] = demo(chosen.demo)
