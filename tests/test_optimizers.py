@@ -1,6 +1,8 @@
 """Optimisers: each moves a LoRA from its zero start, keeps its groups' rates, and is refused by name when absent."""
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from scumble.configs.errors import Refused
 from scumble.trainer.optimizers import KINDS, check_optimizer, grouped, make_optimizer, set_rate
 
 RATES = {"prodigy": 1.0}
+SAMPLES = Path(__file__).parent.parent / "datasets/samples/clay-style"
 
 
 def fitted(name: str, steps: int = 150) -> tuple[float, float, torch.optim.Optimizer]:
@@ -80,3 +83,25 @@ def test_no_optimiser_prints_into_the_events_that_programs_read(capsys: pytest.C
     for name in KINDS:
         make_optimizer(name, grouped([(0.01, [torch.nn.Parameter(torch.ones(2, 2))])]), weight_decay=0.01)
     assert capsys.readouterr().out == ""
+
+
+IMPORTED = """
+import sys
+from scumble.trainer.cli import main
+main(sys.argv[1:])
+print("imported" if "bitsandbytes" in sys.modules else "not imported")
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [([], "not imported"), (["--optimizer", "adamw8bit"], "imported"), (["--quantize", "nf4"], "imported")],
+    ids=["adamw", "adamw8bit", "nf4"],
+)
+def test_bitsandbytes_which_takes_long_is_imported_where_it_is_wanted(flags: list[str], told: str, tmp_path: Path):
+    command = [
+        "train", str(SAMPLES), "--base", "sketch", "--resolution", "64", "--steps", "1", "--batch", "1",
+        "--preview-every", "0", "--device", "cpu", "--cache", "off", "--runs", str(tmp_path), *flags,
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", IMPORTED, *command], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == told

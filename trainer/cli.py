@@ -23,6 +23,7 @@ from scumble.configs.options import Model, Options, Previews, section
 from . import check
 from .adapters.commands import adapter
 from .cache_commands import cache
+from .hiding import hidden
 from .outputs import check_out
 from .run_commands import register
 from .run_folder import OPTIONS, is_run, name_of_set, status_of
@@ -95,8 +96,9 @@ def train(
         resolved = files.resolve(go_on / OPTIONS, preset, flags)
     else:
         resolved = files.resolve(Path(source) if source.endswith(".toml") else None, preset, flags)
-    from .events import Terminal, json_reader, while_it_lasts
-    from .train import train as run
+    with hidden("bitsandbytes"):
+        from .events import Terminal, json_reader, while_it_lasts
+        from .train import train as run
 
     with nullcontext(json_reader) if json else Terminal() as reader:
         result = run(resolved, [while_it_lasts(reader)], go_on=go_on, force=force, dry_run=dry_run, measured=measure)
@@ -132,13 +134,13 @@ def preview(
     for prompt in options.previews.prompts:
         if prompt.endswith(".safetensors"):
             raise Refused(f"--prompts {prompt}: is a file, not a prompt; name adapter files before --prompts")
-    if adapters:
+    with hidden("bitsandbytes"):
         from .compare import STRENGTHS, compare, strengths_of
-
-        compare(adapters, options.model, options.previews, strengths_of(strengths or STRENGTHS), out)
-    else:
         from .preview import preview_base
 
+    if adapters:
+        compare(adapters, options.model, options.previews, strengths_of(strengths or STRENGTHS), out)
+    else:
         preview_base(options.model, options.previews, out)
     print(f"painted {out}")
 

@@ -21,6 +21,7 @@ from scumble.configs.options import Network
 
 from .adapters.keys import Place, kohya_stem
 from .dora import add_magnitude
+from .hiding import hidden
 from .models import Base
 
 ADAPTER = "scumble"
@@ -104,7 +105,8 @@ def attach(base: Base, network: Network, parts: list[Part], seed: int) -> list[T
             component = component_of(base, part.name)
             if part.name == "unet":
                 check_targets(network.targets, [path for path, _ in component.named_modules()])
-            inject_adapter_in_model(_config(part, network), component, ADAPTER)
+            with hidden("bitsandbytes"):  # PEFT asks for it to learn that no layer is one of its
+                inject_adapter_in_model(_config(part, network), component, ADAPTER)
             adapted = list(_adapted(base, part.name, component))
             if network.network == "dora":
                 for module in adapted:

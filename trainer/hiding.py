@@ -1,0 +1,20 @@
+"""Packages that libraries import wherever they are installed, hidden from them."""
+
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def hidden(package: str) -> Generator[None]:
+    """Within the block nobody finds a package that is not imported yet. What wants it finds it after that."""
+    modules: dict[str, Any] = sys.modules
+    was_there = package in modules
+    if not was_there:
+        modules[package] = None  # for the import system: there is none
+    try:
+        yield
+    finally:
+        if not was_there:
+            del modules[package]
