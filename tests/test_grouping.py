@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
+from scumble.trainer import grouping
 from scumble.trainer.recording import Recorder
 
 ROWS, IN, OUT, RANK = 5, 4, 6, 2
@@ -23,6 +24,7 @@ class Layers:
     def __init__(self) -> None:
         self.x, self.g = whole(ROWS, IN), whole(ROWS, OUT)
         self.weights = [Parameter(whole(OUT, IN), requires_grad=False) for _ in range(3)]
+        self.squares = [Parameter(whole(IN, IN), requires_grad=False) for _ in range(2)]
         self.bias = Parameter(whole(OUT), requires_grad=False)
         flat = whole(6 * RANK * IN)
         self.downs = [flat[start : start + RANK * IN].view(RANK, IN) for start in range(0, len(flat), RANK * IN)]
@@ -101,6 +103,18 @@ def test_what_cannot_be_one_product_is_not(function: Function):
     assert replayed(function)["mm"] == 2
 
 
+def test_a_left_side_that_is_part_of_a_product_itself_is_that_part():
+    """As where the gradient that a projection passes on is what a layer's gradient comes from."""
+
+    def function(layers: Layers) -> torch.Tensor:
+        gradient = (layers.g @ layers.weights[0]).addmm_(layers.g @ layers.up, layers.downs[0])  # (ROWS, IN)
+        first, second = (gradient @ one for one in layers.squares)
+        return first.square().sum() + second.square().sum()
+
+    found = replayed(function)
+    assert found["mm"] == 2
+
+
 def test_gradients_of_one_shape_are_one_batched_product():
     def function(layers: Layers) -> torch.Tensor:
         for number, total in enumerate(layers.totals):
@@ -116,6 +130,19 @@ def read_between(layers: Layers) -> torch.Tensor:
     read = layers.totals[0].sum()
     layers.totals[1].add_(layers.g.t() @ layers.x)
     return read
+
+
+def added_twice(layers: Layers) -> torch.Tensor:
+    for number in range(2):
+        layers.totals[0].add_(layers.g.t() @ (layers.x + number))
+    return layers.x.sum()
+
+
+def read_by_another_sum(layers: Layers) -> torch.Tensor:
+    for number in range(2):
+        layers.totals[number].add_(layers.g.t() @ (layers.x + number))
+    layers.totals[2].add_(layers.totals[0])
+    return layers.x.sum()
 
 
 def overlapping(layers: Layers) -> torch.Tensor:
@@ -139,7 +166,9 @@ def used_otherwise(layers: Layers) -> torch.Tensor:
     return torch.stack(products).sum()
 
 
-@pytest.mark.parametrize("function", [read_between, overlapping, operands_that_change, used_otherwise])
+@pytest.mark.parametrize(
+    "function", [read_between, added_twice, read_by_another_sum, overlapping, operands_that_change, used_otherwise]
+)
 def test_what_cannot_wait_does_not(function: Function):
     found = replayed(function)
     assert found["_foreach_add_"] == 0 and found["add_"] >= 2
@@ -154,3 +183,17 @@ def test_different_shapes_and_scales_are_batches_of_their_own():
 
     found = replayed(function)
     assert (found["bmm"], found["_foreach_add_"], found["mm"], found["add_"]) == (1, 1, 1, 1)
+
+
+def test_products_wait_only_as_long_as_they_take_little_memory(monkeypatch: pytest.MonkeyPatch):
+    def function(layers: Layers) -> torch.Tensor:
+        for number, total in enumerate(layers.totals):
+            total.add_((layers.g * (number + 1)).t() @ (layers.x + number))
+        return layers.g.sum()
+
+    sides = 4 * ROWS * (IN + OUT)
+    monkeypatch.setattr(grouping, "MAX_WAITING_BYTES", 2 * sides)
+    found = replayed(function)
+    assert (found["bmm"], found["mm"]) == (1, 1)
+    monkeypatch.setattr(grouping, "MAX_WAITING_BYTES", 2 * sides - 1)
+    assert replayed(function)["mm"] == 3

@@ -1,5 +1,6 @@
 """Recordings of passes on a CPU against the passes themselves, which torch runs: the same to the bit."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def test_a_run_with_recordings_is_the_run_without(
         assert torch.equal(file_of(recorded)[name], tensor)
 
 
-def ran_both(function: Callable[[Tensors, torch.Tensor], torch.Tensor], times: int = 6) -> None:
+def ran_both(function: Callable[[Tensors, torch.Tensor], torch.Tensor], times: int = 6, equal: bool = True) -> None:
     """`function` of other inputs each time, recorded and not: results, what it adds to, and chance are the same."""
     one, other = torch.zeros(3), torch.zeros(3)
     captured = Captured(lambda tensors: function(tensors, one), Recordings([one]), pytest.fail, [one])
@@ -87,8 +88,8 @@ def ran_both(function: Callable[[Tensors, torch.Tensor], torch.Tensor], times: i
         torch.manual_seed(number)
         result, drawn = captured(tensors).clone(), torch.rand(1)
         torch.manual_seed(number)
-        assert torch.equal(result, function(tensors, other)) and torch.equal(drawn, torch.rand(1))
-        assert torch.equal(one, other)
+        right = function(tensors, other)
+        assert torch.equal(result, right) == equal and torch.equal(drawn, torch.rand(1)) and torch.equal(one, other)
 
 
 def test_operators_in_place_views_parts_and_chance_are_recorded(replays: list[int]):
@@ -190,29 +191,44 @@ def test_a_recording_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(recording.Recorder, "finished", lambda self, result, grouped: failed)
     ran_both(function)
-    monkeypatch.setattr(recording.Recorder, "finished", lambda self, result: failed())
+    monkeypatch.setattr(recording.Recorder, "finished", lambda self, result, grouped: failed())
     ran_both(function)
 
 
 def test_what_is_not_a_number_proves_nothing(replays: list[int]):
     def function(tensors: Tensors, total: torch.Tensor) -> torch.Tensor:
+        total.add_(tensors["x"])
         return tensors["x"] / (tensors["x"] - 3)  # in the third run, which is to prove it, 3 / 0
 
     ran_both(function)
     assert len(replays) == 4  # tried in the third, proved in the fourth, then used twice
 
 
-def test_too_little_memory_is_told_while_recording_too():
+def test_gradients_that_are_all_zero_prove_nothing(replays: list[int]):
+    def function(tensors: Tensors, total: torch.Tensor) -> torch.Tensor:
+        total.add_(tensors["x"] * (tensors["x"][0] - 3))  # in the third run, which is to prove it, 0
+        return tensors["x"].sum()
+
+    ran_both(function)
+    assert len(replays) == 4
+
+
+def test_what_never_proves_anything_is_not_tried_for_ever(replays: list[int]):
+    ran_both(lambda tensors, total: tensors["x"] * math.nan, times=30, equal=False)
+    assert len(replays) == recording.PROOFS + 1
+
+
+def test_too_little_memory_to_record_is_met_and_too_little_to_run_is_told():
     runs: list[int] = []
 
     def run() -> torch.Tensor:
         runs.append(1)
-        if len(runs) == 2:
+        if len(runs) in (2, 4, 5):
             raise torch.OutOfMemoryError("no room")
         return torch.ones(1)
 
     function = Recordings()(run)
-    function()
+    assert function() == function() == 1 and len(runs) == 3  # to be recorded, and then as it is
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         function()
     assert function() == 1

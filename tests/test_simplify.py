@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from scumble.trainer.recording import Recorder
 
@@ -145,3 +146,18 @@ def test_a_copy_of_an_input_is_made():
     copy = recorder.finished(result)()
     x.zero_()
     assert copy.tolist() == [1, 1, 1]
+
+
+def test_what_is_recomputed_for_a_backward_pass_is_not_kept_instead():
+    """Gradient checkpointing saves memory by that."""
+    layer = torch.nn.Linear(6, 6).requires_grad_(False)
+
+    def function(x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        given = x.detach().requires_grad_(True)
+        out = checkpoint(lambda y: layer(y).tanh().sin(), given, use_reentrant=False)
+        assert isinstance(out, torch.Tensor)
+        out.sum().backward()
+        assert given.grad is not None
+        return given.grad
+
+    assert replayed(function)["tanh"] == 2

@@ -30,6 +30,11 @@ class Flat:
                 parameter.grad = gradient[start : start + parameter.numel()].view_as(parameter)
                 start += parameter.numel()
 
+    @property
+    def values(self) -> list[torch.Tensor]:
+        """The parameters, as numbers in the same memory."""
+        return [group.detach() for group in self.groups]
+
     def of(self, buffers: Sequence[torch.Tensor], parameter: torch.nn.Parameter) -> torch.Tensor:
         """The parameter's view, in its shape, of buffers that lie as the groups do."""
         number, start = self.places[parameter]

@@ -14,10 +14,11 @@ from itertools import accumulate, pairwise
 import torch
 from torch.fx import Node
 
-from .program import AS_STRIDED, Layout, Place, Program
+from .program import AS_STRIDED, Layout, Place, Program, layout_of
 
 ATEN = torch.ops.aten
 MM, ADDMM = ATEN.mm.default, ATEN.addmm.default
+MAX_WAITING_BYTES = 2**26  # of the sides of products that wait for the end
 MAX_EXTRA_BYTES = 2**26  # of constants that are copied to lie side by side, for each shape of a batch
 
 
@@ -53,15 +54,18 @@ def _join(program: Program) -> None:
         if _has_constants(program, product) and _can_be_part(program, product):
             changes_before = bisect_left(changes[program.places[product.left].root], order[product.node])
             right = program.places[product.right].layout
-            together[product.left, changes_before, right.lies_in_columns].append(product)
+            is_backward = product.node in program.in_backward  # what is recomputed there is not kept from before
+            together[product.left, changes_before, right.lies_in_columns, is_backward].append(product)
     room, copies = MAX_EXTRA_BYTES, []
+    parts: dict[Node, Node] = {}  # what stands for the products that are no longer computed
     for products in together.values():
         extra = sum(program.constants[product.right].nbytes for product in products)
         has_frozen = any(program.is_frozen(product.right) for product in products)  # else all is copied in each run
         if len(products) > 1 and has_frozen and extra <= room:
             room -= extra
             wide, edges = _side_by_side([program.constants[product.right] for product in products])
-            _replace(program, products, wide, edges)
+            left = parts.get(products[0].left, products[0].left)
+            parts |= _replaced(program, products, left, wide, edges)
             for product, (start, end) in zip(products, pairwise(edges), strict=True):
                 if not program.is_frozen(product.right):
                     copies.append((program.constant(wide[:, start:end]), product.right))
@@ -109,7 +113,7 @@ def _side_by_side(matrices: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[
     """One matrix of several, that lies in rows or in columns as they do; and the columns where each begins and ends."""
     edges = [*accumulate((matrix.shape[1] for matrix in matrices), initial=0)]
     with torch.no_grad():
-        if matrices[0].stride(0) == 1:
+        if layout_of(matrices[0]).lies_in_columns:
             return torch.cat([matrix.t() for matrix in matrices]).t(), edges
         return torch.cat(list(matrices), 1), edges
 
@@ -124,11 +128,14 @@ def _side_by_side_biases(biases: Sequence[torch.Tensor | None], edges: Sequence[
     return whole
 
 
-def _replace(program: Program, products: Sequence[_Product], wide: torch.Tensor, edges: Sequence[int]) -> None:
-    """Products of one left side, by parts of one product."""
+def _replaced(
+    program: Program, products: Sequence[_Product], left: Node, wide: torch.Tensor, edges: Sequence[int]
+) -> dict[Node, Node]:
+    """Let parts of one product stand for products of one left side; which part stands for what of them."""
     one = program.places[products[0].node].layout
     layout = Layout((one.size[0], edges[-1]), (edges[-1], 1), 0, one.dtype)
-    sides = products[0].left, program.constant(wide)
+    parts: dict[Node, Node] = {}
+    sides = left, program.constant(wide)
     biases = [None if product.bias is None else program.constants[product.bias] for product in products]
     if any(bias is not None for bias in biases):
         sides = program.constant(_side_by_side_biases(biases, edges)), *sides
@@ -140,7 +147,9 @@ def _replace(program: Program, products: Sequence[_Product], wide: torch.Tensor,
             for node in program.views(product.node):
                 part = _widened(program.places[node].layout, end - start, edges[-1], start)
                 assert part is not None
-                node.replace_all_uses_with(program.view(Place(joint, part)))
+                parts[node] = program.view(Place(joint, part))
+                node.replace_all_uses_with(parts[node])
+    return parts
 
 
 def _widened(layout: Layout, width: int, joint_width: int, start: int) -> Layout | None:
@@ -173,10 +182,12 @@ def _batch(program: Program) -> None:
     """Products that are only added to constants, as gradients of factors are, wait for the end; there those of one
     shape are one batched product."""
     order, changes = _changes(program)
+    room = MAX_WAITING_BYTES
     together: dict[object, list[_Added]] = defaultdict(list)
     for added in _added(program):
         sides = [program.places[side] for side in (added.product.left, added.product.right)]
-        if not any(
+        room -= sum(side.layout.num_bytes for side in sides)
+        if room >= 0 and not any(
             bisect_left(changes[side.root], order[added.product.node]) < len(changes[side.root]) for side in sides
         ):
             total = program.places[added.total].layout
@@ -196,20 +207,23 @@ def _batch(program: Program) -> None:
 
 
 def _added(program: Program) -> list[_Added]:
-    """Those that may wait: nothing else of the program sees what they are added to, nor do they overlap."""
-    users: dict[Node, list[Node]] = defaultdict(list)
+    """Those that may wait: nothing else of the program sees what they are added to, which they are once, nor do they
+    overlap."""
     totals: dict[Node, list[Node]] = defaultdict(list)
     for constant in program.constants:
         if constant in program.places and constant.users:
-            users[program.places[constant].root] += constant.users
             totals[program.places[constant].root].append(constant)
     found = []
     for root in program.changed & totals.keys():
-        are_sums = all(node.target is ATEN.add_.Tensor and not node.users for node in users[root])
+        sums = [(total, node) for total in totals[root] for node in total.users]
+        are_sums = all(
+            node.target is ATEN.add_.Tensor and node.args[0] is total and node.args[1] is not total and not node.users
+            for total, node in sums
+        )
         if are_sums and _lie_apart([program.places[total].layout for total in totals[root]]):
-            for node in users[root]:
-                total, product = node.args[0], _Product.of(node.args[1])
-                if isinstance(total, Node) and product and product.bias is None and len(product.node.users) == 1:
+            for total, node in sums:
+                product = _Product.of(node.args[1])
+                if product and product.bias is None and len(product.node.users) == len(total.users) == 1:
                     found.append(_Added(node, total, product))
     return found
 

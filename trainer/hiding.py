@@ -8,7 +8,8 @@ from typing import Any
 
 @contextmanager
 def hidden(package: str) -> Generator[None]:
-    """Within the block nobody finds a package that is not imported yet. What wants it finds it after that."""
+    """Within the block nobody finds a package that is not imported yet. After it, it can be imported; libraries that
+    asked before may remember that there is none."""
     modules: dict[str, Any] = sys.modules
     was_there = package in modules
     if not was_there:
@@ -16,5 +17,5 @@ def hidden(package: str) -> Generator[None]:
     try:
         yield
     finally:
-        if not was_there:
+        if modules.get(package, package) is None:
             del modules[package]

@@ -22,6 +22,10 @@ class Layout:
     dtype: torch.dtype
 
     @property
+    def num_bytes(self) -> int:
+        return torch.Size(self.size).numel() * self.dtype.itemsize
+
+    @property
     def transposed(self) -> "Layout":
         """Of a matrix, the other way round."""
         return Layout(self.size[::-1], self.stride[::-1], self.offset, self.dtype)
@@ -50,7 +54,8 @@ class Program:
     """Placeholders of `graph` are `constants`: tensors that are there before, and may have other values in each run.
 
     `places` tells of every node that is one dense tensor where it lies; `changed` are the roots of what is changed in
-    place. `frozen` tells where memory begins that no run changes: that of parameters without gradient.
+    place. `frozen` tells where memory begins that no run changes: that of parameters without gradient. `in_backward`
+    are operators that a backward pass runs.
     """
 
     graph: Graph = field(default_factory=Graph)
@@ -58,6 +63,7 @@ class Program:
     places: dict[Node, Place] = field(default_factory=dict)
     changed: set[Node] = field(default_factory=set)
     frozen: set[int] = field(default_factory=set)
+    in_backward: set[Node] = field(default_factory=set)
     numbers: Iterator[int] = field(default_factory=count)
 
     @property
@@ -106,6 +112,8 @@ class Program:
 
     def runnable(self) -> Callable[[], torch.Tensor]:
         """Runs it on what the constants are then, without gradients."""
+        for node in [node for node in self.constants if not node.users]:
+            self.graph.erase_node(node)
         constants = [self.constants[node] for node in self.graph.nodes if node.op == "placeholder"]
         for node in self.calls:
             node.target = _bound(node.target)

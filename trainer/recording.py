@@ -8,6 +8,7 @@ import math
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,12 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .grouping import group
-from .memory import is_out_of_memory
 from .program import Place, Program, layout_of, memory_of, written_to
 from .simplify import simplify
 
 PLAIN_TIMES = 8  # that a function runs first; to record it takes as long as its recording saves in 25 runs
-FACTORS_STD = 0.1
+FACTORS_STD, PROOFS = 0.1, 8
 PAYS_BELOW_S = 1.0  # what takes longer gains nothing
 WRITABLE = bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None)
 Run = Callable[[], torch.Tensor]
@@ -50,7 +50,7 @@ class Recordings:
 class _Recording:
     def __init__(self, run: Run, kept: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]):
         self.run, self.kept, self.factors = run, kept, factors
-        self.plain_times, self.quickest_s = 0, math.inf
+        self.plain_times, self.quickest_s, self.proofs = 0, math.inf, 0
         self.ways = [True, False]  # with products grouped and without: those that are left to try, the quickest first
         self.replay: Run | None = None
         self.is_proven = False
@@ -83,9 +83,15 @@ class _Recording:
         return result
 
     def _proven(self, replay: Run) -> torch.Tensor:
-        """Both on the same random factors, which leaves nothing behind; then the run itself."""
+        """Both on the same random factors, which leaves nothing behind; then the run itself.
+
+        Numbers that are not finite, or gradients that are all zero, prove nothing; the next run may.
+        """
         before = self._moment()
+        self.proofs += 1
         try:
+            for one in self.kept:
+                one.zero_()
             generator = torch.Generator().manual_seed(0)
             for factor in self.factors:
                 factor.normal_(0, FACTORS_STD, generator=generator)
@@ -95,11 +101,13 @@ class _Recording:
             result, right = self.run(), self._moment()
         finally:
             self._go_to(before)
-        if again is None or all(bool(one.isfinite().all()) for one in (result, *right)):  # else the next may prove it
-            self.is_proven = again is not None and all(map(torch.equal, (again, *found), (result, *right)))
-            if not self.is_proven:
-                self.replay = None
-                self.ways.pop(0)
+        says_much = all(bool(one.isfinite().all()) for one in (result, *right)) and all(
+            map(torch.any, right[: len(self.kept)])
+        )
+        self.is_proven = says_much and again is not None and all(map(torch.equal, (again, *found), (result, *right)))
+        if not self.is_proven and (says_much or again is None or self.proofs >= PROOFS):
+            self.replay = None
+            self.ways.pop(0)
         return self.run()
 
     def _moment(self) -> list[torch.Tensor]:
@@ -131,11 +139,15 @@ class Recorder(TorchDispatchMode):
         made = func(*args, **kwargs)
         given = [*_tensors(args), *_tensors(kwargs.values())]
         self.program.frozen |= {memory_of(one) for one in given if isinstance(one, Parameter) and not one.requires_grad}
+        if any(one.is_complex() or one.is_neg() for one in given):
+            raise RecordingError(f"{func} is of numbers that are not in memory as they are")
         if func.is_view and given and all(map(self.is_constant, given)):
             return made
         written = {name: self.written(value) for name, value in kwargs.items()}
         graph, places = self.program.graph, self.program.places
         node = graph.call_function(func, tuple(map(self.written, args)), written)
+        if torch._C._current_graph_task_id() >= 0:
+            self.program.in_backward.add(node)
         is_one = not isinstance(made, tuple | list)
         for place, one in enumerate([made] if is_one else made):
             if isinstance(one, torch.Tensor):
@@ -190,10 +202,7 @@ def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
 
 
 def _unless_it_fails(compute: Run) -> torch.Tensor | None:
-    """What `compute` gives; None where it fails other than for too little memory. A fault of the run's comes again."""
-    try:
+    """What `compute` gives; None where it fails, be it for too little memory. A fault of the run's comes again."""
+    with suppress(Exception):
         return compute()
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
     return None

@@ -27,7 +27,7 @@ def simplify(program: Program) -> None:
 class _Simplifier:
     def __init__(self, program: Program):
         self.graph, self.places = program.graph, program.places
-        self.constants, self.changed = program.constants, program.changed
+        self.constants, self.changed, self.in_backward = program.constants, program.changed, program.in_backward
         self.known: dict[Hashable, Node] = {}
 
     def meet(self, node: Node) -> None:
@@ -75,7 +75,7 @@ class _Simplifier:
         return given if place.layout == self.places[node].layout else None
 
     def _computed_before(self, node: Node) -> Node | None:
-        """The same operator of the same."""
+        """The same operator of the same; what is recomputed in the backward pass is, so that nothing is kept for it."""
         given = node.all_input_nodes
         operator = node.target
         if (
@@ -86,16 +86,18 @@ class _Simplifier:
             or any(one not in self.places or self.places[one].root in self.changed for one in given)
         ):
             return None
-        first = self.known.setdefault((operator, _frozen(node.args), _frozen(node.kwargs)), node)
+        first = self.known.setdefault(
+            (operator, node in self.in_backward, _comparable(node.args), _comparable(node.kwargs)), node
+        )
         return None if first is node else first
 
 
-def _frozen(value: object) -> Hashable:
+def _comparable(value: object) -> Hashable:
     """An argument, to compare by: numbers of other types, and both zeros, are others."""
     if isinstance(value, Node):
         return value
     if isinstance(value, tuple | list):
-        return tuple(map(_frozen, value))
+        return tuple(map(_comparable, value))
     if isinstance(value, Mapping):
-        return tuple((name, _frozen(one)) for name, one in value.items())
+        return tuple((name, _comparable(one)) for name, one in value.items())
     return type(value), repr(value)

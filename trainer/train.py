@@ -154,7 +154,7 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
     all_fast = speed_up([module.layer for module in trained], ADAPTER, flat.lowered)
     passes = Passes(
         objectives, flat, job.accelerator.backward, nullcontext if all_fast else job.accelerator.autocast,
-        capture_for(device, flat.gradients, flat.low), say,
+        capture_for(device, flat.gradients, [*flat.low, *flat.values]), say,
     )  # fmt: skip
     update = Update(
         job.accelerator, passes, named, flat, make_optimizer(wanted.optimizer, groups, wanted.weight_decay, flat),

@@ -157,7 +157,7 @@ class Bench:
         )  # fmt: skip
         objectives.encodings["a"] = self.text
         accelerator = accelerator_for(self.device, self.dtype)
-        capture = None if without == "captured" else capture_for(self.device, flat.gradients, flat.low)
+        capture = None if without == "captured" else capture_for(self.device, flat.gradients, [*flat.low, *flat.values])
         passes = Passes(
             objectives, flat, accelerator.backward, nullcontext if fast else accelerator.autocast, capture, print
         )
