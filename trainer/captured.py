@@ -78,8 +78,8 @@ class Captured:
 def capture_for(
     device: torch.device, kept: Sequence[torch.Tensor] = (), factors: Sequence[torch.Tensor] = ()
 ) -> Capture | None:
-    """What captures on a device functions of `factors`, among other things, that add to `kept`; None where nothing
-    does."""
+    """What captures functions on a device, None where nothing does. They add to `kept`; `factors` are what is trained,
+    of which they take their numbers."""
     return CudaGraphs() if device.type == "cuda" else Recordings(kept, factors) if device.type == "cpu" else None
 
 

@@ -214,7 +214,7 @@ def _added(program: Program) -> list[_Added]:
         if constant in program.places and constant.users:
             totals[program.places[constant].root].append(constant)
     found = []
-    for root in program.changed & totals.keys():
+    for root in (one for one in totals if one in program.changed):
         sums = [(total, node) for total in totals[root] for node in total.users]
         are_sums = all(
             node.target is ATEN.add_.Tensor and node.args[0] is total and node.args[1] is not total and not node.users
