@@ -23,7 +23,7 @@ from scumble.configs.options import Model, Options, Previews, section
 from . import check
 from .adapters.commands import adapter
 from .cache_commands import cache
-from .hiding import hidden
+from .hiding import quick_imports
 from .outputs import check_out
 from .run_commands import register
 from .run_folder import OPTIONS, is_run, name_of_set, status_of
@@ -96,7 +96,7 @@ def train(
         resolved = files.resolve(go_on / OPTIONS, preset, flags)
     else:
         resolved = files.resolve(Path(source) if source.endswith(".toml") else None, preset, flags)
-    with hidden("bitsandbytes"):
+    with quick_imports():
         from .events import Terminal, json_reader, while_it_lasts
         from .train import train as run
 
@@ -134,7 +134,7 @@ def preview(
     for prompt in options.previews.prompts:
         if prompt.endswith(".safetensors"):
             raise Refused(f"--prompts {prompt}: is a file, not a prompt; name adapter files before --prompts")
-    with hidden("bitsandbytes"):
+    with quick_imports():
         from .compare import STRENGTHS, compare, strengths_of
         from .preview import preview_base
 

@@ -1,9 +1,25 @@
-"""Packages that libraries import wherever they are installed, hidden from them."""
+"""Libraries imported without what they look for needlessly: garbage, and packages that nobody here wants of them."""
 
+import gc
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
+
+
+@contextmanager
+def quick_imports() -> Generator[None]:
+    """Within the block what imports make is not searched for garbage, of which there is none; nor is it later.
+
+    They do not find bitsandbytes, whose own import takes long.
+    """
+    gc.disable()
+    try:
+        with hidden("bitsandbytes"):
+            yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @contextmanager

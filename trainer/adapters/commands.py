@@ -9,7 +9,7 @@ from cyclopts import App, Parameter
 from scumble.configs.errors import Refused
 
 from ..check import SERIOUS
-from ..hiding import hidden
+from ..hiding import hidden, quick_imports
 from ..outputs import check_out
 from .commands_math import SUFFIX, Force, bake, extract, merge, resize, tell
 
@@ -80,11 +80,11 @@ def verify(
 
     Exit code 65 where something is wrong.
     """
-    with hidden("bitsandbytes"):
+    with quick_imports():
         from . import tables
         from .verify import trial_lines
         from .verify import verify as verdict_of
-
+    with hidden("bitsandbytes"):
         verdict = verdict_of(file, base, quick)
     trials = list(trial_lines(verdict.trials, verdict.parted))
     poor = tables.not_whole(verdict.poor, verdict.dialect) if verdict.poor else ""
