@@ -1,11 +1,14 @@
-"""Projections of tokens as Linear layers, against diffusers' own convolutions."""
+"""Projections of tokens as Linear layers, and scores of attention, against diffusers' own."""
 
 from typing import Any
 
+import pytest
 import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from torch.profiler import ProfilerActivity, profile
 
-from scumble.trainer.kernels import project_tokens
+from scumble.trainer.kernels import attend_by_products, project_tokens
 
 
 def unet(linear: bool = False) -> Any:
@@ -47,3 +50,42 @@ def test_what_learns_or_has_an_adapter_and_what_is_linear_already_stays():
     block.proj_out = torch.nn.Sequential(block.proj_out)
     assert project_tokens(adapted) == 6 and not block.use_linear_projection
     assert project_tokens(unet(linear=True)) == 0
+
+
+def test_turned_tokens_are_one_product_and_not_one_a_picture():
+    ours = unet()
+    project_tokens(ours)
+    block = ours.mid_block.attentions[0]
+    turned = torch.randn(2, 32, 16).transpose(1, 2).requires_grad_(True)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        block.proj_in(turned).square().sum().backward()
+    names = {event.key for event in seen.key_averages()}
+    assert "aten::bmm" not in names and {"aten::addmm", "aten::mm"} <= names
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_scores_and_their_gradients_are_those_of_diffusers(dtype: torch.dtype):
+    theirs, ours = unet(), unet()
+    theirs.set_attn_processor(AttnProcessor())
+    attend_by_products(ours)
+    if dtype == torch.float64:
+        for one, other in zip(passed(ours, dtype), passed(theirs, dtype), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+        return
+    exact = passed(unet(), torch.float32)
+    for ours_, theirs_, right in zip(passed(ours, dtype), passed(theirs, dtype), exact, strict=True):
+        assert (ours_ - right).norm() < 1.5 * (theirs_ - right).norm()  # no further from that
+
+
+def test_scores_behind_a_mask_or_in_fp32_are_left_to_diffusers():
+    torch.manual_seed(0)
+    ours = unet()
+    attend_by_products(ours)
+    layer: Any = next(one for one in ours.modules() if isinstance(one, Attention))
+    query, key, mask = torch.randn(2, 5, 4), torch.randn(2, 7, 4), torch.full((2, 5, 7), -torch.inf)
+    mask[..., :2] = 0
+    assert layer.get_attention_scores(query, key, mask)[..., 2:].sum() == 0
+    layer.upcast_softmax = True
+    low = [one.bfloat16().requires_grad_(True) for one in (query, key)]
+    right = torch.baddbmm(low[0].new_empty(2, 5, 7), low[0], low[1].mT, beta=0, alpha=layer.scale).float().softmax(-1)
+    assert torch.equal(layer.get_attention_scores(*low), right.bfloat16())

@@ -1,10 +1,11 @@
 """Which kernels compute a UNet fastest on a device, at the same numbers but for rounding."""
 
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor, XFormersAttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor, XFormersAttnProcessor
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -28,7 +29,7 @@ def choose_kernels(
         try_xformers(unet.device, unet.dtype)
         unet.set_attn_processor(XFormersAttnProcessor())
     elif (unet.device.type, unet.dtype) == ("cpu", torch.bfloat16) and num_latents(largest, latent_px) <= FEW_LATENTS:
-        unet.set_attn_processor(AttnProcessor())
+        attend_by_products(unet)
     if packs and unet.device.type == "cpu":
         project_tokens(unet)
         pack_convolutions(unet)
@@ -37,6 +38,48 @@ def choose_kernels(
         torch.backends.cudnn.benchmark = True
         if unet.dtype != torch.float32:
             torch.set_float32_matmul_precision("high")
+
+
+def attend_by_products(unet: UNet2DConditionModel) -> None:
+    """Let attention be plain products, its scores with their gradients by hand."""
+    unet.set_attn_processor(AttnProcessor())
+    for block in unet.modules():
+        if isinstance(block, Attention):
+            attention: Any = block
+            attention.get_attention_scores = partial(_scores, attention)
+
+
+def _scores(
+    attention: Attention, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    if mask is not None or attention.upcast_attention or attention.upcast_softmax or torch.compiler.is_compiling():
+        return Attention.get_attention_scores(attention, query, key, mask)
+    return _Scores.apply(query, key, attention.scale)
+
+
+class _Scores(torch.autograd.Function):
+    """(N, Q, C) and (N, K, C) -> softmax(scale · query keyᵀ) (N, Q, K). Autograd would scale both gradients in passes
+    of their own, and give that of the key transposed."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+        scores = scaled_products(query, key.transpose(1, 2), scale).softmax(-1)
+        ctx.save_for_backward(query, key, scores)
+        ctx.scale = scale
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, scores = ctx.saved_tensors
+        before = torch.ops.aten._softmax_backward_data(gradients[0], scores, -1, scores.dtype)
+        of_query = scaled_products(before, key, ctx.scale)
+        return of_query, scaled_products(before.transpose(1, 2), query, ctx.scale), None
+
+
+def scaled_products(left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale · left @ right, of (N, a, b) and (N, b, c)."""
+    empty = torch.empty(len(left), left.shape[1], right.shape[2], dtype=left.dtype, device=left.device)
+    return torch.baddbmm(empty, left, right, beta=0, alpha=scale)
 
 
 def project_tokens(unet: UNet2DConditionModel) -> int:
@@ -60,6 +103,10 @@ class Projection(torch.nn.Linear):
         super().__init__(convolution.in_channels, convolution.out_channels, device="meta")
         self.weight = torch.nn.Parameter(convolution.weight.detach().flatten(1), requires_grad=False)
         self.bias = convolution.bias
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Of tokens in order: of turned ones torch computes each picture by itself, with a copy of the weight."""
+        return super().forward(input.contiguous())
 
 
 def try_xformers(device: torch.device, dtype: torch.dtype) -> None:
