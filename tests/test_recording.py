@@ -22,6 +22,7 @@ ARRAY = torch.zeros(3)  # numpy has it too, and tells torch nothing of what it d
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording, "PLAIN_TIMES", 1)
+    monkeypatch.setattr(recording, "PAID_BACK", 1)
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_a_run_with_recordings_is_the_run_without(
     else:
         assert len(replays) >= 4 and min(replays) > 500
     replays.clear()
-    monkeypatch.setattr(recipe, "capture_for", lambda device, kept, factors: None)
+    monkeypatch.setattr(recipe, "capture_for", lambda *given: None)
     plain = ran(tmp_path / "plain", **tables)
     assert not replays and recorded.losses == plain.losses
     for name, tensor in file_of(plain).items():
@@ -105,7 +106,7 @@ def test_operators_in_place_views_parts_and_chance_are_recorded(replays: list[in
         return torch.cat([first, rest.flip(0)]).sum() + largest * place + weight[0, 2]
 
     ran_both(function)
-    assert len(replays) == 4  # to prove it, and three times for it
+    assert len(replays) == 5  # to prove it, and four times for it
     weight.mul_(3)  # the same memory is read again
     ran_both(function)
 
@@ -120,7 +121,7 @@ def test_gradients_are_recorded(replays: list[int]):
         return loss.detach()
 
     ran_both(function)
-    assert len(replays) == 4
+    assert len(replays) == 5
 
 
 def told(tensors: Tensors, total: torch.Tensor) -> torch.Tensor:
@@ -153,7 +154,7 @@ def test_products_that_cannot_be_grouped_are_recorded_apart(
 
     monkeypatch.setattr(recording, "group", spoil)
     ran_both(lambda tensors, total: total.add_(tensors["x"]).sum() + tensors["x"][0], times=8)
-    assert len(replays) == 5  # to prove it once, and what is right after that
+    assert len(replays) == 6  # to prove it once, and what is right from then on
 
 
 def test_a_recording_is_proved_on_factors_that_are_not_zero(replays: list[int], monkeypatch: pytest.MonkeyPatch):
@@ -178,7 +179,7 @@ def test_a_recording_is_proved_on_factors_that_are_not_zero(replays: list[int], 
         right += x * factor
         assert torch.equal(total, right)
         factor.fill_(max(0, number - 4))
-    assert len(replays) == 5  # one that is found wrong, one that is found right, and three
+    assert len(replays) == 6  # one that is found wrong, one that is found right, and four
 
 
 def test_a_recording_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch):
@@ -201,7 +202,7 @@ def test_what_is_not_a_number_proves_nothing(replays: list[int]):
         return tensors["x"] / (tensors["x"] - 3)  # in the third run, which is to prove it, 3 / 0
 
     ran_both(function)
-    assert len(replays) == 4  # tried in the third, proved in the fourth, then used twice
+    assert len(replays) == 5  # tried in the third, proved in the fourth, used from then on
 
 
 def test_gradients_that_are_all_zero_prove_nothing(replays: list[int]):
@@ -210,7 +211,17 @@ def test_gradients_that_are_all_zero_prove_nothing(replays: list[int]):
         return tensors["x"].sum()
 
     ran_both(function)
-    assert len(replays) == 4
+    assert len(replays) == 5
+
+
+def test_where_few_runs_are_expected_many_come_first(replays: list[int], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(recording, "PAID_BACK", 4)
+    for runs, plain_times in ((8, 4), (9, 1)):
+        replays.clear()
+        function = Recordings(runs=runs)(lambda: torch.ones(3) * 2)
+        for _ in range(8):
+            assert torch.equal(function(), torch.full((3,), 2.0))
+        assert len(replays) == 8 - plain_times  # one of the others records, one runs twice
 
 
 def test_what_never_proves_anything_is_not_tried_for_ever(replays: list[int]):

@@ -4,6 +4,7 @@ At batch 1 a pass of a UNet is thousands of small kernels, and launching them on
 CUDA graph launches them all at once, computes the same, and needs no time to compile; a recording saves Python's share.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -76,11 +77,16 @@ class Captured:
 
 
 def capture_for(
-    device: torch.device, kept: Sequence[torch.Tensor] = (), factors: Sequence[torch.Tensor] = ()
+    device: torch.device,
+    kept: Sequence[torch.Tensor] = (),
+    factors: Sequence[torch.Tensor] = (),
+    runs: float = math.inf,
 ) -> Capture | None:
     """What captures functions on a device, None where nothing does. They add to `kept`; `factors` are what is trained,
-    of which they take their numbers."""
-    return CudaGraphs() if device.type == "cuda" else Recordings(kept, factors) if device.type == "cpu" else None
+    of which they take their numbers; so many `runs` of each are expected."""
+    if device.type == "cuda":
+        return CudaGraphs()
+    return Recordings(kept, factors, runs) if device.type == "cpu" else None
 
 
 class CudaGraphs:

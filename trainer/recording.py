@@ -20,7 +20,8 @@ from .grouping import group
 from .program import Place, Program, layout_of, memory_of, written_to
 from .simplify import simplify
 
-PLAIN_TIMES = 8  # that a function runs first; to record it takes as long as its recording saves in 25 runs
+PLAIN_TIMES = 3  # that a function runs first
+PAID_BACK = 25  # runs in which a recording saves the time that it took
 FACTORS_STD, PROOFS = 0.1, 8
 PAYS_BELOW_S = 1.0  # what takes longer gains nothing
 WRITABLE = bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None)
@@ -38,19 +39,23 @@ class Recordings:
     another, it is seen whether the recording gives the same numbers: of what is no operator it knows nothing. For that
     `factors`, of which half are zero at first and would hide much, are random. Where the numbers are the same, the
     recording runs from then on; where they are not, or a run cannot be recorded, the function goes on as it is.
+    Where few of `runs`, of each that are expected, would be left to pay for it, none is recorded before so many are.
     """
 
-    def __init__(self, kept: Sequence[torch.Tensor] = (), factors: Sequence[torch.Tensor] = ()):
+    def __init__(self, kept: Sequence[torch.Tensor] = (), factors: Sequence[torch.Tensor] = (), runs: float = math.inf):
         self.kept, self.factors = kept, factors
+        self.plain_times = PLAIN_TIMES if runs > 2 * PAID_BACK else PAID_BACK
 
     def __call__(self, run: Run) -> Run:
-        return _Recording(run, self.kept, self.factors)
+        return _Recording(run, self.kept, self.factors, self.plain_times)
 
 
 class _Recording:
-    def __init__(self, run: Run, kept: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]):
-        self.run, self.kept, self.factors = run, kept, factors
-        self.plain_times, self.quickest_s, self.proofs = 0, math.inf, 0
+    def __init__(
+        self, run: Run, kept: Sequence[torch.Tensor], factors: Sequence[torch.Tensor], plain_times: int = PLAIN_TIMES
+    ):
+        self.run, self.kept, self.factors, self.plain_times = run, kept, factors, plain_times
+        self.quickest_s, self.proofs = math.inf, 0
         self.ways = [True, False]  # with products grouped and without: those that are left to try, the quickest first
         self.replay: Run | None = None
         self.is_proven = False
@@ -58,11 +63,11 @@ class _Recording:
     def __call__(self) -> torch.Tensor:
         if self.replay is not None:
             return self.replay() if self.is_proven else self._proven(self.replay)
-        if self.ways and self.plain_times >= PLAIN_TIMES and self.quickest_s < PAYS_BELOW_S:
+        if self.ways and self.plain_times <= 0 and self.quickest_s < PAYS_BELOW_S:
             return self._recorded(grouped=self.ways[0])
         began = time.perf_counter()
         result = self.run()
-        self.plain_times += 1
+        self.plain_times -= 1
         self.quickest_s = min(self.quickest_s, time.perf_counter() - began)
         return result
 
@@ -108,7 +113,7 @@ class _Recording:
         if not self.is_proven and (says_much or again is None or self.proofs >= PROOFS):
             self.replay = None
             self.ways.pop(0)
-        return self.run()
+        return replay() if self.is_proven else self.run()
 
     def _moment(self) -> list[torch.Tensor]:
         """Copies of what a run changes and a proof draws, and the state of chance."""
