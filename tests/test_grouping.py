@@ -8,20 +8,24 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from scumble.trainer import grouping
+from scumble.trainer import grouping, packing
+from scumble.trainer.packing import can_pack
 from scumble.trainer.recording import Recorder
 
 ROWS, IN, OUT, RANK = 5, 4, 6, 2
 
 
-def whole(*shape: int) -> torch.Tensor:
+def numbers(*shape: int) -> torch.Tensor:
     return torch.randint(-4, 5, shape).float()
 
 
 class Layers:
     """Frozen weights, factors that change from run to run, and gradients that are added to."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        def whole(*shape: int) -> torch.Tensor:
+            return numbers(*shape).to(dtype)
+
         self.x, self.g = whole(ROWS, IN), whole(ROWS, OUT)
         self.weights = [Parameter(whole(OUT, IN), requires_grad=False) for _ in range(3)]
         self.squares = [Parameter(whole(IN, IN), requires_grad=False) for _ in range(2)]
@@ -34,16 +38,16 @@ class Layers:
 
     def change(self) -> None:
         for tensor in (self.x, self.g, self.up, *self.downs):
-            tensor.copy_(whole(*tensor.shape))
+            tensor.copy_(numbers(*tensor.shape))
 
 
 Function = Callable[[Layers], torch.Tensor]
 
 
-def replayed(function: Function) -> Counter[str]:
+def replayed(function: Function, dtype: torch.dtype = torch.float32) -> Counter[str]:
     """How many operators of each name are left, once replays on other numbers gave what the function gives."""
     torch.manual_seed(0)
-    layers, recorder = Layers(), Recorder()
+    layers, recorder = Layers(dtype), Recorder()
     with recorder:
         result = function(layers)
     replay = recorder.finished(result)
@@ -85,6 +89,62 @@ def test_gradients_through_a_layer_and_its_factor_are_one_product():
 
     found = replayed(function)
     assert found["mm"] == 1 and found["_foreach_copy_"] == 1
+
+
+needs_onednn = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this torch has no oneDNN")
+
+
+@needs_onednn
+def test_in_bf16_several_layers_are_one_product_laid_out_once_and_their_factors_another():
+    def function(layers: Layers) -> torch.Tensor:
+        outs = [torch.nn.functional.linear(layers.x, one) for one in layers.weights[:2]]
+        outs.append(torch.nn.functional.linear(layers.x, layers.weights[2], layers.bias))
+        for out, down in zip(outs, layers.downs, strict=False):
+            out.addmm_(layers.x @ down.t(), layers.up.t(), alpha=2)
+        return torch.stack([out.float().square().sum() for out in outs])
+
+    found = replayed(function, torch.bfloat16)
+    assert (found["_linear_pointwise.default"], found["mm"], found["addmm"], found["_foreach_copy_"]) == (1, 1, 0, 1)
+
+
+@needs_onednn
+def test_in_bf16_one_layer_without_bias_stays_with_its_factor():
+    def function(layers: Layers) -> torch.Tensor:
+        inner = layers.x @ layers.downs[0].t()
+        return torch.nn.functional.linear(layers.x, layers.weights[0]).addmm_(inner, layers.up.t()).float().sum()
+
+    found = replayed(function, torch.bfloat16)
+    assert (found["_linear_pointwise.default"], found["mm"]) == (0, 1)
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+def test_frozen_layers_in_bf16_are_laid_out_once(bias: bool, monkeypatch: pytest.MonkeyPatch):
+    def function(layers: Layers) -> torch.Tensor:
+        x = torch.nn.functional.linear(layers.x, layers.weights[0], layers.bias if bias else None)
+        return (x.sin() @ layers.weights[1]).float().sum() + (x.cos() @ layers.weights[1]).float().sum()
+
+    found = replayed(function, torch.bfloat16)
+    assert (found["_linear_pointwise.default"], found["mm"], found["addmm"]) == (3, 0, 0)
+    assert replayed(function)["_linear_pointwise.default"] == 0  # in fp32 another library computes
+    monkeypatch.setattr(packing, "MAX_EXTRA_BYTES_OF_PRODUCTS", 2 * IN * OUT)
+    assert replayed(function, torch.bfloat16)["_linear_pointwise.default"] == 1
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda layers: (layers.x @ layers.downs[0].t()).float().sum(),
+        lambda layers: (layers.g.t() @ layers.x).float().sum(),
+        lambda layers: torch.nn.functional.linear(layers.x, layers.weights[0], layers.up[:, 0]).float().sum(),
+        lambda layers: (layers.total[: ROWS * OUT].view(OUT, ROWS).t() @ layers.weights[0]).float().sum(),
+    ],
+    ids=["a factor", "nothing constant", "a bias that changes", "turned rows"],
+)
+def test_other_products_in_bf16_are_not(function: Function):
+    found = replayed(function, torch.bfloat16)
+    assert found["_linear_pointwise.default"] == 0 and found["mm"] + found["addmm"] == 1
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ from itertools import accumulate, pairwise
 import torch
 from torch.fx import Node
 
-from .program import AS_STRIDED, Layout, Place, Program, layout_of
+from .packing import can_pack
+from .program import ADDMM, AS_STRIDED, MM, Layout, Place, Product, Program, layout_of, memory_of
 
 ATEN = torch.ops.aten
-MM, ADDMM = ATEN.mm.default, ATEN.addmm.default
 MAX_WAITING_BYTES = 2**26  # of the sides of products that wait for the end
 MAX_EXTRA_BYTES = 2**26  # of constants that are copied to lie side by side, for each shape of a batch
 
@@ -28,29 +28,12 @@ def group(program: Program) -> None:
     _batch(program)
 
 
-@dataclass(frozen=True)
-class _Product:
-    """left @ right, matrices, and + bias where there is one."""
-
-    node: Node
-    left: Node
-    right: Node
-    bias: Node | None = None
-
-    @classmethod
-    def of(cls, node: object) -> "_Product | None":
-        if not isinstance(node, Node) or node.kwargs or node.target not in (MM, ADDMM):
-            return None
-        *bias, left, right = (one for one in node.args if isinstance(one, Node))
-        return cls(node, left, right, *bias)
-
-
 def _join(program: Program) -> None:
     """One matrix times several constants becomes one product with the constants side by side: those of a layer and of
     its factor A, of q, k and v, of all layers that hear the same text."""
     order, changes = _changes(program)
-    together: dict[object, list[_Product]] = defaultdict(list)
-    for product in filter(None, map(_Product.of, program.calls)):
+    together: dict[object, list[Product]] = defaultdict(list)
+    for product in filter(None, map(Product.of, program.calls)):
         if _has_constants(program, product) and _can_be_part(program, product):
             changes_before = bisect_left(changes[program.places[product.left].root], order[product.node])
             right = program.places[product.right].layout
@@ -63,16 +46,26 @@ def _join(program: Program) -> None:
         has_frozen = any(program.is_frozen(product.right) for product in products)  # else all is copied in each run
         if len(products) > 1 and has_frozen and extra <= room:
             room -= extra
-            wide, edges = _side_by_side([program.constants[product.right] for product in products])
-            left = parts.get(products[0].left, products[0].left)
-            parts |= _replaced(program, products, left, wide, edges)
-            for product, (start, end) in zip(products, pairwise(edges), strict=True):
-                if not program.is_frozen(product.right):
-                    copies.append((program.constant(wide[:, start:end]), product.right))
+            for members in _apart(program, products):
+                wide, edges = _side_by_side([program.constants[product.right] for product in members])
+                left = parts.get(members[0].left, members[0].left)
+                parts |= _replaced(program, members, left, wide, edges)
+                for product, (start, end) in zip(members, pairwise(edges), strict=True):
+                    if not program.is_frozen(product.right):
+                        copies.append((program.constant(wide[:, start:end]), product.right))
     if copies:
         targets, sources = zip(*copies, strict=True)
         with program.graph.inserting_before(program.calls[0]):
             program.call(ATEN._foreach_copy_.default, list(targets), list(sources))
+
+
+def _apart(program: Program, products: Sequence[Product]) -> list[list[Product]]:
+    """Several frozen ones go without those that change, which cannot be laid out for oneDNN once and for all."""
+    frozen = [product for product in products if program.is_frozen(product.right)]
+    if (len(frozen) == 1 and frozen[0].bias is None) or not can_pack(program.places[products[0].right].layout.dtype):
+        return [list(products)]
+    changing = [product for product in products if product not in frozen]
+    return [members for members in (frozen, changing) if len(members) > 1]
 
 
 def _changes(program: Program) -> tuple[dict[Node, int], dict[Node, list[int]]]:
@@ -84,7 +77,7 @@ def _changes(program: Program) -> tuple[dict[Node, int], dict[Node, list[int]]]:
     return order, changes
 
 
-def _has_constants(program: Program, product: _Product) -> bool:
+def _has_constants(program: Program, product: Product) -> bool:
     """Whether its right side is a constant in order, and its bias a frozen one, and its left side is known."""
     if product.left not in program.places or product.right not in program.constants:
         return False
@@ -100,7 +93,7 @@ def _has_constants(program: Program, product: _Product) -> bool:
     )
 
 
-def _can_be_part(program: Program, product: _Product) -> bool:
+def _can_be_part(program: Program, product: Product) -> bool:
     """Whether all views of it can be views of a wider one."""
     width = program.places[product.node].layout.size[1]
     views = [node for node in program.views(product.node) if node is not product.node]
@@ -110,10 +103,11 @@ def _can_be_part(program: Program, product: _Product) -> bool:
 
 
 def _side_by_side(matrices: Sequence[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
-    """One matrix of several, that lies in rows or in columns as they do; and the columns where each begins and ends."""
+    """One matrix of several, and the columns where each begins and ends. It lies in rows or in columns as they do, but
+    for oneDNN, which gives the same to the bit from rows, and sooner."""
     edges = [*accumulate((matrix.shape[1] for matrix in matrices), initial=0)]
     with torch.no_grad():
-        if layout_of(matrices[0]).lies_in_columns:
+        if layout_of(matrices[0]).lies_in_columns and not can_pack(matrices[0].dtype):
             return torch.cat([matrix.t() for matrix in matrices]).t(), edges
         return torch.cat(list(matrices), 1), edges
 
@@ -129,16 +123,20 @@ def _side_by_side_biases(biases: Sequence[torch.Tensor | None], edges: Sequence[
 
 
 def _replaced(
-    program: Program, products: Sequence[_Product], left: Node, wide: torch.Tensor, edges: Sequence[int]
+    program: Program, products: Sequence[Product], left: Node, wide: torch.Tensor, edges: Sequence[int]
 ) -> dict[Node, Node]:
     """Let parts of one product stand for products of one left side; which part stands for what of them."""
     one = program.places[products[0].node].layout
     layout = Layout((one.size[0], edges[-1]), (edges[-1], 1), 0, one.dtype)
     parts: dict[Node, Node] = {}
     sides = left, program.constant(wide)
+    if all(program.is_frozen(product.right) for product in products):
+        program.frozen.add(memory_of(wide))
     biases = [None if product.bias is None else program.constants[product.bias] for product in products]
     if any(bias is not None for bias in biases):
-        sides = program.constant(_side_by_side_biases(biases, edges)), *sides
+        bias = _side_by_side_biases(biases, edges)
+        program.frozen.add(memory_of(bias))
+        sides = program.constant(bias), *sides
     with program.graph.inserting_before(products[0].node):
         joint = program.call(ADDMM if len(sides) == 3 else MM, *sides, layout=layout)
         for product, (start, end) in zip(products, pairwise(edges), strict=True):
@@ -171,7 +169,7 @@ class _Added:
 
     node: Node
     total: Node
-    product: _Product
+    product: Product
 
     @property
     def alpha(self) -> object:
@@ -222,7 +220,7 @@ def _added(program: Program) -> list[_Added]:
         )
         if are_sums and _lie_apart([program.places[total].layout for total in totals[root]]):
             for total, node in sums:
-                product = _Product.of(node.args[1])
+                product = Product.of(node.args[1])
                 if product and product.bias is None and len(product.node.users) == len(total.users) == 1:
                     found.append(_Added(node, total, product))
     return found

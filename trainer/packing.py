@@ -1,4 +1,5 @@
-"""Frozen convolutions on a CPU whose weights are laid out once as oneDNN computes with them, not anew in each step.
+"""Frozen weights on a CPU, laid out once as oneDNN computes with them, not anew in each step: of convolutions, and of
+the products of a recorded program in bf16.
 
 Where pictures are small and channels are many, laying out a weight takes as long as the convolution does. The gradient
 of the input is a convolution too: of the gradient of the output, with the weight turned about and its channels swapped
@@ -12,9 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.fx import Node
+
+from .program import Product, Program
 
 WEIGHTS_PER_INPUT = 2  # fewer, and what is saved is lost again in the layout of the output
 MAX_EXTRA_BYTES = 2**30
+MAX_EXTRA_BYTES_OF_PRODUCTS = 2**26  # for each shape of a batch
 DTYPES = torch.float32, torch.bfloat16
 Convolve = Callable[[torch.Tensor], torch.Tensor]
 
@@ -96,6 +101,45 @@ def convolved(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
     """oneDNN gives channels_last; what comes next on a CPU is faster otherwise."""
     out = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, pad, [1, 1], [1, 1], 1, "none", [], "")
     return out.contiguous()
+
+
+def pack_products(program: Program) -> None:
+    """Let oneDNN compute products with frozen matrices, at the same numbers, with biases that cost nothing more."""
+    packed: dict[Node, Node] = {}
+    room = MAX_EXTRA_BYTES_OF_PRODUCTS
+    for product in filter(None, map(Product.of, program.calls)):
+        right, left = product.right, program.places.get(product.left)
+        if left is not None and can_pack(left.layout.dtype) and left.layout.is_in_rows and _is_frozen(program, product):
+            if right not in packed:
+                weight = program.constants[right].detach()
+                room -= weight.nbytes
+                if room < 0:
+                    return
+                opaque = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), left.layout.size[0])
+                packed[right] = program.constant(opaque)
+            product.node.target = torch.ops.mkldnn._linear_pointwise.default
+            product.node.args = product.left, packed[right], product.bias, "none", [], ""
+
+
+def _is_frozen(program: Program, product: Product) -> bool:
+    """Whether the matrix on the right, and the bias where there is one, are the same in each run."""
+    return all(
+        side is None or (side in program.constants and program.is_frozen(side))
+        for side in (product.right, product.bias)
+    )
+
+
+@cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this torch has oneDNN's products for a matrix that was laid out before, and others are oneDNN's too."""
+    if dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return False
+    ones = torch.ones(2, 2, dtype=dtype)
+    try:
+        weight = torch.ops.mkldnn._reorder_linear_weight(ones, 2)
+        return torch.equal(torch.ops.mkldnn._linear_pointwise(ones, weight, None, "none", [], ""), ones @ ones)
+    except (AttributeError, RuntimeError):
+        return False
 
 
 @cache

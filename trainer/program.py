@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 AS_STRIDED = torch.ops.aten.as_strided.default
+MM, ADDMM = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
 BOUND = torch._C._VariableFunctions, torch._C.TensorBase  # operators without torch.ops' own layer of Python
 
 
@@ -36,6 +37,11 @@ class Layout:
         return self.stride[0] < self.stride[1]
 
     @property
+    def is_in_rows(self) -> bool:
+        """Whether it is a matrix in rows, with nothing between them."""
+        return len(self.size) == 2 and self.stride == (self.size[1], 1)
+
+    @property
     def is_whole_matrix(self) -> bool:
         """Whether it is a matrix in rows or in columns, with nothing between them."""
         return self.stride in ((self.size[1], 1), (1, self.size[0])) if len(self.size) == 2 else False
@@ -47,6 +53,23 @@ class Place:
 
     root: Node
     layout: Layout
+
+
+@dataclass(frozen=True)
+class Product:
+    """left @ right, matrices, and + bias where there is one."""
+
+    node: Node
+    left: Node
+    right: Node
+    bias: Node | None = None
+
+    @classmethod
+    def of(cls, node: object) -> "Product | None":
+        if not isinstance(node, Node) or node.kwargs or node.target not in (MM, ADDMM):
+            return None
+        *bias, left, right = (one for one in node.args if isinstance(one, Node))
+        return cls(node, left, right, *bias)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .grouping import group
+from .packing import pack_products
 from .program import Place, Program, layout_of, memory_of, written_to
 from .simplify import simplify
 
@@ -195,6 +196,7 @@ class Recorder(TorchDispatchMode):
         if grouped:
             group(self.program)
             simplify(self.program)
+            pack_products(self.program)
         return self.program.runnable()
 
 
