@@ -13,7 +13,7 @@ from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Network
 from scumble.trainer.bases import BASES
 from scumble.trainer.lora import Part, attach, component_of, recompute_activations, shallow_blocks
-from scumble.trainer.memory import duration, measure
+from scumble.trainer.memory import TRIALS, duration, measure
 from scumble.trainer.models import Base, load, recognise
 from scumble.trainer.text import encode
 
@@ -52,7 +52,7 @@ OUT_OF_MEMORY = [
 def test_a_pass_is_tried_with_less_until_it_fits(fits_after: int, error: Exception):
     device = Device(fits_after, ways=2, error=error)
     measured = measure(device.trial, CPU, device.need_less, "lower --batch")
-    assert device.asked == fits_after and device.passes == fits_after + 3  # the first that fits warms up
+    assert device.asked == fits_after and device.passes == fits_after + TRIALS  # the first that fits warms up
     assert measured.seconds < 1 and measured.memory_mb > 0
 
 
@@ -130,7 +130,7 @@ def test_times_are_said_as_people_say_them():
 
 
 def test_a_pass_that_another_program_delayed_is_not_what_the_run_expects(monkeypatch: pytest.MonkeyPatch):
-    for times, passes in (([5.0, 0.2, 0.1], 3), ([5.0, 6.0], 2), ([12.0], 1)):
+    for times, passes in (([5.0, 0.2, 0.3, 0.1], 4), ([5.0, 6.0], 2), ([12.0], 1)):
         left = list(times)
         monkeypatch.setattr("scumble.trainer.memory.timed", lambda trial, device, left=left: left.pop(0))
         measured = measure(lambda: None, CPU, lambda: False, "lower --batch")

@@ -1,7 +1,7 @@
 """Recordings of passes on a CPU against the passes themselves, which torch runs: the same to the bit."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from scumble.trainer.adapters.files import read_tensors
 from scumble.trainer.captured import Captured, Tensors
 from scumble.trainer.program import Program
 from scumble.trainer.recording import Recordings
+from scumble.trainer.update import Update
 
 ARRAY = torch.zeros(3)  # numpy has it too, and tells torch nothing of what it does there
 
@@ -222,6 +223,19 @@ def test_where_few_runs_are_expected_many_come_first(replays: list[int], monkeyp
         for _ in range(8):
             assert torch.equal(function(), torch.full((3,), 2.0))
         assert len(replays) == 8 - plain_times  # one of the others records, one runs twice
+
+
+def test_what_a_trial_recorded_is_proved_by_other_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tried: list[int] = []
+    trial = Update.trial
+
+    def noted(self: Update, batch: Sequence[int], step: int) -> None:
+        tried.append(step)
+        trial(self, batch, step)
+
+    monkeypatch.setattr(Update, "trial", noted)
+    ran(tmp_path, optimization={"steps": 2}, output={"preview_every": 0})
+    assert tried == [0, 1, 2, 3]
 
 
 def test_what_never_proves_anything_is_not_tried_for_ever(replays: list[int]):

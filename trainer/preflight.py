@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 from scumble.datasets.images import Size
@@ -29,8 +30,9 @@ def try_out(
     options, plan, device = job.options, job.plan, job.accelerator.device
     largest = largest_batch(job.buckets, job.repeats, plan.batch)
     size = job.buckets[largest[0]]
+    numbers = count()  # other draws each time: what was recorded is proved by other numbers
     measured = measure(
-        lambda: update.trial(largest), device, lambda: update.need_less(len(largest)),
+        lambda: update.trial(largest, next(numbers)), device, lambda: update.need_less(len(largest)),
         cure=f"{len(largest)} pictures of {size} at once; lower --batch or --resolution",
     )  # fmt: skip
     steps, passes = plan.num_steps - done, options.optimization.accumulate
@@ -52,9 +54,9 @@ def try_out(
     num_saves = plan.num_steps // plan.save_every if plan.save_every else 0
     num_previews = plan.num_steps // plan.preview_every + 2 if plan.preview_every else 0
     pixels = sum((shot.width or size.width) * (shot.height or size.height) for shot in job.shots)
-    count = sum(parameter.numel() for parameter in update.named.values())
+    num_parameters = sum(parameter.numel() for parameter in update.named.values())
     needed = disk_needed(
-        count, DTYPES[options.output.save_dtype].itemsize, num_saves, options.output.keep,
+        num_parameters, DTYPES[options.output.save_dtype].itemsize, num_saves, options.output.keep,
         options.output.keep_count, bool(options.optimization.ema), num_previews * pixels,
     )  # fmt: skip
     free = check_disk(folder, needed)

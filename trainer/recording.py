@@ -21,7 +21,7 @@ from .packing import pack_products
 from .program import Place, Program, layout_of, memory_of, written_to
 from .simplify import simplify
 
-PLAIN_TIMES = 3  # that a function runs first
+PLAIN_TIMES = 1  # that a function runs first
 PAID_BACK = 25  # runs in which a recording saves the time that it took
 FACTORS_STD, PROOFS = 0.1, 8
 PAYS_BELOW_S = 1.0  # what takes longer gains nothing

@@ -120,11 +120,12 @@ class Update:
                 total += self.passes(looks[start : start + at_once], self.looks_per_step or num_looks) / num_looks
         return total
 
-    def trial(self, batch: Sequence[int]) -> None:
-        """One pass of a batch that leaves nothing behind, with as much memory taken as an optimiser's two moments."""
+    def trial(self, batch: Sequence[int], step: int = 0) -> None:
+        """One pass of a batch, with the draws of a step, that leaves nothing behind, with as much memory taken as an
+        optimiser's two moments."""
         room = [torch.empty_like(one) for one in 2 * self.flat.groups] if not self.optimizer.state else []
         try:
-            self.gradients(0, [batch])
+            self.gradients(step, [batch])
         finally:
             del room
             self.flat.zero_grad()
