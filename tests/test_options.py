@@ -214,3 +214,22 @@ def test_help_loads_nothing_slow():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("pass", 0), ("sys.exit(None)", 0), ("sys.exit(65)", 65), ("sys.exit('no')", 1), ("1 / 0", 1)]
+)
+def test_a_process_ends_with_its_code_and_all_that_it_wrote(end: str, code: int):
+    script = (
+        "import atexit, sys, threading, time\nfrom scumble.trainer import cli\n"
+        "def main():\n"
+        "    atexit.register(print, 'at the end')\n"
+        "    threading.Thread(target=lambda: (time.sleep(0.3), print('late'))).start()\n"
+        f"    print('x' * 100_000)\n    {end}\n"
+        "cli.main = main\ncli.process()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stdout.split() == ["x" * 100_000, "late", "at", "the", "end"]
+    errors = {"sys.exit('no')": ["no"], "1 / 0": ["ZeroDivisionError: division by zero"]}
+    assert done.stderr.splitlines()[-1:] == errors.get(end, [])
