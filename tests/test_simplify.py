@@ -124,6 +124,16 @@ def test_what_is_changed_in_place_is_not_taken_for_the_same(function: Function):
     assert replayed(function)["sum"] >= 2
 
 
+def test_what_was_changed_for_the_last_time_is_as_what_was_never_changed():
+    def function(x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        y = x.sin()
+        before = y.cos()
+        y.mul_(2)
+        return before + (y / 1.0).cos() + y.clone().cos()
+
+    assert replayed(function) == {"sin": 1, "cos": 2, "mul_": 1, "add": 2}
+
+
 def test_chance_is_drawn_each_time():
     def function(x: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
         y = x.sin()

@@ -4,6 +4,7 @@ A view of a view is taken straight from the memory where it lies; what was compu
 nothing is divided by one; and what lies in order already is not copied to lie so.
 """
 
+import math
 from collections.abc import Hashable, Mapping
 
 import torch
@@ -29,6 +30,8 @@ class _Simplifier:
         self.graph, self.places = program.graph, program.places
         self.constants, self.changed, self.in_backward = program.constants, program.changed, program.in_backward
         self.known: dict[Hashable, Node] = {}
+        self.order = {node: number for number, node in enumerate(program.graph.nodes)}
+        self.last_change = {root: self.order[node] for node, root in program.changes()}
 
     def meet(self, node: Node) -> None:
         """The next node in order; it goes if one before can stand for it."""
@@ -70,7 +73,7 @@ class _Simplifier:
         if not (by_one or node.target is ATEN.clone.default) or not isinstance(given, Node):
             return None
         place = self.places.get(given)
-        if place is None or place.root in self.changed or place.root.op == "placeholder":
+        if place is None or place.root.op == "placeholder" or not self._is_settled(place.root, node):
             return None
         return given if place.layout == self.places[node].layout else None
 
@@ -83,13 +86,17 @@ class _Simplifier:
             or operator._schema.is_mutable
             or torch.Tag.nondeterministic_seeded in operator.tags
             or not given
-            or any(one not in self.places or self.places[one].root in self.changed for one in given)
+            or any(one not in self.places or not self._is_settled(self.places[one].root, node) for one in given)
         ):
             return None
         first = self.known.setdefault(
             (operator, node in self.in_backward, _comparable(node.args), _comparable(node.kwargs)), node
         )
         return None if first is node else first
+
+    def _is_settled(self, root: Node, node: Node) -> bool:
+        """Whether nothing changes what lies there from the node on."""
+        return root not in self.changed or self.last_change.get(root, math.inf) < self.order[node]
 
 
 def _comparable(value: object) -> Hashable:
