@@ -125,6 +125,12 @@ def test_gradients_are_recorded(replays: list[int]):
     assert len(replays) == 5
 
 
+def test_operators_that_torch_has_in_python_too_are_recorded(replays: list[int]):
+    """`torch.block_diag` takes its tensors one by one, the operator in a list."""
+    ran_both(lambda tensors, total: torch.block_diag(tensors["x"], total.add_(1)) * 2)
+    assert len(replays) == 5
+
+
 def told(tensors: Tensors, total: torch.Tensor) -> torch.Tensor:
     total += torch.rand(3)
     return tensors["x"] * 2 if tensors["x"][0] > 3 else tensors["x"]

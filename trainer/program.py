@@ -167,8 +167,10 @@ def written_to(operator: Any, args: Any, kwargs: Any) -> Iterator[Any]:
 
 
 def _bound(target: Any) -> Any:
-    """An operator of torch's own as its bindings have it, which choose by arguments what `target` is already."""
+    """An operator of torch's own as its bindings have it, which choose by arguments what `target` is already; not where
+    torch gives that name to a function in Python, which takes other arguments."""
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
         name = target.overloadpacket.__name__
-        return next((getattr(place, name) for place in BOUND if hasattr(place, name)), target)
+        own = next((getattr(place, name) for place in BOUND if hasattr(place, name)), target)
+        return target if getattr(torch, name, own) is not own else own
     return target
