@@ -6,9 +6,12 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from peft import LoraConfig, inject_adapter_in_model
 from torch.profiler import ProfilerActivity, profile
 
+from scumble.trainer.flat import Flat
 from scumble.trainer.kernels import attend_by_products, project_tokens
+from scumble.trainer.product import Together, is_plain, speed_up
 
 
 def unet(linear: bool = False) -> Any:
@@ -89,3 +92,35 @@ def test_scores_behind_a_mask_or_in_fp32_are_left_to_diffusers():
     low = [one.bfloat16().requires_grad_(True) for one in (query, key)]
     right = torch.baddbmm(low[0].new_empty(2, 5, 7), low[0], low[1].mT, beta=0, alpha=layer.scale).float().softmax(-1)
     assert torch.equal(layer.get_attention_scores(*low), right.bfloat16())
+
+
+@pytest.mark.parametrize("targets", ["attention", "values only"])
+def test_attention_of_adapted_layers_is_that_of_diffusers_and_peft(targets: str, monkeypatch: pytest.MonkeyPatch):
+    """q, k and v of tokens together; of text, or where not all have an adapter, each by itself."""
+    joined: list[bool] = []
+    call = Together.__call__
+
+    def noted(self: Together, layers: Any, x: torch.Tensor) -> torch.Tensor | None:
+        found = call(self, layers, x)
+        joined.append(found is not None)
+        return found
+
+    monkeypatch.setattr(Together, "__call__", noted)
+    names = ["to_q", "to_k", "to_v", "to_out.0"] if targets == "attention" else ["to_v"]
+    found = []
+    for is_ours in (False, True):
+        model = unet()
+        inject_adapter_in_model(LoraConfig(r=2, lora_alpha=3, target_modules=names), model, "it")
+        torch.manual_seed(2)
+        factors = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+        for factor in factors:
+            torch.nn.init.normal_(factor, std=0.2).requires_grad_(True)
+        if is_ours:
+            attend_by_products(model)
+            speed_up([one for one in model.modules() if is_plain(one)], "it", Flat([factors]).lowered)
+        else:
+            model.set_attn_processor(AttnProcessor())
+        found.append([*passed(model, torch.float32), *(factor.grad for factor in factors)])
+    assert joined and set(joined) == {targets == "attention"}
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)

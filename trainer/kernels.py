@@ -13,6 +13,7 @@ from scumble.configs.errors import Refused
 from scumble.datasets.images import Size
 
 from .packing import pack_convolutions
+from .product import Together
 
 FEW_LATENTS = 1024  # more, and attention that keeps its whole matrix takes too much memory
 
@@ -41,12 +42,47 @@ def choose_kernels(
 
 
 def attend_by_products(unet: UNet2DConditionModel) -> None:
-    """Let attention be plain products, its scores with their gradients by hand."""
-    unet.set_attn_processor(AttnProcessor())
+    """Let attention be plain products: of q, k and v together where they are of one input, and of scores with their
+    gradients by hand."""
     for block in unet.modules():
         if isinstance(block, Attention):
             attention: Any = block
+            attention.set_processor(Products())
             attention.get_attention_scores = partial(_scores, attention)
+
+
+class Products(AttnProcessor):
+    """diffusers' attention by plain products; where q, k and v are of one input, by fewer and larger ones."""
+
+    def __init__(self) -> None:
+        self.together = Together()
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        joint = None
+        if encoder_hidden_states is None and attention_mask is None and is_of_tokens(attn, hidden_states):
+            joint = self.together([attn.to_q, attn.to_k, attn.to_v], hidden_states)
+        if joint is None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
+        batch, tokens, _ = hidden_states.shape
+        heads = joint.view(batch, tokens, 3, attn.heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = heads.reshape(3, batch * attn.heads, tokens, -1).unbind()
+        attended = torch.bmm(attn.get_attention_scores(query, key), value)
+        out: Any = attn.to_out
+        return out[1](out[0](attn.batch_to_head_dim(attended)))
+
+
+def is_of_tokens(attn: Attention, hidden: torch.Tensor) -> bool:
+    """Whether it does with (B, T, C) no more than SD's UNets ask of it."""
+    plain = attn.spatial_norm is None and attn.group_norm is None and not attn.residual_connection
+    return hidden.ndim == 3 and plain and attn.rescale_output_factor == 1 and attn.inner_dim == attn.inner_kv_dim
 
 
 def _scores(

@@ -6,14 +6,15 @@ added straight to fp32 `.grad` where that is there. Under torch.compile, which w
 quantised layer the same is written plainly. PEFT's own forward stays for DoRA, LoHa and LoKr.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
+
+from .program import memory_of
 
 Lowered = Callable[[torch.nn.Parameter], torch.Tensor]
 
@@ -29,6 +30,20 @@ class Factors:
     low_up: torch.Tensor
     scale: float
     dropout: torch.nn.Module
+
+
+@dataclass(frozen=True)
+class Fast:
+    """What a layer computes. Its base is asked for each time, since it may be quantised while a run lasts."""
+
+    layer: Any
+    factors: Factors
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        base = self.layer.get_base_layer()
+        if isinstance(base, torch.nn.Linear):
+            return linear(base, self.factors, x)
+        return convolution(base, self.factors, x)
 
 
 def is_plain(layer: Any) -> bool:
@@ -50,7 +65,7 @@ def speed_up(layers: Iterable[Any], adapter: str, lowered: Lowered) -> bool:
         if is_plain(layer):
             down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             scale, dropout = layer.scaling[adapter], layer.lora_dropout[adapter]
-            layer.forward = partial(_forward, layer, Factors(down, up, lowered(down), lowered(up), scale, dropout))
+            layer.forward = Fast(layer, Factors(down, up, lowered(down), lowered(up), scale, dropout))
         else:
             everything = False
     return everything
@@ -62,6 +77,30 @@ def linear(base: torch.nn.Linear, factors: Factors, x: torch.Tensor) -> torch.Te
         down, up = factors.down.to(x.dtype), factors.up.to(x.dtype)
         return base(x) + factors.scale * F.linear(F.linear(factors.dropout(x), down), up)
     return _Linear.apply(x, base.weight, base.bias, factors.down, factors.up, factors)
+
+
+class Together:
+    """Linear layers of one input as one product; their frozen weights become parts of one, (sum of out, in)."""
+
+    def __init__(self) -> None:
+        self.weight: torch.nn.Parameter | None = None
+
+    def __call__(self, layers: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
+        """(…, in) -> (…, sum of out); None where one of them has to compute by itself."""
+        if not all(isinstance(layer.forward, Fast) for layer in layers) or torch.compiler.is_compiling():
+            return None
+        bases = [layer.get_base_layer() for layer in layers]
+        factors = [layer.forward.factors for layer in layers]
+        if any(map(_wants_plain, bases, factors)) or any(base.bias is not None for base in bases):
+            return None
+        if len({one.scale for one in factors}) > 1 or any(base.weight.requires_grad for base in bases):
+            return None
+        weights = [base.weight for base in bases]
+        if self.weight is None or any(memory_of(one) != memory_of(self.weight) for one in weights):
+            self.weight = torch.nn.Parameter(torch.cat([one.detach() for one in weights]), requires_grad=False)
+            for one, rows in zip(weights, self.weight.detach().split([len(one) for one in weights]), strict=True):
+                one.data = rows
+        return _Linears.apply(x, self.weight, factors, *(p for one in factors for p in (one.down, one.up)))
 
 
 def convolution(base: torch.nn.Conv2d, factors: Factors, x: torch.Tensor) -> torch.Tensor:
@@ -100,6 +139,40 @@ class _Linear(torch.autograd.Function):
         return of_x, None, None, of_down, of_up, None
 
 
+class _Linears(torch.autograd.Function):
+    """As `_Linear`, with A of all layers above each other, and B of each where its outputs are, else 0."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, factors: Sequence[Factors], *trained: torch.nn.Parameter
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        downs = torch.cat([one.low_down for one in factors])
+        ups = torch.block_diag(*(one.low_up for one in factors))
+        inner = rows @ downs.t()
+        out = (rows @ weight.t()).addmm_(inner, ups.t(), alpha=factors[0].scale)
+        ctx.save_for_backward(rows, weight, inner, downs, ups)
+        ctx.factors, ctx.shape = factors, x.shape
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        rows, weight, inner, downs, ups = ctx.saved_tensors
+        factors: Sequence[Factors] = ctx.factors
+        gradient, scale = gradients[0].reshape(-1, gradients[0].shape[-1]), factors[0].scale
+        before = gradient @ ups
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = (gradient @ weight).addmm_(before, downs, alpha=scale).view(ctx.shape)
+        ranks, widths = [len(one.low_down) for one in factors], [len(one.low_up) for one in factors]
+        parts = zip(factors, before.split(ranks, 1), inner.split(ranks, 1), gradient.split(widths, 1), strict=True)
+        given: list[torch.Tensor | None] = []
+        for one, before_one, inner_one, gradient_one in parts:
+            given.append(_given(one.down, before_one.t() @ rows, scale))
+            given.append(_given(one.up, gradient_one.t() @ inner_one, scale))
+        return of_x, None, None, *given
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -125,12 +198,6 @@ class _Convolution(torch.autograd.Function):
             of_x.add_(through, alpha=factors.scale)
         of_down, of_up = _given(factors.down, of_down, factors.scale), _given(factors.up, of_up, factors.scale)
         return of_x, None, None, of_down, of_up, None, None
-
-
-def _forward(layer: Any, factors: Factors, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """What the layer gives; its base is asked for each time, since it may be quantised while a run lasts."""
-    base = layer.get_base_layer()
-    return linear(base, factors, x) if isinstance(base, torch.nn.Linear) else convolution(base, factors, x)
 
 
 def _wants_plain(base: torch.nn.Module, factors: Factors) -> bool:
