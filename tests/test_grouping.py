@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from scumble.trainer import grouping, packing
+from scumble.trainer import grouping
 from scumble.trainer.packing import can_pack
+from scumble.trainer.program import Program, Room
 from scumble.trainer.recording import Recorder
 
 ROWS, IN, OUT, RANK = 5, 4, 6, 2
@@ -44,10 +45,10 @@ class Layers:
 Function = Callable[[Layers], torch.Tensor]
 
 
-def replayed(function: Function, dtype: torch.dtype = torch.float32) -> Counter[str]:
+def replayed(function: Function, dtype: torch.dtype = torch.float32, room: int = 2**20) -> Counter[str]:
     """How many operators of each name are left, once replays on other numbers gave what the function gives."""
     torch.manual_seed(0)
-    layers, recorder = Layers(dtype), Recorder()
+    layers, recorder = Layers(dtype), Recorder(Program(room=Room(room)))
     with recorder:
         result = function(layers)
     replay = recorder.finished(result)
@@ -119,7 +120,7 @@ def test_in_bf16_one_layer_without_bias_stays_with_its_factor():
 
 @needs_onednn
 @pytest.mark.parametrize("bias", [True, False])
-def test_frozen_layers_in_bf16_are_laid_out_once(bias: bool, monkeypatch: pytest.MonkeyPatch):
+def test_frozen_layers_in_bf16_are_laid_out_once(bias: bool):
     def function(layers: Layers) -> torch.Tensor:
         x = torch.nn.functional.linear(layers.x, layers.weights[0], layers.bias if bias else None)
         return (x.sin() @ layers.weights[1]).float().sum() + (x.cos() @ layers.weights[1]).float().sum()
@@ -127,8 +128,7 @@ def test_frozen_layers_in_bf16_are_laid_out_once(bias: bool, monkeypatch: pytest
     found = replayed(function, torch.bfloat16)
     assert (found["_linear_pointwise.default"], found["mm"], found["addmm"]) == (3, 0, 0)
     assert replayed(function)["_linear_pointwise.default"] == 0  # in fp32 another library computes
-    monkeypatch.setattr(packing, "MAX_EXTRA_BYTES_OF_PRODUCTS", 2 * IN * OUT)
-    assert replayed(function, torch.bfloat16)["_linear_pointwise.default"] == 1
+    assert replayed(function, torch.bfloat16, room=2 * IN * OUT)["_linear_pointwise.default"] == 1
 
 
 @needs_onednn
@@ -138,9 +138,16 @@ def test_frozen_layers_in_bf16_are_laid_out_once(bias: bool, monkeypatch: pytest
         lambda layers: (layers.x @ layers.downs[0].t()).float().sum(),
         lambda layers: (layers.g.t() @ layers.x).float().sum(),
         lambda layers: torch.nn.functional.linear(layers.x, layers.weights[0], layers.up[:, 0]).float().sum(),
+        lambda layers: torch.addmm(layers.bias[:1], layers.x, layers.weights[0].t()).float().sum(),
         lambda layers: (layers.total[: ROWS * OUT].view(OUT, ROWS).t() @ layers.weights[0]).float().sum(),
     ],
-    ids=["a factor", "nothing constant", "a bias that changes", "turned rows"],
+    ids=[
+        "a factor",
+        "nothing constant",
+        "a bias that changes",
+        "a bias of one number",
+        "turned rows",
+    ],
 )
 def test_other_products_in_bf16_are_not(function: Function):
     found = replayed(function, torch.bfloat16)

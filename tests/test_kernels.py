@@ -9,6 +9,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch.profiler import ProfilerActivity, profile
 
+from scumble.trainer import kernels
 from scumble.trainer.flat import Flat
 from scumble.trainer.kernels import attend_by_products, project_tokens
 from scumble.trainer.product import Together, is_plain, speed_up
@@ -80,18 +81,22 @@ def test_scores_and_their_gradients_are_those_of_diffusers(dtype: torch.dtype):
         assert (ours_ - right).norm() < 1.5 * (theirs_ - right).norm()  # no further from that
 
 
-def test_scores_behind_a_mask_or_in_fp32_are_left_to_diffusers():
+@pytest.mark.parametrize("where", ["a mask", "upcast_softmax", "upcast_attention", "nothing"])
+def test_scores_behind_a_mask_or_in_fp32_are_left_to_diffusers(where: str, monkeypatch: pytest.MonkeyPatch):
+    taken: list[bool] = []
+    apply = kernels._Scores.apply
+    monkeypatch.setattr(kernels._Scores, "apply", lambda *given: taken.append(True) or apply(*given))
     torch.manual_seed(0)
-    ours = unet()
+    ours, theirs = unet(), unet()
     attend_by_products(ours)
-    layer: Any = next(one for one in ours.modules() if isinstance(one, Attention))
-    query, key, mask = torch.randn(2, 5, 4), torch.randn(2, 7, 4), torch.full((2, 5, 7), -torch.inf)
-    mask[..., :2] = 0
-    assert layer.get_attention_scores(query, key, mask)[..., 2:].sum() == 0
-    layer.upcast_softmax = True
-    low = [one.bfloat16().requires_grad_(True) for one in (query, key)]
-    right = torch.baddbmm(low[0].new_empty(2, 5, 7), low[0], low[1].mT, beta=0, alpha=layer.scale).float().softmax(-1)
-    assert torch.equal(layer.get_attention_scores(*low), right.bfloat16())
+    one, other = (next(one for one in model.modules() if isinstance(one, Attention)) for model in (ours, theirs))
+    if where.startswith("upcast"):
+        for layer in (one, other):
+            setattr(layer, where, True)
+    mask = torch.full((2, 5, 7), -torch.inf).index_fill_(2, torch.tensor([0, 1]), 0) if where == "a mask" else None
+    given = torch.randn(2, 5, 4), torch.randn(2, 7, 4), mask
+    torch.testing.assert_close(one.get_attention_scores(*given), other.get_attention_scores(*given))
+    assert taken == [True] * (where == "nothing")
 
 
 @pytest.mark.parametrize("targets", ["attention", "values only"])

@@ -62,6 +62,23 @@ def test_a_pass_that_never_fits_is_refused_with_the_cure():
         measure(device.trial, CPU, device.need_less, "lower --batch")
 
 
+def test_a_later_pass_that_needs_more_is_met_too():
+    """As where it is recorded, or new captions are encoded."""
+    done: list[str] = []
+
+    def trial() -> None:
+        done.append("pass")
+        if len(done) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def need_less() -> bool:
+        done.append("less")
+        return True
+
+    measure(trial, CPU, need_less, "lower --batch")
+    assert done == [*["pass"] * 3, "less", *["pass"] * TRIALS]
+
+
 def test_another_error_of_a_pass_is_no_lack_of_memory():
     with pytest.raises(RuntimeError, match="shapes"):
         measure(Device(1, 1, RuntimeError("shapes differ")).trial, CPU, lambda: True, "lower --batch")

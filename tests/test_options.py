@@ -1,9 +1,11 @@
 """Options: one declaration gives flag, TOML key, help and reference; layers have an order; refusals are one line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -216,20 +218,40 @@ def test_help_loads_nothing_slow():
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def process_of(body: str, **streams: Any) -> subprocess.CompletedProcess[str]:
+    """What `scumble` does as a process, whose command is `body`; its output is not written at once."""
+    script = (
+        "import atexit, sys, threading, time\nfrom scumble.trainer import cli\n"
+        "class TakenApart:\n    def __del__(self): print('taken apart')\n"
+        f"made = TakenApart()\ndef main():\n    {body}\ncli.main = main\ncli.process()"
+    )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run([sys.executable, "-c", script], text=True, env=environment, **streams)
+
+
 @pytest.mark.parametrize(
     ("end", "code"), [("pass", 0), ("sys.exit(None)", 0), ("sys.exit(65)", 65), ("sys.exit('no')", 1), ("1 / 0", 1)]
 )
 def test_a_process_ends_with_its_code_and_all_that_it_wrote(end: str, code: int):
-    script = (
-        "import atexit, sys, threading, time\nfrom scumble.trainer import cli\n"
-        "def main():\n"
-        "    atexit.register(print, 'at the end')\n"
-        "    threading.Thread(target=lambda: (time.sleep(0.3), print('late'))).start()\n"
-        f"    print('x' * 100_000)\n    {end}\n"
-        "cli.main = main\ncli.process()"
+    done = process_of(
+        "atexit.register(print, 'at the end');"
+        "threading.Thread(target=lambda: (time.sleep(0.3), print('late'))).start();"
+        f"print('x' * 100_000); {end}"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == code
-    assert done.stdout.split() == ["x" * 100_000, "late", "at", "the", "end"]
+    assert done.stdout.split() == ["x" * 100_000, "late", "at", "the", "end"]  # and nothing was taken apart
     errors = {"sys.exit('no')": ["no"], "1 / 0": ["ZeroDivisionError: division by zero"]}
     assert done.stderr.splitlines()[-1:] == errors.get(end, [])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no file here is always full")
+def test_output_that_is_lost_is_told():
+    with Path("/dev/full").open("w") as full:
+        done = process_of("print('x')", stdout=full)
+    assert done.returncode == 120 and "what was printed is lost" in done.stderr
+
+
+def test_a_process_without_output_ends_as_one_with_it():
+    done = process_of("sys.stdout = sys.stderr = None; sys.exit(65)")
+    assert (done.returncode, done.stdout, done.stderr) == (65, "", "")

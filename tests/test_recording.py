@@ -22,7 +22,6 @@ ARRAY = torch.zeros(3)  # numpy has it too, and tells torch nothing of what it d
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recording, "PLAIN_TIMES", 1)
     monkeypatch.setattr(recording, "PAID_BACK", 1)
 
 
@@ -221,27 +220,41 @@ def test_gradients_that_are_all_zero_prove_nothing(replays: list[int]):
     assert len(replays) == 5
 
 
-def test_where_few_runs_are_expected_many_come_first(replays: list[int], monkeypatch: pytest.MonkeyPatch):
+def recorded_after(times: int, recordings: Recordings, replays: list[int]) -> int:
+    """How many runs of so many came before a function was recorded; 0 if it was not."""
+    replays.clear()
+    function = recordings(lambda: torch.ones(3) * 2)
+    for _ in range(times):
+        assert torch.equal(function(), torch.full((3,), 2.0))
+    return times - len(replays) if replays else 0  # one run records, but the next is replayed twice
+
+
+def test_what_is_run_often_is_recorded_soon(replays: list[int], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(recording, "PAID_BACK", 4)
-    for runs, plain_times in ((8, 4), (9, 1)):
-        replays.clear()
-        function = Recordings(runs=runs)(lambda: torch.ones(3) * 2)
-        for _ in range(8):
-            assert torch.equal(function(), torch.full((3,), 2.0))
-        assert len(replays) == 8 - plain_times  # one of the others records, one runs twice
+    assert recorded_after(9, Recordings(runs=8), replays) == 1
+    assert recorded_after(9, Recordings(runs=7), replays) == 4  # it would have paid
+
+
+def test_what_is_run_seldom_is_recorded_late(replays: list[int], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(recording, "PAID_BACK", 4)
+    recordings = Recordings(runs=20)
+    assert recorded_after(9, recordings, replays) == 1
+    assert recorded_after(9, recordings, replays) == 4  # 1 of 10, 2 of 11, 3 of 12: by that of 20 not 8
 
 
 def test_what_a_trial_recorded_is_proved_by_other_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    tried: list[int] = []
+    tried: list[tuple[int, list[int]]] = []
     trial = Update.trial
 
     def noted(self: Update, batch: Sequence[int], step: int) -> None:
-        tried.append(step)
+        tried.append((step, [*batch]))
         trial(self, batch, step)
 
     monkeypatch.setattr(Update, "trial", noted)
-    ran(tmp_path, optimization={"steps": 2}, output={"preview_every": 0})
-    assert tried == [0, 1, 2, 3]
+    ran(tmp_path, optimization={"steps": 2, "batch": 2}, output={"preview_every": 0})
+    first, recorded, proved, measured = tried
+    assert first == recorded != proved == measured and {len(batch) for _, batch in tried} == {2}
+    assert first[0] != proved[0] and first[1] != proved[1]
 
 
 def test_what_never_proves_anything_is_not_tried_for_ever(replays: list[int]):

@@ -83,7 +83,7 @@ def capture_for(
     runs: float = math.inf,
 ) -> Capture | None:
     """What captures functions on a device, None where nothing does. They add to `kept`; `factors` are what is trained,
-    of which they take their numbers; so many `runs` of each are expected."""
+    of which they take their numbers; so many `runs` are expected in all."""
     if device.type == "cuda":
         return CudaGraphs()
     return Recordings(kept, factors, runs) if device.type == "cpu" else None

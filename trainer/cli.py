@@ -162,21 +162,27 @@ def print_presets() -> None:
 
 def process() -> None:
     """`main` in a process of its own, which at its end does not take apart what torch made: that takes 0.15 s."""
-    codes: list[object] = [1]  # that of an error which nobody caught
+    code: object = 1  # that of an error which nobody caught
 
     def leave() -> None:
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, ValueError):
+        lost = False
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
                 stream.flush()
-        code = codes[-1]
-        os._exit(code if isinstance(code, int) else bool(code))
+            except BrokenPipeError:  # whoever read it wants no more
+                pass
+            except (OSError, ValueError) as error:
+                lost = True
+                with suppress(OSError, ValueError):
+                    print(f"scumble: what was printed is lost: {error}", file=sys.stderr, flush=True)
+        os._exit(120 if lost and not code else code if isinstance(code, int) else bool(code))  # 120 is Python's own
 
     atexit.register(leave)  # what is registered first is called last
     try:
         main()
-        codes.append(0)
+        code = 0
     except SystemExit as stop:
-        codes.append(stop.code)
+        code = stop.code
         raise
 
 

@@ -19,7 +19,6 @@ from .program import ADDMM, AS_STRIDED, MM, Layout, Place, Product, Program, lay
 
 ATEN = torch.ops.aten
 MAX_WAITING_BYTES = 2**26  # of the sides of products that wait for the end
-MAX_EXTRA_BYTES = 2**26  # of constants that are copied to lie side by side, for each shape of a batch
 
 
 def group(program: Program) -> None:
@@ -34,18 +33,17 @@ def _join(program: Program) -> None:
     order, changes = _changes(program)
     together: dict[object, list[Product]] = defaultdict(list)
     for product in filter(None, map(Product.of, program.calls)):
-        if _has_constants(program, product) and _can_be_part(program, product):
+        if product.left in program.places and program.has_fixed_sides(product) and _can_be_part(program, product):
             changes_before = bisect_left(changes[program.places[product.left].root], order[product.node])
             right = program.places[product.right].layout
             is_backward = product.node in program.in_backward  # what is recomputed there is not kept from before
             together[product.left, changes_before, right.lies_in_columns, is_backward].append(product)
-    room, copies = MAX_EXTRA_BYTES, []
+    copies = []
     parts: dict[Node, Node] = {}  # what stands for the products that are no longer computed
     for products in together.values():
         extra = sum(program.constants[product.right].nbytes for product in products)
-        has_frozen = any(program.is_frozen(product.right) for product in products)  # else all is copied in each run
-        if len(products) > 1 and has_frozen and extra <= room:
-            room -= extra
+        has_frozen = any(program.is_frozen(product.right) for product in products)  # else it is not worth the copies
+        if len(products) > 1 and has_frozen and program.room.takes(extra):
             for members in _apart(program, products):
                 wide, edges = _side_by_side([program.constants[product.right] for product in members])
                 left = parts.get(members[0].left, members[0].left)
@@ -75,22 +73,6 @@ def _changes(program: Program) -> tuple[dict[Node, int], dict[Node, list[int]]]:
     for node, root in program.changes():
         changes[root].append(order[node])
     return order, changes
-
-
-def _has_constants(program: Program, product: Product) -> bool:
-    """Whether its right side is a constant in order, and its bias a frozen one, and its left side is known."""
-    if product.left not in program.places or product.right not in program.constants:
-        return False
-    place = program.places[product.right]
-    bias = product.bias
-    return (
-        place.root not in program.changed
-        and place.layout.is_whole_matrix
-        and (
-            bias is None
-            or (bias in program.constants and program.is_frozen(bias) and program.constants[bias].ndim == 1)
-        )
-    )
 
 
 def _can_be_part(program: Program, product: Product) -> bool:

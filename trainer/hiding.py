@@ -9,17 +9,19 @@ from typing import Any
 
 @contextmanager
 def quick_imports() -> Generator[None]:
-    """Within the block what imports make is not searched for garbage, of which there is none; nor is it later.
+    """Within the block what imports make is not searched for garbage, of which there is little; nor is it later.
 
     They do not find bitsandbytes, whose own import takes long.
     """
+    was_on = gc.isenabled()
     gc.disable()
     try:
         with hidden("bitsandbytes"):
             yield
     finally:
         gc.freeze()
-        gc.enable()
+        if was_on:
+            gc.enable()
 
 
 @contextmanager

@@ -36,15 +36,18 @@ def measure(trial: Callable[[], None], device: torch.device, need_less: Callable
 
     The first warms up, and another program may be in the way of one.
 
-    Where it does not fit into the device's memory, `need_less` takes the next way to need less, and it is tried again.
-    Raises `Refused` (69) with the `cure` where no way is left.
+    Where one does not fit into the device's memory, `need_less` takes the next way to need less, and all are tried
+    again. Raises `Refused` (69) with the `cure` where no way is left.
     """
-    while (seconds := unless_too_large(lambda: timed(trial, device))) is None:
-        if not need_less():
+    times: list[float] = []
+    while not times or (len(times) < TRIALS and sum(times) < PATIENCE_S):
+        seconds = unless_too_large(lambda: timed(trial, device))
+        if seconds is not None:
+            times.append(seconds)
+        elif need_less():
+            times.clear()
+        else:
             raise TooLarge(f"a step does not fit into the memory of the {device.type} device: {cure}", 69)
-    times = [seconds]
-    while len(times) < TRIALS and sum(times) < PATIENCE_S:
-        times.append(timed(trial, device))
     return Measured(min(times), memory_mb(device))
 
 

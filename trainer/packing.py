@@ -19,7 +19,6 @@ from .program import Product, Program
 
 WEIGHTS_PER_INPUT = 2  # fewer, and what is saved is lost again in the layout of the output
 MAX_EXTRA_BYTES = 2**30
-MAX_EXTRA_BYTES_OF_PRODUCTS = 2**26  # for each shape of a batch
 DTYPES = torch.float32, torch.bfloat16
 Convolve = Callable[[torch.Tensor], torch.Tensor]
 
@@ -106,32 +105,27 @@ def convolved(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, 
 def pack_products(program: Program) -> None:
     """Let oneDNN compute products with frozen matrices, at the same numbers, with biases that cost nothing more."""
     packed: dict[Node, Node] = {}
-    room = MAX_EXTRA_BYTES_OF_PRODUCTS
     for product in filter(None, map(Product.of, program.calls)):
         right, left = product.right, program.places.get(product.left)
-        if left is not None and can_pack(left.layout.dtype) and left.layout.is_in_rows and _is_frozen(program, product):
-            if right not in packed:
-                weight = program.constants[right].detach()
-                room -= weight.nbytes
-                if room < 0:
-                    return
+        if (
+            left is not None
+            and left.layout.is_in_rows
+            and can_pack(left.layout.dtype)
+            and program.has_fixed_sides(product)
+            and program.is_frozen(right)
+        ):
+            weight = program.constants[right].detach()
+            if right not in packed and program.room.takes(weight.nbytes):
                 opaque = torch.ops.mkldnn._reorder_linear_weight(weight.t().contiguous(), left.layout.size[0])
                 packed[right] = program.constant(opaque)
-            product.node.target = torch.ops.mkldnn._linear_pointwise.default
-            product.node.args = product.left, packed[right], product.bias, "none", [], ""
-
-
-def _is_frozen(program: Program, product: Product) -> bool:
-    """Whether the matrix on the right, and the bias where there is one, are the same in each run."""
-    return all(
-        side is None or (side in program.constants and program.is_frozen(side))
-        for side in (product.right, product.bias)
-    )
+            if right in packed:
+                product.node.target = torch.ops.mkldnn._linear_pointwise.default
+                product.node.args = product.left, packed[right], product.bias, "none", [], ""
 
 
 @cache
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this torch has oneDNN's products for a matrix that was laid out before, and others are oneDNN's too."""
+    """Whether this torch has oneDNN's products for a matrix that was laid out before. In bf16 its others are, too."""
     if dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
         return False
     ones = torch.ones(2, 2, dtype=dtype)

@@ -30,9 +30,15 @@ def try_out(
     options, plan, device = job.options, job.plan, job.accelerator.device
     largest = largest_batch(job.buckets, job.repeats, plan.batch)
     size = job.buckets[largest[0]]
-    numbers = count()  # other draws each time: what was recorded is proved by other numbers
+    trials = count()
+
+    def trial() -> None:
+        """By other numbers from the third on: they prove what the second recorded, where a CPU's passes are."""
+        step = next(trials) // 2
+        update.trial(batch_like(largest, job.buckets, job.repeats, plan.batch, step), step)
+
     measured = measure(
-        lambda: update.trial(largest, next(numbers)), device, lambda: update.need_less(len(largest)),
+        trial, device, lambda: update.need_less(len(largest)),
         cure=f"{len(largest)} pictures of {size} at once; lower --batch or --resolution",
     )  # fmt: skip
     steps, passes = plan.num_steps - done, options.optimization.accumulate
@@ -74,6 +80,15 @@ def try_out(
         f"{''.join(f', {saving}' for saving in savings)}: {steps} steps in about {duration(steps * step_s)} without "
         f"previews; up to {in_words(needed)} of {in_words(free)} free on the disk",
     )  # fmt: skip
+
+
+def batch_like(
+    batch: Sequence[int], buckets: Sequence[Size], repeats: Sequence[int], batch_size: int, epoch: int
+) -> list[int]:
+    """A batch of an epoch of as many looks at pictures of the same size: other examples, where there are others."""
+    batches = epoch_batches(buckets, repeats, batch_size, seed=0, epoch=epoch)
+    shape = len(batch), buckets[batch[0]]
+    return next((one for one in batches if (len(one), buckets[one[0]]) == shape), [*batch])
 
 
 def largest_batch(buckets: Sequence[Size], repeats: Sequence[int], batch: int) -> list[int]:

@@ -73,12 +73,25 @@ class Product:
 
 
 @dataclass
+class Room:
+    """Bytes of memory that are left for something."""
+
+    bytes_left: int
+
+    def takes(self, num_bytes: int) -> bool:
+        """Whether so many are left; then they are taken."""
+        fits = num_bytes <= self.bytes_left
+        self.bytes_left -= num_bytes if fits else 0
+        return fits
+
+
+@dataclass
 class Program:
     """Placeholders of `graph` are `constants`: tensors that are there before, and may have other values in each run.
 
     `places` tells of every node that is one dense tensor where it lies; `changed` are the roots of what is changed in
     place. `frozen` tells where memory begins that no run changes: that of parameters without gradient. `in_backward`
-    are operators that a backward pass runs.
+    are operators that a backward pass runs. `room` is for constants that are laid out otherwise.
     """
 
     graph: Graph = field(default_factory=Graph)
@@ -87,6 +100,7 @@ class Program:
     changed: set[Node] = field(default_factory=set)
     frozen: set[int] = field(default_factory=set)
     in_backward: set[Node] = field(default_factory=set)
+    room: Room = field(default_factory=lambda: Room(2**63))
     numbers: Iterator[int] = field(default_factory=count)
 
     @property
@@ -95,6 +109,18 @@ class Program:
 
     def is_frozen(self, constant: Node) -> bool:
         return memory_of(self.constants[constant]) in self.frozen
+
+    def has_fixed_sides(self, product: Product) -> bool:
+        """Whether the right side is a matrix that was there before and is not changed, and so is the bias where there
+        is one, a row that no run changes."""
+        right, bias = product.right, product.bias
+        if right not in self.constants or right not in self.places or self.places[right].root in self.changed:
+            return False
+        if bias is not None:
+            width = self.constants[right].shape[1:]
+            if bias not in self.constants or not self.is_frozen(bias) or self.constants[bias].shape != width:
+                return False
+        return self.places[right].layout.is_whole_matrix
 
     def changes(self) -> Iterator[tuple[Node, Node]]:
         """Every operator that changes memory in place, in order, with the root of each."""

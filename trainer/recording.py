@@ -18,11 +18,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .grouping import group
 from .packing import pack_products
-from .program import Place, Program, layout_of, memory_of, written_to
+from .program import Place, Program, Room, layout_of, memory_of, written_to
 from .simplify import simplify
 
 PLAIN_TIMES = 1  # that a function runs first
 PAID_BACK = 25  # runs in which a recording saves the time that it took
+MAX_EXTRA_BYTES = 2**28  # of constants that are laid out otherwise, for all shapes of a batch
 FACTORS_STD, PROOFS = 0.1, 8
 PAYS_BELOW_S = 1.0  # what takes longer gains nothing
 WRITABLE = bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None)
@@ -40,40 +41,46 @@ class Recordings:
     another, it is seen whether the recording gives the same numbers: of what is no operator it knows nothing. For that
     `factors`, of which half are zero at first and would hide much, are random. Where the numbers are the same, the
     recording runs from then on; where they are not, or a run cannot be recorded, the function goes on as it is.
-    Where few of `runs`, of each that are expected, would be left to pay for it, none is recorded before so many are.
+    So does one that is not likely to be run often enough to pay for its recording, of the `runs` of all that are
+    expected.
     """
 
     def __init__(self, kept: Sequence[torch.Tensor] = (), factors: Sequence[torch.Tensor] = (), runs: float = math.inf):
-        self.kept, self.factors = kept, factors
-        self.plain_times = PLAIN_TIMES if runs > 2 * PAID_BACK else PAID_BACK
+        self.kept, self.factors, self.runs = kept, factors, runs
+        self.done, self.room = 0, Room(MAX_EXTRA_BYTES)
 
     def __call__(self, run: Run) -> Run:
-        return _Recording(run, self.kept, self.factors, self.plain_times)
+        return _Recording(run, self)
+
+    def pays_after(self, times: int) -> bool:
+        """Whether it pays to record a function that has run so many times: by its share of the runs until now, it will
+        pay twice over, or it would have paid already."""
+        return times >= PAID_BACK or (times >= PLAIN_TIMES and self.runs * times >= 2 * PAID_BACK * self.done)
 
 
 class _Recording:
-    def __init__(
-        self, run: Run, kept: Sequence[torch.Tensor], factors: Sequence[torch.Tensor], plain_times: int = PLAIN_TIMES
-    ):
-        self.run, self.kept, self.factors, self.plain_times = run, kept, factors, plain_times
-        self.quickest_s, self.proofs = math.inf, 0
+    def __init__(self, run: Run, recordings: Recordings):
+        self.run, self.recordings, self.kept, self.factors = run, recordings, recordings.kept, recordings.factors
+        self.times, self.quickest_s, self.proofs = 0, math.inf, 0
         self.ways = [True, False]  # with products grouped and without: those that are left to try, the quickest first
         self.replay: Run | None = None
         self.is_proven = False
 
     def __call__(self) -> torch.Tensor:
+        pays = self.recordings.pays_after(self.times)
+        self.times += 1
+        self.recordings.done += 1
         if self.replay is not None:
             return self.replay() if self.is_proven else self._proven(self.replay)
-        if self.ways and self.plain_times <= 0 and self.quickest_s < PAYS_BELOW_S:
+        if self.ways and self.quickest_s < PAYS_BELOW_S and pays:
             return self._recorded(grouped=self.ways[0])
         began = time.perf_counter()
         result = self.run()
-        self.plain_times -= 1
         self.quickest_s = min(self.quickest_s, time.perf_counter() - began)
         return result
 
     def _recorded(self, grouped: bool) -> torch.Tensor:
-        before, recorder = self._moment(), Recorder()
+        before, recorder = self._moment(), Recorder(Program(room=self.recordings.room))
 
         def recorded() -> torch.Tensor:
             with recorder:
@@ -89,7 +96,7 @@ class _Recording:
         return result
 
     def _proven(self, replay: Run) -> torch.Tensor:
-        """Both on the same random factors, which leaves nothing behind; then the run itself.
+        """Both on the same random factors, which leaves nothing behind; then what was asked for, by the one proved.
 
         Numbers that are not finite, or gradients that are all zero, prove nothing; the next run may.
         """
@@ -134,9 +141,9 @@ class Recorder(TorchDispatchMode):
     Raises `RecordingError` for an operator that tells Python a number, since the next run may have another.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, program: Program | None = None) -> None:
         super().__init__()
-        self.program = Program()
+        self.program = program or Program()
         self.nodes = WeakIdKeyDictionary()  # by tensor; it keeps none, so that memory is freed as it always is
         self.in_memory: dict[int, list[torch.Tensor]] = {}  # constants, by where their memory begins
 

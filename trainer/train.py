@@ -152,7 +152,7 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
     groups = grouped(rated, [module.tensors["dora_scale"] for module in trained if "dora_scale" in module.tensors])
     flat = Flat([group["params"] for group in groups], job.dtype)
     all_fast = speed_up([module.layer for module in trained], ADAPTER, flat.lowered)
-    runs = plan.num_steps * wanted.accumulate / len(set(job.buckets))
+    runs = (plan.num_steps - (kept.state.step if kept else 0)) * wanted.accumulate
     passes = Passes(
         objectives, flat, job.accelerator.backward, nullcontext if all_fast else job.accelerator.autocast,
         capture_for(device, flat.gradients, [*flat.low, *flat.values], runs), say,
