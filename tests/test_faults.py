@@ -109,6 +109,18 @@ def test_a_step_that_is_not_finite_is_left_out_and_some_in_a_row_halve_the_rate(
     assert said == left_out
 
 
+@pytest.mark.parametrize("limit", [0.0, 1.0, 2.0, 2.0000005, 3.0])
+def test_gradients_are_clipped_as_torch_clips_them(limit: float):
+    update, line, _ = update_of()
+    update.clip = limit
+    other = torch.nn.Parameter(line.weight.detach().clone())
+    update.flat.gradients[0].fill_(-2.0)
+    other.grad = torch.full_like(other, -2.0)
+    norm = torch.nn.utils.clip_grad_norm_([other], limit or math.inf)
+    assert update._clipped() == float(norm)
+    assert float(update.flat.gradients[0]) == float(other.grad)
+
+
 def test_a_scaled_loss_gives_the_same_steps_and_an_overflow_is_left_out_and_scaled_less():
     plain, line, _ = update_of()
     scaled, other, said = update_of(accelerator=Halved(1024.0))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .flat import Flat
 from .machine import set_seed
@@ -23,6 +24,7 @@ from .step import Look, seed_for
 
 HALVED_AFTER, STOPPED_AFTER = 3, 12
 AVERAGE = "average."
+CLIP_EPSILON = 1e-6  # torch's: norms just below the limit are scaled, too
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,11 @@ class Update:
             self.passes.prepare(looks_of(step + 1, after)[: self.micro_batch or len(after)])
         loss = float(total)
         broken = "" if math.isfinite(loss) else "loss"
-        if not broken:  # in fp16 clipping unscales, and the scaler leaves out a step whose gradient overflows
-            norm = self.accelerator.clip_grad_norm_(self.flat.groups, self.clip or math.inf)
-            broken = "" if self.accelerator.scaler is not None or torch.isfinite(norm) else "gradient"
+        if not broken:
+            is_finite = math.isfinite(self._clipped())
+            broken = (
+                "" if is_finite or self.accelerator.scaler is not None else "gradient"
+            )  # fp16's leaves it out itself
         if broken:
             self._leave_out(step, broken)
         else:
@@ -178,6 +182,18 @@ class Update:
                 own.train()
             for values, value in zip(groups, live, strict=False):
                 values.data.copy_(value)
+
+    def _clipped(self) -> float:
+        """The norm of all gradients, which are scaled down to the limit where it is above (Pascanu et al. 2013).
+
+        As torch's `clip_grad_norm_`, which multiplies all by 1 where it is not. In fp16 they are unscaled before.
+        """
+        self.accelerator.unscale_gradients()
+        norm = get_total_norm([group.grad for group in self.flat.groups if group.grad is not None])
+        found = float(norm)
+        if self.clip and found + CLIP_EPSILON > self.clip:
+            clip_grads_with_norm_(self.flat.groups, self.clip, norm)
+        return found
 
     def _fitting_gradients(self, step: int, batches: Sequence[Sequence[int]]) -> torch.Tensor:
         while (loss := unless_too_large(lambda: self.gradients(step, batches))) is None:
