@@ -92,6 +92,14 @@ def test_gradients_through_a_layer_and_its_factor_are_one_product():
     assert found["mm"] == 1 and found["_foreach_copy_"] == 1
 
 
+def test_products_are_joined_as_long_as_there_is_room():
+    def function(layers: Layers) -> torch.Tensor:
+        return (layers.x @ layers.weights[0].t()).sum() + (layers.x @ layers.weights[1].t()).sum()
+
+    both = 2 * 4 * IN * OUT
+    assert replayed(function, room=both)["mm"] == 1 and replayed(function, room=both - 1)["mm"] == 2
+
+
 needs_onednn = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this torch has no oneDNN")
 
 

@@ -129,3 +129,27 @@ def test_attention_of_adapted_layers_is_that_of_diffusers_and_peft(targets: str,
     assert joined and set(joined) == {targets == "attention"}
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("what", ["nothing", "a mask", "residual_connection", "rescale_output_factor", "dropout"])
+def test_attention_that_does_more_than_a_unet_asks_is_left_to_diffusers(what: str):
+    options: dict[str, Any] = {"residual_connection": {what: True}, "rescale_output_factor": {what: 2.0}}.get(what, {})
+    found = []
+    for is_ours in (False, True):
+        torch.manual_seed(0)
+        layer: Any = Attention(8, heads=2, dim_head=4, dropout=1.0 if what == "dropout" else 0.0, **options)
+        layer.requires_grad_(False)
+        model: Any = torch.nn.ModuleDict({"attn": layer})
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"]), model, "it")
+        factors = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+        for factor in factors:
+            torch.nn.init.normal_(factor)
+        layer.set_processor(AttnProcessor())
+        if is_ours:
+            attend_by_products(model)
+            speed_up([layer.to_q, layer.to_k, layer.to_v], "it", Flat([factors]).lowered)
+        mask = torch.tensor([[[0.0, -9.0, 0.0]]]).expand(2, 3, 3) if what == "a mask" else None
+        torch.manual_seed(1)
+        x = torch.randn(2, 3, 8)
+        found.append(layer(x, attention_mask=mask))
+    torch.testing.assert_close(found[1], found[0])

@@ -252,6 +252,15 @@ def test_output_that_is_lost_is_told():
     assert done.returncode == 120 and "what was printed is lost" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "body", ["sys.stdout.close()", "import os; os.close(0); print('x' * 10); read, write = os.pipe(); os.close(read); "
+    "os.dup2(write, 1)"]
+)  # fmt: skip
+def test_output_that_nobody_reads_is_no_fault(body: str):
+    done = process_of(body)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_process_without_output_ends_as_one_with_it():
     done = process_of("sys.stdout = sys.stderr = None; sys.exit(65)")
     assert (done.returncode, done.stdout, done.stderr) == (65, "", "")

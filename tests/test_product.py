@@ -1,5 +1,6 @@
 """Our product of LoRA against PEFT's forward, flat parameters against loose ones, captured passes against run ones."""
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,17 @@ def test_layers_that_have_to_compute_by_themselves_do(why: str):
     if why == "base learns":
         v.get_base_layer().weight.requires_grad_(True)
     assert Together()(model.layers, torch.randn(2, 6)) is None
+
+
+def test_layers_together_let_go_of_weights_when_a_base_is_quantised():
+    model, parameters = three()
+    speed_up(model.layers, "it", Flat([parameters]).lowered)
+    together, x = Together(), torch.randn(2, 6)
+    assert together(model.layers, x) is not None and together.weight is not None
+    joint = weakref.ref(together.weight)
+    for layer in model.layers:
+        layer.base_layer = QuantizedLinear(layer.get_base_layer(), 8, torch.device("cpu"))
+    assert together(model.layers, x) is None and joint() is None
 
 
 def test_no_gradient_is_made_for_what_wants_none():

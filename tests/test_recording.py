@@ -242,6 +242,26 @@ def test_what_is_run_seldom_is_recorded_late(replays: list[int], monkeypatch: py
     assert recorded_after(9, recordings, replays) == 4  # 1 of 10, 2 of 11, 3 of 12: by that of 20 not 8
 
 
+def test_room_is_free_again_where_a_recording_is_not_used_any_more(monkeypatch: pytest.MonkeyPatch):
+    def take(program: Program) -> None:
+        assert program.room.takes(100)
+
+    monkeypatch.setattr(recording, "group", take)
+    recordings = Recordings()
+    function, other = (recordings(lambda: torch.ones(3) * 2) for _ in range(2))
+    before = recordings.room.bytes_left
+    for _ in range(3):
+        function()
+    assert recordings.room.bytes_left == before - 100
+    monkeypatch.setattr(torch, "equal", lambda *given: False)  # nothing is proved
+    other(), other()
+    assert recordings.room.bytes_left == before - 200
+    other()
+    assert recordings.room.bytes_left == before - 100
+    del function
+    assert recordings.room.bytes_left == before
+
+
 def test_what_a_trial_recorded_is_proved_by_other_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tried: list[tuple[int, list[int]]] = []
     trial = Update.trial
@@ -255,6 +275,22 @@ def test_what_a_trial_recorded_is_proved_by_other_numbers(tmp_path: Path, monkey
     first, recorded, proved, measured = tried
     assert first == recorded != proved == measured and {len(batch) for _, batch in tried} == {2}
     assert first[0] != proved[0] and first[1] != proved[1]
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3, 4])
+def test_trials_begin_anew_where_one_does_not_fit(fails: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    steps: list[int] = []
+    trial = Update.trial
+
+    def noted(self: Update, batch: Sequence[int], step: int) -> None:
+        steps.append(step)
+        if len(steps) == fails:
+            raise torch.OutOfMemoryError("no room")
+        trial(self, batch, step)
+
+    monkeypatch.setattr(Update, "trial", noted)
+    ran(tmp_path, optimization={"steps": 2, "batch": 2}, output={"preview_every": 0})
+    assert steps == [*[0, 0, 1, 1][:fails], 0, 0, 1, 1]
 
 
 def test_what_never_proves_anything_is_not_tried_for_ever(replays: list[int]):

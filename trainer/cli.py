@@ -166,7 +166,9 @@ def process() -> None:
 
     def leave() -> None:
         lost = False
-        for stream in filter(None, (sys.stdout, sys.stderr)):
+        for stream in (sys.stdout, sys.stderr):
+            if stream is None or stream.closed:
+                continue
             try:
                 stream.flush()
             except BrokenPipeError:  # whoever read it wants no more

@@ -41,10 +41,9 @@ def _join(program: Program) -> None:
     copies = []
     parts: dict[Node, Node] = {}  # what stands for the products that are no longer computed
     for products in together.values():
-        extra = sum(program.constants[product.right].nbytes for product in products)
         has_frozen = any(program.is_frozen(product.right) for product in products)  # else it is not worth the copies
-        if len(products) > 1 and has_frozen and program.room.takes(extra):
-            for members in _apart(program, products):
+        for members in _apart(program, products) if len(products) > 1 and has_frozen else []:
+            if program.room.takes(sum(program.constants[product.right].nbytes for product in members)):
                 wide, edges = _side_by_side([program.constants[product.right] for product in members])
                 left = parts.get(members[0].left, members[0].left)
                 parts |= _replaced(program, members, left, wide, edges)

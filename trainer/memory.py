@@ -32,9 +32,8 @@ class Measured:
 
 
 def measure(trial: Callable[[], None], device: torch.device, need_less: Callable[[], bool], cure: str) -> Measured:
-    """Run `trial`, a pass that leaves nothing behind, and time it; where it is quick, the quickest of some.
-
-    The first warms up, and another program may be in the way of one.
+    """Run `trial`, a pass that leaves nothing behind, and time it; where it is quick, the quickest of some: the first
+    warms up, and another program may be in the way of one.
 
     Where one does not fit into the device's memory, `need_less` takes the next way to need less, and all are tried
     again. Raises `Refused` (69) with the `cure` where no way is left.

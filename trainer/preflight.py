@@ -35,12 +35,15 @@ def try_out(
     def trial() -> None:
         """By other numbers from the third on: they prove what the second recorded, where a CPU's passes are."""
         step = next(trials) // 2
-        update.trial(batch_like(largest, job.buckets, job.repeats, plan.batch, step), step)
+        update.trial(batch_like(largest, job, step), step)
 
-    measured = measure(
-        trial, device, lambda: update.need_less(len(largest)),
-        cure=f"{len(largest)} pictures of {size} at once; lower --batch or --resolution",
-    )  # fmt: skip
+    def need_less() -> bool:
+        nonlocal trials
+        trials = count()
+        return update.need_less(len(largest))
+
+    cure = f"{len(largest)} pictures of {size} at once; lower --batch or --resolution"
+    measured = measure(trial, device, need_less, cure)
     steps, passes = plan.num_steps - done, options.optimization.accumulate
     expected_s = steps * passes * measured.seconds
     wanted = options.machine.compile
@@ -82,13 +85,15 @@ def try_out(
     )  # fmt: skip
 
 
-def batch_like(
-    batch: Sequence[int], buckets: Sequence[Size], repeats: Sequence[int], batch_size: int, epoch: int
-) -> list[int]:
-    """A batch of an epoch of as many looks at pictures of the same size: other examples, where there are others."""
-    batches = epoch_batches(buckets, repeats, batch_size, seed=0, epoch=epoch)
-    shape = len(batch), buckets[batch[0]]
-    return next((one for one in batches if (len(one), buckets[one[0]]) == shape), [*batch])
+def batch_like(batch: Sequence[int], job: Job, epoch: int) -> Sequence[int]:
+    """A batch of an epoch of as many looks at pictures of the same size, with masks or without: of other examples,
+    where there are others."""
+
+    def shape(one: Sequence[int]) -> tuple[object, ...]:
+        return len(one), job.buckets[one[0]], any(job.masks[index] for index in one)
+
+    batches = epoch_batches(job.buckets, job.repeats, job.plan.batch, seed=0, epoch=epoch)
+    return next((one for one in batches if shape(one) == shape(batch)), batch)
 
 
 def largest_batch(buckets: Sequence[Size], repeats: Sequence[int], batch: int) -> list[int]:

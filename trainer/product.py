@@ -3,7 +3,8 @@
 Hu et al. 2021, equation 3, with its gradients by hand: for g of y, gx = g W + s · (g B) A, gB = s · gᵀ (A x),
 gA = s · (g B)ᵀ x, each one product onto the one before. The factors are used in the dtype of x; their gradients are
 added straight to fp32 `.grad` where that is there. Under torch.compile, which writes better passes itself, and on a
-quantised layer the same is written plainly. PEFT's own forward stays for DoRA, LoHa and LoKr.
+quantised layer the same is written plainly. PEFT's own forward stays for DoRA, LoHa and LoKr. Layers of one input can
+be one product: `Together`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -92,6 +93,7 @@ class Together:
         bases = [layer.get_base_layer() for layer in layers]
         factors = [layer.forward.factors for layer in layers]
         if any(map(_wants_plain, bases, factors)) or any(base.bias is not None for base in bases):
+            self.weight = None  # a base that was quantised has no use for it
             return None
         if len({one.scale for one in factors}) > 1 or any(base.weight.requires_grad for base in bases):
             return None

@@ -74,7 +74,7 @@ class Product:
 
 @dataclass
 class Room:
-    """Bytes of memory that are left for something."""
+    """Bytes of memory that are left for copies of constants that lie otherwise."""
 
     bytes_left: int
 
@@ -83,6 +83,10 @@ class Room:
         fits = num_bytes <= self.bytes_left
         self.bytes_left -= num_bytes if fits else 0
         return fits
+
+    def gets_back(self, num_bytes: int) -> None:
+        """They are free again."""
+        self.bytes_left += num_bytes
 
 
 @dataclass

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch.nn import Parameter
@@ -80,7 +81,8 @@ class _Recording:
         return result
 
     def _recorded(self, grouped: bool) -> torch.Tensor:
-        before, recorder = self._moment(), Recorder(Program(room=self.recordings.room))
+        before, room = self._moment(), self.recordings.room
+        recorder, left = Recorder(Program(room=room)), room.bytes_left
 
         def recorded() -> torch.Tensor:
             with recorder:
@@ -89,11 +91,18 @@ class _Recording:
             return result
 
         result = _unless_it_fails(recorded)
+        self.free_room = finalize(self, room.gets_back, left - room.bytes_left)
         if result is None:
-            self.ways.pop(0)
+            self._give_up()
             self._go_to(before)
             return self.run()
         return result
+
+    def _give_up(self) -> None:
+        """The way that was tried leads nowhere."""
+        self.replay = None
+        self.ways.pop(0)
+        self.free_room()
 
     def _proven(self, replay: Run) -> torch.Tensor:
         """Both on the same random factors, which leaves nothing behind; then what was asked for, by the one proved.
@@ -119,8 +128,7 @@ class _Recording:
         )
         self.is_proven = says_much and again is not None and all(map(torch.equal, (again, *found), (result, *right)))
         if not self.is_proven and (says_much or again is None or self.proofs >= PROOFS):
-            self.replay = None
-            self.ways.pop(0)
+            self._give_up()
         return replay() if self.is_proven else self.run()
 
     def _moment(self) -> list[torch.Tensor]:

@@ -186,7 +186,7 @@ class Update:
     def _clipped(self) -> float:
         """The norm of all gradients, which are scaled down to the limit where it is above (Pascanu et al. 2013).
 
-        As torch's `clip_grad_norm_`, which multiplies all by 1 where it is not. In fp16 they are unscaled before.
+        As torch's `clip_grad_norm_`, but for its product with 1 where it is not. In fp16 they are unscaled before.
         """
         self.accelerator.unscale_gradients()
         norm = get_total_norm([group.grad for group in self.flat.groups if group.grad is not None])
