@@ -13,7 +13,7 @@ from .events import Events
 from .job import Job
 from .keeping import check_disk, disk_needed
 from .machine import DTYPES, total_memory_mb
-from .memory import duration, measure, timed
+from .memory import Measured, duration, measure, timed
 from .models import Base
 from .sizes import in_words
 from .update import Update
@@ -30,20 +30,7 @@ def try_out(
     options, plan, device = job.options, job.plan, job.accelerator.device
     largest = largest_batch(job.buckets, job.repeats, plan.batch)
     size = job.buckets[largest[0]]
-    trials = count()
-
-    def trial() -> None:
-        """By other numbers from the third on: they prove what the second recorded, where a CPU's passes are."""
-        step = next(trials) // 2
-        update.trial(batch_like(largest, job, step), step)
-
-    def need_less() -> bool:
-        nonlocal trials
-        trials = count()
-        return update.need_less(len(largest))
-
-    cure = f"{len(largest)} pictures of {size} at once; lower --batch or --resolution"
-    measured = measure(trial, device, need_less, cure)
+    measured = measured_step(job, update, largest)
     steps, passes = plan.num_steps - done, options.optimization.accumulate
     expected_s = steps * passes * measured.seconds
     wanted = options.machine.compile
@@ -83,6 +70,24 @@ def try_out(
         f"{''.join(f', {saving}' for saving in savings)}: {steps} steps in about {duration(steps * step_s)} without "
         f"previews; up to {in_words(needed)} of {in_words(free)} free on the disk",
     )  # fmt: skip
+
+
+def measured_step(job: Job, update: Update, batch: Sequence[int]) -> Measured:
+    """What a pass of a batch takes. Raises `Refused` (69) where none fits into memory."""
+    trials = count()
+
+    def trial() -> None:
+        """By other numbers from the third on: they prove what the second recorded, where a CPU's passes are."""
+        step = next(trials) // 2
+        update.trial(batch_like(batch, job, step), step)
+
+    def need_less() -> bool:
+        nonlocal trials
+        trials = count()
+        return update.need_less(len(batch))
+
+    cure = f"{len(batch)} pictures of {job.buckets[batch[0]]} at once; lower --batch or --resolution"
+    return measure(trial, job.accelerator.device, need_less, cure)
 
 
 def batch_like(batch: Sequence[int], job: Job, epoch: int) -> Sequence[int]:

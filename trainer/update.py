@@ -88,9 +88,8 @@ class Update:
         broken = "" if math.isfinite(loss) else "loss"
         if not broken:
             is_finite = math.isfinite(self._clipped())
-            broken = (
-                "" if is_finite or self.accelerator.scaler is not None else "gradient"
-            )  # fp16's leaves it out itself
+            if not is_finite and self.accelerator.scaler is None:  # fp16's leaves such a step out itself
+                broken = "gradient"
         if broken:
             self._leave_out(step, broken)
         else:
