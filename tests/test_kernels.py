@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
@@ -153,3 +154,21 @@ def test_attention_that_does_more_than_a_unet_asks_is_left_to_diffusers(what: st
         x = torch.randn(2, 3, 8)
         found.append(layer(x, attention_mask=mask))
     torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_compiler_sees_one_graph_of_a_block_that_gives_the_same():
+    torch.manual_seed(0)
+    model: Any = torch.nn.ModuleDict({"block": BasicTransformerBlock(8, 2, 4, cross_attention_dim=6)})
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), model, "it")
+    factors = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    for factor in factors:
+        torch.nn.init.normal_(factor, std=0.3)
+    attend_by_products(model)
+    speed_up([one for one in model.modules() if is_plain(one)], "it", Flat([factors]).lowered)
+    x, text = torch.randn(2, 5, 8), torch.randn(2, 7, 6)
+    right = model.block(x, encoder_hidden_states=text)
+    compiled: Any = torch.compile(model.block, backend="eager", fullgraph=True)
+    try:
+        torch.testing.assert_close(compiled(x, encoder_hidden_states=text), right, rtol=1e-4, atol=1e-5)
+    finally:
+        torch.compiler.reset()

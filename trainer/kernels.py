@@ -1,5 +1,6 @@
 """Which kernels compute a UNet fastest on a device, at the same numbers but for rounding."""
 
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -48,7 +49,7 @@ def attend_by_products(unet: UNet2DConditionModel) -> None:
         if isinstance(block, Attention):
             attention: Any = block
             attention.set_processor(Products())
-            attention.get_attention_scores = partial(_scores, attention)
+            attention.get_attention_scores = partial(_scores, attention, attention.get_attention_scores)
 
 
 class Products(AttnProcessor):
@@ -86,10 +87,15 @@ def is_of_tokens(attn: Attention, hidden: torch.Tensor) -> bool:
 
 
 def _scores(
-    attention: Attention, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None = None
+    attention: Attention,
+    own: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """Its scores; its `own` method's where there is more to them, or a compiler looks on."""
     if mask is not None or attention.upcast_attention or attention.upcast_softmax or torch.compiler.is_compiling():
-        return Attention.get_attention_scores(attention, query, key, mask)
+        return own(query, key, mask)
     return _Scores.apply(query, key, attention.scale)
 
 
