@@ -1,5 +1,6 @@
 # make demo   install into .venv, then train the sample style on the embedded base and show it
 # make test   install into .venv, then lint, types and all tests
+# make gpu    install into .venv, then run the tests and the benchmark that need a CUDA device
 # make sketch go on training the embedded base (hours on a CPU, minutes on a GPU; needs npm)
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ test: $(VENV)/.test
 
 gpu: $(VENV)/.test
 	$(BIN)/pytest -m gpu
-	$(BIN)/python tests/benchmarks/speed.py --device cuda --layouts sd15 sdxl --batches 1 4 8
+	$(BIN)/python tests/benchmarks/speed.py --device cuda --layouts sd15 sdxl --batches 1 4 8 --minutes 8
 
 sketch: $(VENV)/.sketch
 	$(BIN)/python -m scumble.configs.bases.sketch.recipe --work build/sketch --out configs/bases/sketch

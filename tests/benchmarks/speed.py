@@ -7,13 +7,15 @@ examples do it), and ours without each technique. Real layouts have random weigh
 short form that fails where the ratio to the plain loop falls by more than a quarter below the one on record. Writes
 results/speed-DEVICE.md and .json.
 
-On CUDA: `python tests/benchmarks/speed.py --device cuda --layouts sd15 sdxl --batches 1 4 8`.
+On CUDA, where a variant is timed after the other and with its memory, also with activations recomputed:
+`python tests/benchmarks/speed.py --device cuda --layouts sd15 sdxl --batches 1 4 8 --minutes 8`.
 """
 
 import argparse
 import copy
 import gc
 import json
+import math
 import platform
 import re
 import statistics
@@ -42,7 +44,7 @@ from scumble.trainer.captured import capture_for
 from scumble.trainer.flat import Flat
 from scumble.trainer.kernels import choose_kernels
 from scumble.trainer.latents import Latents
-from scumble.trainer.lora import ADAPTER, Part, attach
+from scumble.trainer.lora import ADAPTER, Part, attach, recompute_unet
 from scumble.trainer.models import BASES, Base
 from scumble.trainer.optimizers import grouped, make_optimizer
 from scumble.trainer.passes import Passes
@@ -63,6 +65,8 @@ TECHNIQUES = {
     "kernels": "stock kernels",
     "captured": "passes not captured",
 }
+ONLY_ON_CPU = {"packing"}
+RECOMPUTED = {"some recomputed": True, "all recomputed": False}
 PHASES = {
     "plan": "start: Python, torch, diffusers, transformers, peft; read the pictures",
     "checked": "check pictures and captions",
@@ -95,31 +99,32 @@ LAYOUTS = {
 
 @dataclass(frozen=True)
 class Timed:
-    """One variant: seconds of each round's steps, its losses, and peak memory on CUDA."""
+    """One variant: seconds a step in each turn, none where it does not fit into memory; peak memory on CUDA."""
 
     seconds: list[float]
-    peak_mb: int
+    peak_mb: int = 0
 
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
+        return statistics.median(self.seconds) if self.seconds else math.nan
 
 
 class Bench:
-    """One layout at one batch size on one device; every variant starts from the same frozen UNet."""
+    """One layout at one batch size on one device; every variant starts from the same frozen UNet, which is `unet` or
+    a new one."""
 
-    def __init__(self, layout: Layout, batch: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        layout: Layout,
+        batch: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        unet: UNet2DConditionModel | None = None,
+    ):
         self.layout, self.batch, self.device, self.dtype = layout, batch, device, dtype
-        torch.manual_seed(0)
-        folder = BASES / layout.config
-        config = json.loads((folder / "unet/config.json").read_text(encoding="utf-8"))
-        config = {name: value for name, value in config.items() if not name.startswith("_")}
-        with torch.device(device):
-            torch.set_default_dtype(dtype)
-            self.unet = UNet2DConditionModel(**config).requires_grad_(False).train()
-            torch.set_default_dtype(torch.float32)
-        self.scheduler: Any = DDIMScheduler.from_pretrained(folder / "scheduler")
-        width, xl = config["cross_attention_dim"], layout.family == "sdxl"
+        self.unet = unet or unet_of(layout, device, dtype)
+        self.scheduler: Any = DDIMScheduler.from_pretrained(BASES / layout.config / "scheduler")
+        width, xl = self.unet.config["cross_attention_dim"], layout.family == "sdxl"
         side = layout.side_px // layout.latent_px
         generator = torch.Generator().manual_seed(1)
         self.mean = [[torch.randn(4, side, side, generator=generator).to(device)] for _ in range(NUM_PICTURES)]
@@ -132,8 +137,9 @@ class Bench:
     def chosen(self, step: int) -> list[int]:
         return [(step * self.batch + slot) % NUM_PICTURES for slot in range(self.batch)]
 
-    def ours(self, without: str = "") -> Step:
-        """One optimiser step of scumble, `without` one of its techniques."""
+    def ours(self, without: str = "", only_shallow: bool | None = None) -> Step:
+        """One optimiser step of scumble, `without` one of its techniques; with activations recomputed where
+        `only_shallow` is not None, in shallow blocks or in all."""
         unet, size = copy.deepcopy(self.unet), Size(self.layout.side_px, self.layout.side_px)
         source = Source(
             "benchmark", "", False, FAMILIES[self.layout.family], "epsilon", False, size.width, 64, 64,
@@ -143,6 +149,8 @@ class Bench:
         nothing: Any = None
         base = Base(source, nothing, unet, nothing, encoders, [], self.scheduler.alphas_cumprod, 1, self.device)
         trained = attach(base, Network(), [Part("unet", RANK, RANK)], seed=0)
+        if only_shallow is not None:
+            recompute_unet(unet, only_shallow)
         if without != "kernels":
             choose_kernels(unet, "sdpa", size, self.layout.latent_px, packs=without != "packing")
         named = {f"{one.key}.{slot}": p for one in trained for slot, p in one.tensors.items()}
@@ -207,6 +215,17 @@ class Bench:
         return float(counter.get_total_flops())
 
 
+def unet_of(layout: Layout, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
+    """A frozen one with random weights."""
+    torch.manual_seed(0)
+    config = json.loads((BASES / layout.config / "unet/config.json").read_text(encoding="utf-8"))
+    with torch.device(device):
+        torch.set_default_dtype(dtype)
+        unet = UNet2DConditionModel(**{name: value for name, value in config.items() if not name.startswith("_")})
+        torch.set_default_dtype(torch.float32)
+    return unet.requires_grad_(False).train()
+
+
 def accelerator_for(device: torch.device, dtype: torch.dtype) -> Accelerator:
     mixed = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}[dtype]
     return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
@@ -237,46 +256,62 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def rounds(variants: dict[str, Step], turns: int, steps: int, device: torch.device) -> dict[str, Timed]:
-    """Steps of every variant in turn, after a warm-up; seconds a step in each turn."""
+def rounds(
+    variants: dict[str, Step], turns: int, steps: int, device: torch.device, until: float = math.inf
+) -> dict[str, Timed]:
+    """Steps of every variant in turn, after a warm-up; seconds a step in each turn. No turn but the first begins after
+    `until` (monotonic seconds)."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for step in variants.values():
         for number in range(WARM_UPS):
             step(number)
     for turn in range(turns):
+        if turn and time.monotonic() > until:
+            break
         for name, step in variants.items():
             first = WARM_UPS + turn * steps
             spent = timed(lambda step=step, first=first: [step(first + number) for number in range(steps)], device)
             seconds[name].append(spent / steps)
-    return {name: Timed(spent, 0) for name, spent in seconds.items()}
+    return {name: Timed(spent) for name, spent in seconds.items()}
 
 
-def one_by_one(makers: dict[str, Callable[[], Step]], turns: int, steps: int, device: torch.device) -> dict[str, Timed]:
-    """As `rounds`, for what is too large to be there side by side: each is made, timed with its memory, and let go."""
+def one_by_one(
+    makers: dict[str, Callable[[], Step]], turns: int, steps: int, device: torch.device, until: float = math.inf
+) -> dict[str, Timed]:
+    """As `rounds`, for what is too large to be there side by side: each is made, timed with its memory, and let go.
+    All have an equal share of the time."""
     found: dict[str, Timed] = {}
-    for name, make in makers.items():
+    for number, (name, make) in enumerate(makers.items()):
+        now = time.monotonic()
+        share = (until - now) / (len(makers) - number)
         torch.cuda.reset_peak_memory_stats()
-        step = make()
-        found[name] = rounds({name: step}, turns, steps, device)[name]
-        found[name] = Timed(found[name].seconds, torch.cuda.max_memory_allocated() // 2**20)
-        del step
+        seconds: list[float] = []
+        with suppress(torch.OutOfMemoryError):
+            seconds = rounds({name: make()}, turns, steps, device, now + share)[name].seconds
+        found[name] = Timed(seconds, torch.cuda.max_memory_allocated() // 2**20)
         gc.collect()
         torch.cuda.empty_cache()
     return found
 
 
-def compared(bench: Bench, techniques: Sequence[str], turns: int, steps: int) -> dict[str, Timed]:
-    """The plain loop, ours, and ours without each of the techniques."""
+def compared(
+    bench: Bench, techniques: Sequence[str], turns: int, steps: int, until: float = math.inf
+) -> dict[str, Timed]:
+    """The plain loop, ours, and ours without each of the techniques; on CUDA also with activations recomputed."""
     makers: dict[str, Callable[[], Step]] = {"plain": bench.plain, "ours": bench.ours}
     makers |= {f"without {name}": lambda name=name: bench.ours(name) for name in techniques}
     if bench.device.type == "cuda":
-        return one_by_one(makers, turns, steps, bench.device)
-    return rounds({name: make() for name, make in makers.items()}, turns, steps, bench.device)
+        for name in ONLY_ON_CPU:
+            makers.pop(f"without {name}", None)
+        makers |= {name: lambda shallow=shallow: bench.ours("", shallow) for name, shallow in RECOMPUTED.items()}
+        return one_by_one(makers, turns, steps, bench.device, until)
+    return rounds({name: make() for name, make in makers.items()}, turns, steps, bench.device, until)
 
 
 def ratio(times: dict[str, Timed], name: str) -> float:
     """How many times as long a variant's steps take as ours, the median over the turns."""
-    return statistics.median(a / b for a, b in zip(times[name].seconds, times["ours"].seconds, strict=True))
+    ratios = [a / b for a, b in zip(times[name].seconds, times["ours"].seconds, strict=False)]
+    return statistics.median(ratios) if ratios else math.nan
 
 
 LAUNCHER = "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--mixed_precision=bf16"
@@ -385,10 +420,13 @@ def table(name: str, bench: Bench, times: dict[str, Timed], flops: float, peak: 
         "|---|---|---|---|---|---|",
     ]
     for key, one in times.items():
-        lines.append(
-            f"| {what[key]} | {1 / one.median:.3g} | {bench.batch / one.median:.3g} | {flops / one.median / peak:.0%} "
-            f"| {ratio(times, key):.2f} × | {one.peak_mb or '-'} |"
-        )
+        told = f"| {what.get(key, key)} | does not fit | | | |"
+        if one.seconds:
+            told = (
+                f"| {what.get(key, key)} | {1 / one.median:.3g} | {bench.batch / one.median:.3g} "
+                f"| {flops / one.median / peak:.0%} | {ratio(times, key):.2f} × |"
+            )
+        lines.append(f"{told} {one.peak_mb or '-'} |")
     return [*lines, ""]
 
 
@@ -401,6 +439,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--steps", type=int, default=6, help="in each turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="for all steps; fewer turns where they are slow"
+    )
     parser.add_argument("--side", type=int, help="of the pictures, instead of the layout's own, px")
     parser.add_argument("--whole", type=int, default=0, metavar="RUNS", help="time so many whole runs of each")
     parser.add_argument(
@@ -421,22 +462,30 @@ def main() -> None:
         f"Medians of {chosen.turns} turns of {chosen.steps} steps each, all in turn in one process.", "",
     ]  # fmt: skip
     found: dict[str, Any] = {"machine": card, "torch": torch.__version__, "product_flops": peak, "steps": {}}
-    for name in chosen.layouts:
-        for batch in chosen.batches:
-            layout = LAYOUTS[name]
-            if chosen.side:
-                layout = Layout(layout.config, layout.family, chosen.side, layout.latent_px)
-            bench = Bench(layout, batch, device, dtype)
-            flops = bench.flops()
-            times = compared(bench, [*TECHNIQUES], chosen.turns, chosen.steps)
-            lines += table(name, bench, times, flops, peak)
-            found["steps"][f"{name} {batch}"] = {
-                key: {"seconds": one.median, "of_ours": ratio(times, key), "peak_mb": one.peak_mb}
-                for key, one in times.items()
-            } | {"flops": flops}
-            print("\n".join(lines[-len(times) - 5 :]), flush=True)
-            del bench, times
-            gc.collect()
+    ends, cases = time.monotonic() + 60 * chosen.minutes, [(n, b) for n in chosen.layouts for b in chosen.batches]
+    unet: UNet2DConditionModel | None = None
+    flops_of_one = 0.0
+    for number, (name, batch) in enumerate(cases):
+        layout = LAYOUTS[name]
+        if chosen.side:
+            layout = Layout(layout.config, layout.family, chosen.side, layout.latent_px)
+        if unet is None or cases[number - 1][0] != name:
+            unet = unet_of(layout, device, dtype)
+            flops_of_one = Bench(layout, 1, device, dtype, unet).flops()
+        bench, flops = Bench(layout, batch, device, dtype, unet), batch * flops_of_one
+        now = time.monotonic()
+        until = now + (ends - now) / (len(cases) - number)
+        times = compared(bench, [*TECHNIQUES], chosen.turns, chosen.steps, until)
+        lines += table(name, bench, times, flops, peak)
+        found["steps"][f"{name} {batch}"] = {
+            key: {"seconds": one.median, "of_ours": ratio(times, key), "peak_mb": one.peak_mb}
+            for key, one in times.items()
+            if one.seconds and times["ours"].seconds
+        } | {"flops": flops}
+        print("\n".join(lines[-len(times) - 5 :]), flush=True)
+        write(record, lines, found)
+        del bench, times
+        gc.collect()
     if chosen.whole:
         found["whole"] = whole(chosen.whole)
         seconds, of_ours, peak_mb = (found["whole"][name] for name in ("seconds", "of_ours", "peak_mb"))
@@ -458,9 +507,14 @@ def main() -> None:
             *(f"| {name} | {spent:.1f} | {spent / total:.0%} |" for name, spent in found["demo"].items()),
             f"| in all (medians of {chosen.demo}) | {total:.1f} | |", "",
         ]  # fmt: skip
+    write(record, lines, found)
+    print("\n".join(lines))
+
+
+def write(record: Path, lines: Sequence[str], found: dict[str, Any]) -> None:
+    """What was found until now."""
     record.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
     record.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    print("\n".join(lines))
 
 
 def guard(record: Path, device: torch.device, dtype: torch.dtype, turns: int, steps: int) -> int:
