@@ -106,7 +106,7 @@ def test_operators_in_place_views_parts_and_chance_are_recorded(replays: list[in
         return torch.cat([first, rest.flip(0)]).sum() + largest * place + weight[0, 2]
 
     ran_both(function)
-    assert len(replays) == 5  # to prove it, and four times for it
+    assert len(replays) == 6  # to prove it, and five times for it
     weight.mul_(3)  # the same memory is read again
     ran_both(function)
 
@@ -121,13 +121,13 @@ def test_gradients_are_recorded(replays: list[int]):
         return loss.detach()
 
     ran_both(function)
-    assert len(replays) == 5
+    assert len(replays) == 6
 
 
 def test_operators_that_torch_has_in_python_too_are_recorded(replays: list[int]):
     """`torch.block_diag` takes its tensors one by one, the operator in a list."""
     ran_both(lambda tensors, total: torch.block_diag(tensors["x"], total.add_(1)) * 2)
-    assert len(replays) == 5
+    assert len(replays) == 6
 
 
 def told(tensors: Tensors, total: torch.Tensor) -> torch.Tensor:
@@ -159,7 +159,7 @@ def test_products_that_cannot_be_grouped_are_recorded_apart(
         program.calls[-1].kwargs = {"alpha": 2}
 
     monkeypatch.setattr(recording, "group", spoil)
-    ran_both(lambda tensors, total: total.add_(tensors["x"]).sum() + tensors["x"][0], times=8)
+    ran_both(lambda tensors, total: total.add_(tensors["x"]).sum() + tensors["x"][0], times=7)
     assert len(replays) == 6  # to prove it once, and what is right from then on
 
 
@@ -179,12 +179,12 @@ def test_a_recording_is_proved_on_factors_that_are_not_zero(replays: list[int], 
         return tensors["x"].sum()
 
     captured = Captured(run, Recordings([total], [factor]), pytest.fail, [total])
-    for number in range(8):
+    for number in range(7):
         x = torch.arange(3.0) + number
         captured({"x": x})
         right += x * factor
         assert torch.equal(total, right)
-        factor.fill_(max(0, number - 4))
+        factor.fill_(max(0, number - 3))
     assert len(replays) == 6  # one that is found wrong, one that is found right, and four
 
 
@@ -205,40 +205,40 @@ def test_a_recording_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch):
 def test_what_is_not_a_number_proves_nothing(replays: list[int]):
     def function(tensors: Tensors, total: torch.Tensor) -> torch.Tensor:
         total.add_(tensors["x"])
-        return tensors["x"] / (tensors["x"] - 3)  # in the third run, which is to prove it, 3 / 0
+        return tensors["x"] / (tensors["x"] - 2)  # in the second run, which is to prove it, 2 / 0
 
     ran_both(function)
-    assert len(replays) == 5  # tried in the third, proved in the fourth, used from then on
+    assert len(replays) == 6  # tried in the second, proved in the third, used from then on
 
 
 def test_gradients_that_are_all_zero_prove_nothing(replays: list[int]):
     def function(tensors: Tensors, total: torch.Tensor) -> torch.Tensor:
-        total.add_(tensors["x"] * (tensors["x"][0] - 3))  # in the third run, which is to prove it, 0
+        total.add_(tensors["x"] * (tensors["x"][0] - 2))  # in the second run, which is to prove it, 0
         return tensors["x"].sum()
 
     ran_both(function)
-    assert len(replays) == 5
+    assert len(replays) == 6
 
 
-def recorded_after(times: int, recordings: Recordings, replays: list[int]) -> int:
-    """How many runs of so many came before a function was recorded; 0 if it was not."""
+def recorded_after(times: int, recordings: Recordings, replays: list[int]) -> int | None:
+    """How many runs of so many came before a function was recorded; None if it was not."""
     replays.clear()
     function = recordings(lambda: torch.ones(3) * 2)
     for _ in range(times):
         assert torch.equal(function(), torch.full((3,), 2.0))
-    return times - len(replays) if replays else 0  # one run records, but the next is replayed twice
+    return times - len(replays) if replays else None  # one run records, but the next is replayed twice
 
 
 def test_what_is_run_often_is_recorded_soon(replays: list[int], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(recording, "PAID_BACK", 4)
-    assert recorded_after(9, Recordings(runs=8), replays) == 1
+    assert recorded_after(9, Recordings(runs=8), replays) == 0
     assert recorded_after(9, Recordings(runs=7), replays) == 4  # it would have paid
 
 
 def test_what_is_run_seldom_is_recorded_late(replays: list[int], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(recording, "PAID_BACK", 4)
     recordings = Recordings(runs=20)
-    assert recorded_after(9, recordings, replays) == 1
+    assert recorded_after(9, recordings, replays) == 0
     assert recorded_after(9, recordings, replays) == 4  # 1 of 10, 2 of 11, 3 of 12: by that of 20 not 8
 
 
@@ -250,7 +250,7 @@ def test_room_is_free_again_where_a_recording_is_not_used_any_more(monkeypatch: 
     recordings = Recordings()
     function, other = (recordings(lambda: torch.ones(3) * 2) for _ in range(2))
     before = recordings.room.bytes_left
-    for _ in range(3):
+    for _ in range(2):
         function()
     assert recordings.room.bytes_left == before - 100
     monkeypatch.setattr(torch, "equal", lambda *given: False)  # nothing is proved
@@ -272,12 +272,12 @@ def test_what_a_trial_recorded_is_proved_by_other_numbers(tmp_path: Path, monkey
 
     monkeypatch.setattr(Update, "trial", noted)
     ran(tmp_path, optimization={"steps": 2, "batch": 2}, output={"preview_every": 0})
-    first, recorded, proved, measured = tried
-    assert first == recorded != proved == measured and {len(batch) for _, batch in tried} == {2}
-    assert first[0] != proved[0] and first[1] != proved[1]
+    recorded, proved, measured = tried
+    assert recorded != proved == measured and {len(batch) for _, batch in tried} == {2}
+    assert recorded[0] != proved[0] and recorded[1] != proved[1]
 
 
-@pytest.mark.parametrize("fails", [1, 2, 3, 4])
+@pytest.mark.parametrize("fails", [1, 2, 3])
 def test_trials_begin_anew_where_one_does_not_fit(fails: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     steps: list[int] = []
     trial = Update.trial
@@ -290,7 +290,7 @@ def test_trials_begin_anew_where_one_does_not_fit(fails: int, tmp_path: Path, mo
 
     monkeypatch.setattr(Update, "trial", noted)
     ran(tmp_path, optimization={"steps": 2, "batch": 2}, output={"preview_every": 0})
-    assert steps == [*[0, 0, 1, 1][:fails], 0, 0, 1, 1]
+    assert steps == [*[0, 1, 1][:fails], 0, 1, 1]
 
 
 def test_what_never_proves_anything_is_not_tried_for_ever(replays: list[int]):
@@ -303,12 +303,12 @@ def test_too_little_memory_to_record_is_met_and_too_little_to_run_is_told():
 
     def run() -> torch.Tensor:
         runs.append(1)
-        if len(runs) in (2, 4, 5):
+        if len(runs) in (1, 3, 4):
             raise torch.OutOfMemoryError("no room")
         return torch.ones(1)
 
     function = Recordings()(run)
-    assert function() == function() == 1 and len(runs) == 3  # to be recorded, and then as it is
+    assert function() == 1 and len(runs) == 2  # to be recorded, and then as it is
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         function()
     assert function() == 1
@@ -318,3 +318,18 @@ def test_what_takes_long_is_not_recorded(replays: list[int], monkeypatch: pytest
     monkeypatch.setattr(recording, "PAYS_BELOW_S", 0.0)
     ran_both(lambda tensors, total: tensors["x"] * 2)
     assert not replays
+
+
+def test_what_is_laid_out_in_the_first_run_is_no_part_of_its_recording(
+    tmp_path: Path, replays: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """Else frozen weights would be laid out anew in each."""
+    tables: Any = {
+        "machine": {"precision": "bf16"}, "optimization": {"steps": 3, "batch": 2}, "output": {"preview_every": 0},
+    }  # fmt: skip
+    ran(tmp_path / "first", **tables)
+    of_first, own = set(replays), Recordings.pays_after
+    replays.clear()
+    monkeypatch.setattr(Recordings, "pays_after", lambda self, times: times > 0 and own(self, times))
+    ran(tmp_path / "second", **tables)
+    assert set(replays) == of_first

@@ -11,7 +11,7 @@ from scumble.configs.errors import Refused
 
 from .machine import forget_peak, free_unused, memory_mb, wait_for
 
-PATIENCE_S, TRIALS = 10.0, 4  # so many that on a CPU the last of them runs what the others recorded
+PATIENCE_S, TRIALS = 10.0, 3  # so many that on a CPU the last of them runs what the others recorded
 SIGNS = (  # in errors that have no type of their own: of the CPU, of CUDA's libraries, of Metal
     "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED", "CUDA error: out of memory",
     "MPS backend out of memory", "Invalid buffer size",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .program import Product, Program
 
@@ -67,7 +68,8 @@ class Packed:
 
     def backward(self, gradient: torch.Tensor) -> torch.Tensor:
         if "backward" not in self.ways:
-            turned = self.module.weight.flip(2, 3).transpose(0, 1).contiguous()
+            with _disable_current_modes():
+                turned = self.module.weight.flip(2, 3).transpose(0, 1).contiguous()
             self.ways["backward"] = laid_out(turned, self.pad_back, gradient.shape)
         return convolved(gradient, self.ways["backward"], None, self.pad_back)
 
@@ -91,9 +93,10 @@ def _forward(module: torch.nn.Conv2d, packed: Packed, x: torch.Tensor) -> torch.
 
 
 def laid_out(weight: torch.Tensor, pad: list[int], shape: torch.Size) -> torch.Tensor:
-    """An opaque copy for oneDNN, best for inputs of `shape` (B, in, H, W) and right for all."""
-    opaque = weight.detach().to_mkldnn()
-    return torch.ops.aten.mkldnn_reorder_conv2d_weight(opaque, pad, [1, 1], [1, 1], 1, list(shape))
+    """An opaque copy for oneDNN, best for inputs of `shape` (B, in, H, W) and right for all; no part of a recording."""
+    with _disable_current_modes():
+        opaque = weight.detach().to_mkldnn()
+        return torch.ops.aten.mkldnn_reorder_conv2d_weight(opaque, pad, [1, 1], [1, 1], 1, list(shape))
 
 
 def convolved(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pad: list[int]) -> torch.Tensor:

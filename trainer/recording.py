@@ -22,7 +22,6 @@ from .packing import pack_products
 from .program import Place, Program, Room, layout_of, memory_of, written_to
 from .simplify import simplify
 
-PLAIN_TIMES = 1  # that a function runs first
 PAID_BACK = 25  # runs in which a recording saves the time that it took
 MAX_EXTRA_BYTES = 2**28  # of constants that are laid out otherwise, for all shapes of a batch
 FACTORS_STD, PROOFS = 0.1, 8
@@ -38,12 +37,12 @@ class RecordingError(RuntimeError):
 class Recordings:
     """Records functions without arguments that give a result and add to `kept`.
 
-    Each is run as it is at first. Then one run is recorded, and in the next, which has other inputs where a batch is
+    A run is recorded, of the first function the first one, and in the next, which has other inputs where a batch is
     another, it is seen whether the recording gives the same numbers: of what is no operator it knows nothing. For that
     `factors`, of which half are zero at first and would hide much, are random. Where the numbers are the same, the
-    recording runs from then on; where they are not, or a run cannot be recorded, the function goes on as it is.
-    So does one that is not likely to be run often enough to pay for its recording, of the `runs` of all that are
-    expected.
+    recording runs from then on; where they are not, or a run cannot be recorded or takes long, the function goes on as
+    it is. So does one that is not likely to be run often enough to pay for its recording, of the `runs` of all that
+    are expected.
     """
 
     def __init__(self, kept: Sequence[torch.Tensor] = (), factors: Sequence[torch.Tensor] = (), runs: float = math.inf):
@@ -54,9 +53,10 @@ class Recordings:
         return _Recording(run, self)
 
     def pays_after(self, times: int) -> bool:
-        """Whether it pays to record a function that has run so many times: by its share of the runs until now, it will
-        pay twice over, or it would have paid already."""
-        return times >= PAID_BACK or (times >= PLAIN_TIMES and self.runs * times >= 2 * PAID_BACK * self.done)
+        """Whether it pays to record a function that has run so many times: by its share of the runs until now, which is
+        all for the first, it will pay twice over, or it would have paid already."""
+        share = times / self.done if self.done else 1.0
+        return times >= PAID_BACK or (share > 0 and self.runs * share >= 2 * PAID_BACK)
 
 
 class _Recording:
@@ -68,13 +68,16 @@ class _Recording:
         self.is_proven = False
 
     def __call__(self) -> torch.Tensor:
-        pays = self.recordings.pays_after(self.times)
+        is_quick = not self.times or self.quickest_s < PAYS_BELOW_S
+        pays = is_quick and self.recordings.pays_after(self.times)
         self.times += 1
         self.recordings.done += 1
         if self.replay is not None:
             return self.replay() if self.is_proven else self._proven(self.replay)
-        if self.ways and self.quickest_s < PAYS_BELOW_S and pays:
-            return self._recorded(grouped=self.ways[0])
+        return self._recorded(grouped=self.ways[0]) if self.ways and pays else self._timed()
+
+    def _timed(self) -> torch.Tensor:
+        """Run as it is."""
         began = time.perf_counter()
         result = self.run()
         self.quickest_s = min(self.quickest_s, time.perf_counter() - began)
@@ -86,8 +89,9 @@ class _Recording:
 
         def recorded() -> torch.Tensor:
             with recorder:
-                result = self.run()
-            self.replay = recorder.finished(result, grouped)
+                result = self._timed()
+            if self.quickest_s < PAYS_BELOW_S:
+                self.replay = recorder.finished(result, grouped)
             return result
 
         result = _unless_it_fails(recorded)
@@ -95,7 +99,7 @@ class _Recording:
         if result is None:
             self._give_up()
             self._go_to(before)
-            return self.run()
+            return self._timed()
         return result
 
     def _give_up(self) -> None:

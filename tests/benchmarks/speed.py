@@ -49,7 +49,6 @@ from scumble.trainer.models import BASES, Base
 from scumble.trainer.optimizers import grouped, make_optimizer
 from scumble.trainer.passes import Passes
 from scumble.trainer.product import speed_up
-from scumble.trainer.recording import PLAIN_TIMES
 from scumble.trainer.step import Objectives
 from scumble.trainer.text import Conditioning
 from scumble.trainer.update import Update
@@ -57,7 +56,7 @@ from scumble.trainer.update import Update
 HERE = Path(__file__).parent
 SAMPLES = HERE.parent.parent / "datasets/samples/clay-style"
 RANK, NUM_PICTURES, ALLOWED_FALL = 16, 16, 0.25
-WARM_UPS = PLAIN_TIMES + 2  # until a CPU's passes are recorded and proved
+WARM_UPS = 4  # until a CPU's passes are recorded and proved, also where the first takes long
 TECHNIQUES = {
     "product": "PEFT's forward under autocast",
     "packing": "torch's own convolutions",
