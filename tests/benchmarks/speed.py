@@ -284,10 +284,11 @@ def one_by_one(
         now = time.monotonic()
         share = (until - now) / (len(makers) - number)
         torch.cuda.reset_peak_memory_stats()
+        others = torch.cuda.memory_allocated()  # the UNet that it is a copy of
         seconds: list[float] = []
         with suppress(torch.OutOfMemoryError):
             seconds = rounds({name: make()}, turns, steps, device, now + share)[name].seconds
-        found[name] = Timed(seconds, torch.cuda.max_memory_allocated() // 2**20)
+        found[name] = Timed(seconds, (torch.cuda.max_memory_allocated() - others) // 2**20)
         gc.collect()
         torch.cuda.empty_cache()
     return found
