@@ -40,7 +40,7 @@ from scumble.trainer.sizes import in_words
 from scumble.trainer.state import newest_state
 from scumble.trainer.step import Batch, Look, Objectives
 from scumble.trainer.train import train
-from scumble.trainer.update import HALVED_AFTER, STOPPED_AFTER, Update
+from scumble.trainer.update import HALVED_AFTER, STOPPED_AFTER, Outcome, Update
 
 CPU = torch.device("cpu")
 
@@ -95,11 +95,17 @@ def update_of(
     return update, line, said
 
 
+def taken(update: Update, step: int, batches: Sequence[Sequence[int]]) -> Outcome:
+    update.take(step, batches, 1.0)
+    (outcome,) = update.outcomes()
+    return outcome
+
+
 def test_a_step_that_is_not_finite_is_left_out_and_some_in_a_row_halve_the_rate():
     update, line, said = update_of(broken=range(2, 2 + HALVED_AFTER))
     values = [float(line.weight)]
     for step in range(8):
-        outcome = update.take(step, [[0, 1], [2]], 1.0)
+        outcome = taken(update, step, [[0, 1], [2]])
         assert outcome.broken == ("loss" if step in line.broken else "")
         values.append(float(line.weight))
     assert values[2] == values[3] == values[4] == values[5] and values[5] != values[6]
@@ -125,7 +131,7 @@ def test_a_scaled_loss_gives_the_same_steps_and_an_overflow_is_left_out_and_scal
     plain, line, _ = update_of()
     scaled, other, said = update_of(accelerator=Halved(1024.0))
     for step in range(4):  # gradients above 1, so clipping counts
-        outcomes = [update.take(step, [[0, 1], [2]], 1.0) for update in (plain, scaled)]
+        outcomes = [taken(update, step, [[0, 1], [2]]) for update in (plain, scaled)]
         assert outcomes[0] == outcomes[1]
         torch.testing.assert_close(other.weight, line.weight, rtol=1e-6, atol=0)
     again, third, _ = update_of(accelerator=Halved(1.0))
@@ -133,30 +139,30 @@ def test_a_scaled_loss_gives_the_same_steps_and_an_overflow_is_left_out_and_scal
     assert again.optimizer_state()["scaler"] == scaled.optimizer_state()["scaler"]
     large, fourth, said = update_of(accelerator=Halved(3e38))
     before = float(fourth.weight)
-    assert large.take(0, [[0, 1], [2]], 1.0).broken == "" and float(fourth.weight) == before
+    assert taken(large, 0, [[0, 1], [2]]).broken == "" and float(fourth.weight) == before
     assert large.optimizer_state()["scaler"]["scale"] == pytest.approx(1.5e38) and said == []
     for update, weight in ((scaled, other.weight), (again, third.weight)):
-        update.take(4, [[0, 1], [2]], 1.0)
+        taken(update, 4, [[0, 1], [2]])
         assert float(weight) == float(other.weight)
 
 
 def test_a_run_whose_steps_stay_broken_stops():
     update, _, _ = update_of(broken=range(100))
-    taken = 0
+    steps = 0
     while not update.is_hopeless:
-        update.take(taken, [[0]], 1.0)
-        taken += 1
-    assert taken == STOPPED_AFTER
+        taken(update, steps, [[0]])
+        steps += 1
+    assert steps == STOPPED_AFTER
 
 
 @pytest.mark.parametrize("fits", [4, 3, 2, 1])
 def test_a_step_that_does_not_fit_is_cut_and_its_gradient_stays(fits: int):
     whole, line, _ = update_of()
-    whole.take(0, [[0, 1, 2, 3], [4, 5]], 1.0)
+    taken(whole, 0, [[0, 1, 2, 3], [4, 5]])
     cut, other, said = update_of(fits=fits)
     recomputed = []
     cut.recompute = [lambda: recomputed.append(1)]
-    outcome = cut.take(0, [[0, 1, 2, 3], [4, 5]], 1.0)
+    outcome = taken(cut, 0, [[0, 1, 2, 3], [4, 5]])
     torch.testing.assert_close(other.weight.detach(), line.weight.detach(), rtol=1e-6, atol=0)
     assert not outcome.broken and recomputed == ([1] if fits < 4 else [])
     assert [line for line in said if "effective batch stays" in line] if fits < 4 else said == []

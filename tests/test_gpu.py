@@ -17,6 +17,7 @@ from scumble.trainer.captured import CudaGraphs
 from scumble.trainer.models import load, recognise
 from scumble.trainer.painting import SAMPLERS, paint
 from scumble.trainer.prompts import Shot
+from scumble.trainer.update import Update
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,6 +73,33 @@ def test_captured_passes_have_the_losses_of_run_ones(
     monkeypatch.setattr(recipe, "capture_for", lambda *given: None)
     run = ran(tmp_path / "run", **tables)
     assert captured.losses == pytest.approx(run.losses, rel=1e-4 if precision == "fp32" else 1e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_card_that_is_a_step_ahead_trains_as_one_that_is_waited_for(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ahead: list[int] = []
+    take = Update.take
+    monkeypatch.setattr(Update, "take", lambda self, *given: ahead.append(self.ahead) or take(self, *given))
+    machine = {"device": "cuda", "precision": precision}
+    tables: Any = {"machine": machine, "optimization": {"steps": 20, "ema": 0.9}, "output": {"preview_every": 10}}
+    first = ran(tmp_path / "ahead", **tables)
+    assert ahead == [1] * 20
+    monkeypatch.setattr(Update, "ahead", property(lambda self: 0, lambda self, number: None), raising=False)
+    waited = ran(tmp_path / "waited", **tables)
+    assert ahead[20:] == [0] * 20
+    assert [event["step"] for event in first.of("step")] == list(range(1, 21))
+    assert first.losses == pytest.approx(waited.losses, rel=1e-4 if precision == "fp32" else 1e-2)
+
+
+def test_a_step_that_the_card_finds_not_finite_is_left_out(tmp_path: Path):
+    wanted = {"steps": 60, "rate": 100.0, "text_rate": 100.0, "schedule": "constant", "warm_up": 0.0, "clip": 0.0}
+    output = {"preview_every": 0, "save_every": 1}
+    with pytest.raises(Refused, match=r"until step \d+ is in .*clay\.safetensors"):
+        ran(tmp_path, machine={"device": "cuda", "precision": "fp32"}, optimization=wanted, output=output)
+    tensors, _ = read_tensors(tmp_path / "runs/clay/clay.safetensors")
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 def test_compiled_blocks_train_as_the_others_do(tmp_path: Path):

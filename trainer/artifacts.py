@@ -12,7 +12,7 @@ from .export import Progress, export, metadata_of
 from .job import Job
 from .keeping import surplus
 from .lora import Trained
-from .machine import DTYPES
+from .machine import DTYPES, memory_mb
 from .memory import TooLarge, unless_too_large
 from .models import Base
 from .preview import Gallery, write_picture
@@ -20,7 +20,7 @@ from .report import loss_curve
 from .run_folder import RunFolder
 from .sizes import in_words
 from .state import State, save_state
-from .update import Update
+from .update import Outcome, Update
 from .validation import Validation
 
 
@@ -59,6 +59,24 @@ class Artifacts:
             self.preview(step)
         if not step:
             self.validate(step)
+
+    def tell(self, outcome: Outcome, seconds: float) -> None:
+        """A step that took so long."""
+        done = outcome.step + 1
+        self.trained_s += seconds
+        if not outcome.broken:
+            self.losses.append(outcome.loss)
+        self.events.emit(
+            "step", step=done, epoch=self.epoch(done), loss=None if outcome.broken else outcome.loss,
+            num_steps=self.job.plan.num_steps, rate=outcome.rate, memory_mb=memory_mb(self.job.accelerator.device),
+            steps_per_s=round((done - self.state.step) / self.trained_s, 3),
+        )  # fmt: skip
+        self.run.beat(done, self.job.plan.num_steps)
+
+    def is_due(self, step: int) -> bool:
+        """Whether `after` has something to do that nobody asked for."""
+        every = self.job.plan.save_every, self.job.plan.preview_every
+        return step == self.job.plan.num_steps or any(number and step % number == 0 for number in every)
 
     def after(self, step: int, asked: Collection[str], is_whole: bool) -> None:
         """What is due after a step, or asked for; nothing is saved after one that was not whole."""

@@ -123,6 +123,24 @@ def wait_for(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+class Coming:
+    """Numbers on their way from a device. `values` waits for them, but not for what was queued after them."""
+
+    def __init__(self, numbers: torch.Tensor):
+        self.numbers, self.arrived = numbers, None
+        if numbers.is_cuda:
+            self.numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self.numbers.copy_(numbers, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record(torch.cuda.current_stream(numbers.device))
+
+    def values(self) -> list[float]:
+        """The numbers (n,)."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return self.numbers.tolist()
+
+
 def set_seed(seed: int, device: torch.device) -> None:
     """Of chance on the CPU and on the device; torch.manual_seed asks after every kind of device, for 1 ms a call."""
     torch.default_generator.manual_seed(seed)

@@ -104,6 +104,14 @@ class RunFolder:
             self.check_owner()
             write_json(self.path / HEARTBEAT, {"t": time.time(), "step": step, "num_steps": num_steps})
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether there are requests."""
+        try:
+            return any(path.name in KINDS_OF_REQUEST for path in (self.path / REQUESTS).iterdir())
+        except OSError:
+            return False
+
     def requests(self) -> set[str]:
         """What was asked since the last time, each once."""
         found = set()

@@ -24,7 +24,7 @@ from .job import Job, announce, look
 from .kernels import choose_kernels
 from .latents import encode_set
 from .lora import ADAPTER, Trained, attach, component_of, num_parameters, recompute_activations
-from .machine import Interrupts, device_may_fail, memory_mb
+from .machine import Interrupts, device_may_fail
 from .memory import TooLarge, unless_too_large
 from .models import Base, load_waiting, place_unet, resting_place, take_fewer_bits
 from .optimizers import grouped, make_optimizer
@@ -210,44 +210,48 @@ def looks_of_run(job: Job) -> Iterator[Look]:
 
 
 def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Interrupts, events: Events) -> Result:
-    """The loop, from the state's step to the last: one update a step; previews and files on the way."""
+    """The loop, from the state's step to the last: one update a step; previews and files on the way.
+
+    A CUDA device may be a step ahead of what is told, but not where it pauses for something else.
+    """
     plan, wanted, seed, update = job.plan, job.options.optimization, job.options.output.seed, ready.update
     artifacts = Artifacts(job, ready.base, ready.trained, update, ready.validation, state, run, events)
-    pace, device, trouble = Pace(job.accelerator.device), job.accelerator.device, ""
-    done = proven = state.step
+    pace, trouble = Pace(job.accelerator.device), ""
+    done, proven, is_whole = state.step, state.step, True
     interrupts.careful = True
     if done:
         events.emit("resumed", step=done, text=f"  goes on after step {done}")
     artifacts.before(done)
+    clock = time.monotonic()
     steps = steps_of(plan.num_steps + 1, job.buckets, job.repeats, plan.batch, wanted.accumulate, seed)
-    for (step, epoch, batches), (_, _, after) in pairwise(steps):
+    for (step, _, batches), (_, _, after) in pairwise(steps):
         if step < done:
             continue
-        clock = time.monotonic()
         share = rate_share(wanted.schedule, step, plan.num_steps, wanted.warm_up, wanted.restarts)
-        outcome = update.take(step, batches, share, after[0])
-        if outcome.broken and update.is_hopeless:
-            trouble = f"step {step + 1}: the {outcome.broken} is not finite, as in the {STOPPED_AFTER - 1} steps before"
-            trouble += "; try a lower --rate, or --precision fp32"
+        update.take(step, batches, share, after[0])
+        pauses = artifacts.is_due(step + 1) or run.is_asked or bool(interrupts)
+        for outcome in update.outcomes(of_all=pauses):
+            if outcome.broken and update.is_hopeless:
+                trouble = f"step {outcome.step + 1}: the {outcome.broken} is not finite, as in the {STOPPED_AFTER - 1} "
+                trouble += "steps before; try a lower --rate, or --precision fp32"
+                break
+            done, is_whole = outcome.step + 1, not outcome.broken
+            if is_whole:
+                proven = outcome.step  # its loss was that of the weights after so many steps
+            seconds, clock = time.monotonic() - clock, time.monotonic()
+            artifacts.tell(outcome, seconds)
+            if slow := pace.add(seconds):
+                events.emit("note", text=f"  {slow}")
+        if trouble:
             break
-        if not outcome.broken:
-            artifacts.losses.append(outcome.loss)
-            proven = step  # its loss was that of the weights after so many steps
-        done, seconds = step + 1, time.monotonic() - clock
-        artifacts.trained_s += seconds
-        events.emit(
-            "step", step=done, epoch=epoch + 1, loss=None if outcome.broken else outcome.loss, num_steps=plan.num_steps,
-            rate=update.optimizer.param_groups[0]["lr"], memory_mb=memory_mb(device),
-            steps_per_s=round((done - state.step) / artifacts.trained_s, 3),
-        )  # fmt: skip
-        run.beat(done, plan.num_steps)
-        if slow := pace.add(seconds):
-            events.emit("note", text=f"  {slow}")
+        if update.taken:
+            continue
         asked = run.requests()
-        artifacts.after(done, asked, is_whole=not outcome.broken)
+        artifacts.after(done, asked, is_whole)
         if interrupts or "stop" in asked:
             run.stopped(interrupts.code or STOPPED, f"stopped {f'by {interrupts.by}' if interrupts else 'as asked'}")
             break
+        clock = time.monotonic()
     if trouble and (good := newest_state(run.path, lambda line: None, before=proven + 1)):
         update.restore(good.tensors, good.optimizer)
         done, artifacts.losses = good.state.step, good.state.losses

@@ -2,10 +2,13 @@
 
 What goes wrong here is met here: a step whose numbers are not finite is left out (after some in a row the rate is
 halved), and one that does not fit into memory is tried again with less at once, at the same effective batch.
+
+A CUDA device decides by itself whether it applies a step, so that the next is queued before its numbers are read.
 """
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +19,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .flat import Flat
-from .machine import set_seed
+from .machine import Coming, set_seed
 from .memory import TooLarge, unless_too_large
 from .optimizers import set_rate
 from .passes import Passes
@@ -29,8 +32,11 @@ CLIP_EPSILON = 1e-6  # torch's: norms just below the limit are scaled, too
 
 @dataclass(frozen=True)
 class Outcome:
-    """Mean weighted loss of a step; `broken` names what of it is not finite (then nothing was applied), else ""."""
+    """A step's rate (of the first group) and mean weighted loss; `broken` names what of it is not finite (then nothing
+    was applied), else ""."""
 
+    step: int
+    rate: float
     loss: float
     broken: str = ""
 
@@ -71,34 +77,40 @@ class Update:
         self.quantize: Callable[[], int] | None = None
         self.rate_factor, self.broken_in_a_row, self.micro_batch, self.is_compiled = 1.0, 0, 0, False
         self.recomputed = 0  # steps of `recompute` that are taken
+        # torch's mark of optimisers that look themselves whether a step is finite; in fp16 accelerate waits for it
+        looks_itself = getattr(optimizer, "_step_supports_amp_scaling", False) and accelerator.scaler is None
+        self.ahead = 1 if looks_itself and accelerator.device.type == "cuda" else 0
+        self.taken: deque[tuple[int, float, Coming]] = deque()
 
-    def take(
-        self, step: int, batches: Sequence[Sequence[int]], rate_share: float, after: Sequence[int] = ()
-    ) -> Outcome:
+    def take(self, step: int, batches: Sequence[Sequence[int]], rate_share: float, after: Sequence[int] = ()) -> None:
         """Optimiser step `step` (from 0) over batches of example indices, at a share of the peak rates.
 
-        `after`, the first batch of the next step, is made ready while a CUDA device computes this one.
+        `after`, the first batch of the next step, is made ready while a CUDA device that is waited for computes.
         Raises `Refused` (75) where it does not fit into memory, however it is cut.
         """
         set_rate(self.optimizer, rate_share * self.rate_factor)
         total = self._fitting_gradients(step, batches)
-        if after and total.is_cuda:
-            self.passes.prepare(looks_of(step + 1, after)[: self.micro_batch or len(after)])
-        loss = float(total)
-        broken = "" if math.isfinite(loss) else "loss"
-        if not broken:
-            is_finite = math.isfinite(self._clipped())
-            if not is_finite and self.accelerator.scaler is None:  # fp16's leaves such a step out itself
-                broken = "gradient"
-        if broken:
-            self._leave_out(step, broken)
+        if self.ahead:
+            numbers = self._apply_unseen(total)
         else:
-            self.broken_in_a_row = 0
-            self.optimizer.step()
-            for mean, values in zip(self.average, self.flat.groups, strict=False):
-                mean.lerp_(values.detach(), 1 - self.ema)
+            if after and total.is_cuda:
+                self.passes.prepare(looks_of(step + 1, after)[: self.micro_batch or len(after)])
+            numbers = self._apply(total)
         self.flat.zero_grad()
-        return Outcome(loss, broken)
+        self.taken.append((step, self.optimizer.param_groups[0]["lr"], Coming(numbers)))
+
+    def outcomes(self, of_all: bool = True) -> Iterator[Outcome]:
+        """What came of the steps taken, each told once, in order; but for the last `ahead`, of which a device may still
+        be busy with one, unless `of_all` is asked for."""
+        while len(self.taken) > (0 if of_all else self.ahead):
+            step, rate, numbers = self.taken.popleft()
+            loss, norm = numbers.values()
+            broken = self._broken(loss, norm)
+            if broken:
+                self._leave_out(step, broken)
+            else:
+                self.broken_in_a_row = 0
+            yield Outcome(step, rate, loss, broken)
 
     @property
     def is_hopeless(self) -> bool:
@@ -182,13 +194,44 @@ class Update:
             for values, value in zip(groups, live, strict=False):
                 values.data.copy_(value)
 
+    def _apply(self, total: torch.Tensor) -> torch.Tensor:
+        """Apply the gradients where their loss and norm are finite; both, which are waited for, (2,)."""
+        loss, norm = float(total), 0.0
+        if math.isfinite(loss):
+            norm = self._clipped()
+        if not self._broken(loss, norm):
+            self.optimizer.step()
+            for mean, values in zip(self.average, self.flat.groups, strict=False):
+                mean.lerp_(values.detach(), 1 - self.ema)
+        return torch.tensor([loss, norm])
+
+    def _apply_unseen(self, total: torch.Tensor) -> torch.Tensor:
+        """The same, but the device looks: nothing is waited for. The optimiser is told as `GradScaler` tells it."""
+        norm = get_total_norm(self.flat.gradients)
+        if self.clip:
+            clip_grads_with_norm_(self.flat.groups, self.clip, norm)
+        numbers = torch.stack([total, norm])
+        is_finite = numbers.isfinite().all().float()
+        own: Any = self.optimizer.optimizer
+        own.found_inf = 1 - is_finite
+        self.optimizer.step()
+        del own.found_inf
+        for mean, values in zip(self.average, self.flat.groups, strict=False):
+            mean.lerp_(values.detach(), is_finite * (1 - self.ema))
+        return numbers
+
+    def _broken(self, loss: float, norm: float) -> str:
+        if not math.isfinite(loss):
+            return "loss"
+        return "gradient" if not math.isfinite(norm) and self.accelerator.scaler is None else ""  # fp16's leaves it out
+
     def _clipped(self) -> float:
         """The norm of all gradients, which are scaled down to the limit where it is above (Pascanu et al. 2013).
 
         As torch's `clip_grad_norm_`, but for its product with 1 where it is not. In fp16 they are unscaled before.
         """
         self.accelerator.unscale_gradients()
-        norm = get_total_norm([group.grad for group in self.flat.groups if group.grad is not None])
+        norm = get_total_norm(self.flat.gradients)
         found = float(norm)
         if self.clip and found + CLIP_EPSILON > self.clip:
             clip_grads_with_norm_(self.flat.groups, self.clip, norm)

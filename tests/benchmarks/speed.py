@@ -63,8 +63,9 @@ TECHNIQUES = {
     "flat": "an update of each tensor",
     "kernels": "stock kernels",
     "captured": "passes not captured",
+    "ahead": "the loss read before the next step",
 }
-ONLY_ON_CPU = {"packing"}
+ONLY_ON = {"packing": "cpu", "ahead": "cuda"}
 RECOMPUTED = {"some recomputed": True, "all recomputed": False}
 PHASES = {
     "plan": "start: Python, torch, diffusers, transformers, peft; read the pictures",
@@ -76,7 +77,7 @@ PHASES = {
     "saved": "adapters: written, read back, compared; states",
     "done": "adapters: written, read back, compared; states",
 }
-Step = Callable[[int], float]
+Step = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,14 @@ class Bench:
         )
         optimizer = make_optimizer("adamw", groups, 0.01, None if without == "flat" else flat)
         update = Update(accelerator, passes, named, flat, optimizer, 1.0, 0.0, print, looks_per_step=self.batch)
-        return lambda step: update.take(step, [self.chosen(step)], 1.0, self.chosen(step + 1)).loss
+        if without == "ahead":
+            update.ahead = 0
+
+        def step(number: int) -> None:
+            update.take(number, [self.chosen(number)], 1.0, self.chosen(number + 1))
+            list(update.outcomes(of_all=False))
+
+        return step
 
     def plain(self) -> Step:
         """One optimiser step as the public examples have it, with latents and text cached."""
@@ -184,7 +192,7 @@ class Bench:
         side = float(self.layout.side_px)
         numbers = torch.tensor([[side, side, 0, 0, side, side]] * self.batch, device=self.device)
 
-        def step(number: int) -> float:
+        def step(number: int) -> None:
             chosen = self.chosen(number)
             mean, std = (torch.stack([one[index][0] for index in chosen]) for one in (self.mean, self.std))
             latents = (mean + std * torch.randn_like(std)) * 0.18
@@ -202,7 +210,7 @@ class Bench:
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            return float(loss.detach())
+            loss.detach().item()  # its progress bar shows it
 
         return step
 
@@ -299,10 +307,9 @@ def compared(
 ) -> dict[str, Timed]:
     """The plain loop, ours, and ours without each of the techniques; on CUDA also with activations recomputed."""
     makers: dict[str, Callable[[], Step]] = {"plain": bench.plain, "ours": bench.ours}
-    makers |= {f"without {name}": lambda name=name: bench.ours(name) for name in techniques}
+    here = [name for name in techniques if ONLY_ON.get(name, bench.device.type) == bench.device.type]
+    makers |= {f"without {name}": lambda name=name: bench.ours(name) for name in here}
     if bench.device.type == "cuda":
-        for name in ONLY_ON_CPU:
-            makers.pop(f"without {name}", None)
         makers |= {name: lambda shallow=shallow: bench.ours("", shallow) for name, shallow in RECOMPUTED.items()}
         return one_by_one(makers, turns, steps, bench.device, until)
     return rounds({name: make() for name, make in makers.items()}, turns, steps, bench.device, until)
