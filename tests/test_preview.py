@@ -51,6 +51,19 @@ def test_a_preview_is_the_picture_that_stock_diffusers_paints(base: Base):
     assert np.abs(pixels(painted) - pixels(expected)).max() <= 1
 
 
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_a_base_in_fp16_paints_with_its_vae_in_fp32(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    model = Model(base=str(tiny_base(kind, tmp_path)))
+    pictures = {}
+    for dtype in (torch.float32, torch.float16):
+        base = load(model, recognise(model), torch.device("cpu"), dtype)
+        assert base.unet.dtype == dtype and base.vae.dtype == torch.float32
+        (picture,) = paint(base, [Shot("cat", "", 64, 64, 3, 2, 4.0)], "ddim")
+        pictures[dtype] = pixels(picture)
+    assert np.abs(pictures[torch.float16].astype(int) - pictures[torch.float32]).max() <= 8
+    assert "float16" not in capfd.readouterr().err
+
+
 def test_a_shot_gives_the_same_picture_alone_and_among_others_of_any_size(base: Base):
     words = ("cat", "dog", "car", "bus", "owl", "bee", "fox", "pie", "key")
     shots = [replace(SHOT, prompt=f"{word}, flat style", seed=seed) for seed, word in enumerate(words)]

@@ -86,9 +86,9 @@ def load(model: Model, source: Source, device: torch.device, dtype: torch.dtype)
     for module in (pipeline.unet, pipeline.vae, *encoders):
         module.requires_grad_(False).eval()
     num_weights = sum(weight.numel() for module in (pipeline.unet, *encoders) for weight in module.parameters())
-    pipeline.to(device)
+    pipeline.to(device, silence_dtype_warnings=True)  # in fp16 modules may wait on the CPU
     if dtype == torch.float16:
-        pipeline.vae.to(torch.float32)
+        pipeline.vae.float()
     return Base(
         source, pipeline, pipeline.unet, pipeline.vae, encoders, tokenizers, scheduler.alphas_cumprod, num_weights,
         device,

@@ -52,7 +52,7 @@ def paint(
     for module in was_training:
         module.eval()
     try:
-        with _captured_passes(base.unet, capture, say) as captured:
+        with _captured_passes(base.unet, capture, say) as captured, _decoded_in_own_dtype(base.vae):
             for alike in _batches(shots):
                 pictures |= dict(zip(alike, _painted(base, [shots[index] for index in alike], captured), strict=True))
     finally:
@@ -79,7 +79,7 @@ def _captured_passes(unet: Any, capture: Capture | None, say: Callable[[str], No
         told = {name for name, value in others.items() if value is not None} - {"added_cond_kwargs", "return_dict"}
         if told or captured.capture is None or len(sample) > MAX_CAPTURED:
             return forward(sample, timestep, encoder_hidden_states, **others)
-        tensors = {"sample": sample, "timestep": timestep, "hidden": encoder_hidden_states}
+        tensors = {"sample": sample, "timestep": timestep.to(sample.device), "hidden": encoder_hidden_states}
         return (captured(tensors | added).clone(),)
 
     unet.forward = call
@@ -87,6 +87,18 @@ def _captured_passes(unet: Any, capture: Capture | None, say: Callable[[str], No
         yield captured
     finally:
         del unet.forward
+
+
+@contextmanager
+def _decoded_in_own_dtype(vae: Any) -> Generator[None]:
+    """Within the block a VAE takes latents in any dtype: beside a UNet in fp16 it is in fp32, and the pipeline casts
+    nothing."""
+    decode = vae.decode
+    vae.decode = lambda latents, *others, **named: decode(latents.to(vae.dtype), *others, **named)
+    try:
+        yield
+    finally:
+        del vae.decode
 
 
 def _painted(base: Base, shots: Sequence[Shot], captured: Captured) -> list[Image.Image]:
