@@ -19,6 +19,7 @@ from scumble.datasets.cache import Cache, digest_of_file, digest_of_tensors, key
 from scumble.datasets.images import Crop
 from scumble.datasets.tensors import all_cropped
 
+from .machine import sent
 from .memory import TooLarge, unless_too_large
 from .models import Base
 
@@ -57,7 +58,7 @@ class Streamed(Sequence[Sequence[torch.Tensor]]):
     def __getitem__(self, index: int | slice) -> Sequence[torch.Tensor] | Sequence[Sequence[torch.Tensor]]:
         if isinstance(index, slice):
             return [self[one] for one in range(*index.indices(len(self)))]
-        return list(self.read(self.keys[index])[self.slot].to(self.device))
+        return list(sent(self.read(self.keys[index])[self.slot], self.device))
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -1,5 +1,6 @@
 """The machine a run is on: device, precision, memory, and the signal to stop."""
 
+import gc
 import os
 import re
 import signal
@@ -123,6 +124,13 @@ def wait_for(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device; from pinned memory, so that the copy to CUDA is queued like all else and nothing waits for it."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 class Coming:
     """Numbers on their way from a device. `values` waits for them, but not for what was queued after them."""
 
@@ -149,7 +157,8 @@ def set_seed(seed: int, device: torch.device) -> None:
 
 
 def free_unused() -> None:
-    """Give back the memory that torch keeps for later on whatever device there is."""
+    """Give back the memory that torch keeps for later on whatever device there is, and what only cycles hold."""
+    gc.collect()
     torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
@@ -168,9 +177,12 @@ def _peak_of_process_mb() -> int:
 
 @contextmanager
 def device_may_fail(device: torch.device) -> Generator[None]:
-    """Within the block a CUDA device that is lost or hangs stops the run, which can go on: `Refused` (75)."""
+    """Within the block a CUDA device that is lost, hangs or is full stops the run, which can go on: `Refused` (75)."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        full = f"the memory of the {device.type} device is full; close other programs that use it"
+        raise Refused(full, STOPPED) from None
     except RuntimeError as error:
         if not str(error).startswith("CUDA error"):
             raise

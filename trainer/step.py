@@ -16,6 +16,7 @@ from scumble.datasets.tensors import mask_weights
 
 from . import diffusion
 from .latents import Latents
+from .machine import sent
 from .models import Base
 from .parking import at_hand
 from .text import Conditioning, encode, encode_ids, size_numbers, token_ids
@@ -140,10 +141,7 @@ class Objectives:
         return posterior, noise[0], shown[0], timestep
 
     def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
-        """On the device; from pinned memory the copy to CUDA is queued like all else."""
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        return sent(tensor, self.device)
 
     def _crop(self, look: Look) -> int:
         """Which of the picture's crops is seen, drawn apart so that more crops change no other number."""

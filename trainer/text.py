@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from scumble.datasets.images import Crop
 
+from .machine import sent
 from .models import Base
 
 
@@ -23,16 +25,12 @@ class Conditioning:
 
 def token_ids(base: Base, prompts: Sequence[str]) -> list[torch.Tensor]:
     """Ids (B, T) for each text encoder, padded and cut to the tokenizer's window as the pipelines do."""
-    return [
-        tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids.to(encoder.device)
-        for tokenizer, encoder in zip(base.tokenizers, base.text_encoders, strict=True)
-    ]
+    ids: list[torch.Tensor] = []
+    for tokenizer, encoder in zip(base.tokenizers, base.text_encoders, strict=True):
+        window: dict[str, Any] = {"padding": "max_length", "max_length": tokenizer.model_max_length}
+        found = tokenizer(list(prompts), truncation=True, return_tensors="pt", **window).input_ids
+        ids.append(sent(found, encoder.device))
+    return ids
 
 
 def encode(base: Base, prompts: Sequence[str]) -> Conditioning:
