@@ -24,12 +24,13 @@ from test_train import SAMPLES, ran
 from scumble.configs import files
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Previews
+from scumble.trainer import train as recipe
 from scumble.trainer.adapters.files import read_tensors
 from scumble.trainer.events import Event
 from scumble.trainer.flat import Flat
 from scumble.trainer.keeping import check_disk, disk_needed, surplus
 from scumble.trainer.latents import _posteriors
-from scumble.trainer.models import load, recognise
+from scumble.trainer.models import Base, load, recognise
 from scumble.trainer.optimizers import grouped, make_optimizer
 from scumble.trainer.pace import Pace
 from scumble.trainer.painting import paint
@@ -237,6 +238,21 @@ def test_a_device_that_is_lost_stops_the_run_which_can_go_on(tmp_path: Path, mon
     run = tmp_path / "runs/clay"
     kept = newest_state(run, pytest.fail)
     assert error.value.exit_code == 75 and status_of(run).state == "stopped" and kept and kept.state.step == 2
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_card_that_is_full_is_told_in_one_line(dry_run: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(base: Base, *modules: torch.nn.Module) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    monkeypatch.setattr(recipe, "fetch", full)
+    wanted = "the memory of the cpu device is full; close other programs that use it"
+    with pytest.raises(Refused, match=wanted) as error:
+        if dry_run:
+            train(files.resolve(flags={"data": {"images": str(SAMPLES)}}), [], dry_run=True, measured=True)
+        else:
+            ran(tmp_path)
+    assert error.value.exit_code == 75
 
 
 def test_a_step_that_fits_in_no_way_stops_the_run_which_can_go_on():

@@ -1,5 +1,6 @@
 """All that needs a CUDA device, in one command: `pytest -m gpu`. Skipped, with the reason, where there is none."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from scumble.configs.errors import Refused
 from scumble.configs.options import Model
 from scumble.trainer import train as recipe
 from scumble.trainer.adapters.files import read_tensors
-from scumble.trainer.captured import CudaGraphs
+from scumble.trainer.cuda_graphs import CudaGraphs
 from scumble.trainer.models import load, recognise
 from scumble.trainer.painting import SAMPLERS, paint
+from scumble.trainer.preflight import try_out
 from scumble.trainer.prompts import Shot
+from scumble.trainer.step import Batch, Objectives
 from scumble.trainer.update import Update
 
 pytestmark = [
@@ -47,12 +50,21 @@ def test_recomputed_activations_change_nothing(tmp_path: Path):
     assert again == pytest.approx(plain, rel=1e-3)
 
 
-def test_a_pass_that_does_not_fit_recomputes_or_is_refused(tmp_path: Path):
-    _, total = torch.cuda.mem_get_info()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, 512 * 2**20 / total))
+def test_a_pass_that_does_not_fit_recomputes_or_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def little_is_left(*given: Any) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+        _, total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 40 * 2**20) / total)
+        try_out(*given)
+
+    monkeypatch.setattr(recipe, "try_out", little_is_left)
+    tables: Any = {"machine": {"device": "cuda"}, "data": {"resolution": 1024}}
     try:
         with pytest.raises(Refused, match=r"does not fit into the memory of the cuda device: .* lower --batch"):
-            ran(tmp_path, machine={"device": "cuda"}, data={"resolution": 1024}, optimization={"steps": 1, "batch": 16})
+            ran(tmp_path, optimization={"steps": 1, "batch": 16}, **tables)
+        told = (tmp_path / "runs/clay/events.jsonl").read_text()
+        assert "some activations are recomputed" in told and "1 picture at once" in told
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -100,6 +112,63 @@ def test_a_step_that_the_card_finds_not_finite_is_left_out(tmp_path: Path):
         ran(tmp_path, machine={"device": "cuda", "precision": "fp32"}, optimization=wanted, output=output)
     tensors, _ = read_tensors(tmp_path / "runs/clay/clay.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_nothing_waits_for_the_card_in_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    taken: list[int] = []
+    take = Update.take
+
+    def watched(self: Update, *given: Any) -> None:
+        taken.append(given[0])
+        torch.cuda.set_sync_debug_mode("error" if given[0] >= 10 else "default")  # all shapes are captured by then
+        try:
+            take(self, *given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(Update, "take", watched)
+    ran(tmp_path, machine={"device": "cuda"}, optimization={"steps": 20}, output={"preview_every": 0, "save_every": 0})
+    assert taken == list(range(20))
+
+
+def test_a_pass_that_cannot_be_captured_is_run_and_leaves_the_card_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    losses_of = Objectives.losses_of
+
+    def waiting(self: Objectives, batch: Batch) -> torch.Tensor:
+        losses = losses_of(self, batch)
+        losses.sum().item()
+        return losses
+
+    monkeypatch.setattr(Objectives, "losses_of", waiting)
+    before = torch.cuda.current_stream()
+    run = ran(tmp_path, machine={"device": "cuda"}, optimization={"steps": 4}, output={"preview_every": 2})
+    assert "CUDA graphs are off, each kernel is launched by itself" in "".join(one["text"] for one in run.of("note"))
+    assert len(run.losses) == 4 and torch.cuda.current_stream() == before
+    gc.collect()
+    torch.cuda.empty_cache()
+    reserved = torch.cuda.memory_reserved()
+    torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda")
+    torch.cuda.empty_cache()  # which does nothing while torch believes that a capture goes on
+    assert torch.cuda.memory_reserved() == reserved
+
+
+def test_a_second_shape_is_captured_in_the_memory_of_the_first():
+    weight = torch.randn(256, 256, device="cuda")
+
+    def run(rows: int) -> torch.Tensor:
+        return (torch.ones(rows, 256, device="cuda") @ weight).sum()
+
+    capture = CudaGraphs()
+    replays, reserved = [], []
+    for rows in (2**18, 2**17, 2**18 - 5):  # 256 MiB and more each
+        replays.append(capture(lambda rows=rows: run(rows)))
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[2] - reserved[0] < 64 * 2**20
+    for replay, rows in zip(replays, (2**18, 2**17, 2**18 - 5), strict=True):
+        torch.testing.assert_close(replay(), run(rows), rtol=1e-3, atol=1.0)
 
 
 def test_compiled_blocks_train_as_the_others_do(tmp_path: Path):

@@ -1,7 +1,7 @@
 """What a run leaves in its folder: previews, adapters with their states, how the loss went, and the result."""
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -12,8 +12,8 @@ from .export import Progress, export, metadata_of
 from .job import Job
 from .keeping import surplus
 from .lora import Trained
-from .machine import DTYPES, memory_mb
-from .memory import TooLarge, unless_too_large
+from .machine import DTYPES, free_unused, memory_mb
+from .memory import Found, TooLarge, unless_too_large
 from .models import Base
 from .preview import Gallery, write_picture
 from .report import loss_curve
@@ -104,19 +104,38 @@ class Artifacts:
         label = f"epoch {epoch}" if step == epoch * self.job.plan.steps_per_epoch else f"step {step}"
         try:
             with self.update.finished_weights():
-                self.gallery.add(label if step else "before", epoch, step)
+                self._in_room(lambda: self.gallery.add(label if step else "before", epoch, step))
         except TooLarge as error:
             self.events.emit("note", text=f"  {error}; this row is left out")
         self.preview_s.append(time.monotonic() - began)
+
+    def _in_room(self, compute: Callable[[], Found]) -> Found:
+        """What `compute` gives; where it does not fit into memory, once more without the captured passes, which keep
+        their own and are captured anew in the next step."""
+        try:
+            return compute()
+        except TooLarge:
+            if not self.update.passes.forget():
+                raise
+        free_unused()
+        return compute()
 
     def validate(self, step: int) -> None:
         """The loss on held-out pictures, where there are some."""
         if self.validation is None or step in self.validated:
             return
-        with self.update.finished_weights():
-            loss = unless_too_large(self.validation.loss)
-        if loss is None:
-            self.events.emit("note", text="  the held-out pictures do not fit into memory; they are left out")
+        measure = self.validation.loss
+
+        def measured() -> float:
+            if (loss := unless_too_large(measure)) is None:
+                raise TooLarge("the held-out pictures do not fit into memory", 69)
+            return loss
+
+        try:
+            with self.update.finished_weights():
+                loss = self._in_room(measured)
+        except TooLarge as error:
+            self.events.emit("note", text=f"  {error}; they are left out")
             return
         self.validated[step] = loss
         self.events.emit("validated", step=step, epoch=self.epoch(step), loss=loss, text=told_loss(self.validated))

@@ -9,12 +9,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .cuda_graphs import CudaGraphs, Replay
 from .memory import is_out_of_memory
 from .recording import Recordings
 
-WARM_UPS = 2
 Tensors = dict[str, torch.Tensor]
-Replay = Callable[[], torch.Tensor]
 Capture = Callable[[Replay], Replay]
 
 
@@ -55,9 +54,12 @@ class Captured:
             static[name].copy_(tensor, non_blocking=True)
         return replay()
 
-    def forget(self) -> None:
-        """Drop what was captured, since the function is another from now on, or its memory is needed."""
+    def forget(self) -> bool:
+        """Drop what was captured, since the function is another from now on, or its memory is needed; False where
+        there was nothing."""
+        found = bool(self.by_shape)
         self.by_shape.clear()
+        return found
 
     def run_as_it_is(self) -> None:
         """Capture no more."""
@@ -87,28 +89,3 @@ def capture_for(
     if device.type == "cuda":
         return CudaGraphs()
     return Recordings(kept, factors, runs) if device.type == "cpu" else None
-
-
-class CudaGraphs:
-    """Captures on CUDA. All graphs share one pool of memory: none but the last replayed one's result is read."""
-
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, run: Replay) -> Replay:
-        """Run it a few times apart, so that all is initialised, then record it once without running it."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            result = run()
-
-        def replay() -> torch.Tensor:
-            graph.replay()
-            return result
-
-        return replay

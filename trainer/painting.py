@@ -11,7 +11,8 @@ from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncest
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from PIL import Image
 
-from .captured import Capture, Captured, CudaGraphs, Tensors
+from .captured import Capture, Captured, Tensors
+from .cuda_graphs import CudaGraphs
 from .memory import TooLarge, unless_too_large
 from .models import Base
 from .parking import at_hand

@@ -47,9 +47,10 @@ class Passes:
         """Make ready what the next pass needs, while the device is busy with this one."""
         self.prepared = {tuple(looks): self.objectives.batch(looks)}
 
-    def forget(self) -> None:
-        """Drop what was captured, since the pass is another from now on, or its memory is needed."""
-        self.captured.forget()
+    def forget(self) -> bool:
+        """Drop what was captured, since the pass is another from now on, or its memory is needed; False where there was
+        nothing."""
+        return self.captured.forget()
 
     def run_as_they_are(self) -> None:
         """Capture no more."""

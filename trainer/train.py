@@ -17,6 +17,7 @@ from scumble.datasets.order import epoch_batches
 
 from .artifacts import Artifacts
 from .captured import capture_for
+from .cuda_graphs import own_stream
 from .events import Events, Reader, file_reader
 from .flat import Flat
 from .identity import allowed_changes, doubtful_changes, identity_of, refused_changes
@@ -76,13 +77,14 @@ def train(
     pictures. Raises `Refused` for what a person can mend, before anything slow starts.
     """
     job = look(options, goes_on=go_on is not None)
-    folder = go_on or Path(job.options.output.runs) / job.options.output.name
+    folder, device = go_on or Path(job.options.output.runs) / job.options.output.name, job.accelerator.device
     if dry_run:
         events = Events(readers)
         announce(job, events)
         if measured:
-            ready = make_ready(job, events)
-            try_out(job, ready.base, ready.update, folder, events)
+            with device_may_fail(device), own_stream(device):
+                ready = make_ready(job, events)
+                try_out(job, ready.base, ready.update, folder, events)
         return None
     notes: list[str] = []
     identity = identity_of(job.source, job.options, job.examples, job.crops)
@@ -94,7 +96,12 @@ def train(
         notes += changes(kept.state, identity, force)
         notes += told_schedule(kept.state, job.plan, job.options.optimization)
     try:
-        with Interrupts() as interrupts, RunFolder(folder).claim(force) as run, device_may_fail(job.accelerator.device):
+        with (
+            Interrupts() as interrupts,
+            RunFolder(folder).claim(force) as run,
+            device_may_fail(device),
+            own_stream(device),
+        ):
             run.beat(kept.state.step if kept else 0, job.plan.num_steps)
             write_text(folder / OPTIONS, files.dumps(job.options))
             events = Events([*readers, file_reader(folder / EVENTS)])
