@@ -176,10 +176,10 @@ def test_auto_takes_what_costs_least_speed_first_and_a_resumed_run_what_was_take
     said = [event["text"] for event in events if event["kind"] == "note" and "out of memory" in event["text"]]
     assert [line.split("out of memory: ")[1].split(" from here")[0] for line in said] == [
         "some activations are recomputed", "more activations are recomputed", "2 pictures at once",
-        "1 pictures at once", "the base has 8 bits", "the base has 4 bits",
+        "1 picture at once", "the base has 8 bits", "the base has 4 bits",
     ]  # fmt: skip
     text = resumed.of("measured")[0]["text"]
-    assert "activations recomputed, 1 pictures at once, a base of 4 bits: 2 steps in about" in text
+    assert "activations recomputed, 1 picture at once, a base of 4 bits: 2 steps in about" in text
 
 
 @pytest.mark.parametrize("quantize_", ["off", "int8"])

@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
+from scumble.configs.words import counted
 from scumble.datasets.images import Size
 from scumble.datasets.order import epoch_batches
 
@@ -60,7 +61,7 @@ def try_out(
     recomputed = "some activations recomputed" if update.recomputed and update.recompute else "activations recomputed"
     savings = [
         *([recomputed] if checkpointing else []),
-        *([f"{update.micro_batch} pictures at once"] if update.micro_batch else []),
+        *([f"{counted(update.micro_batch, 'picture')} at once"] if update.micro_batch else []),
         *([f"a base of {base.bits} bits"] if base.bits < 16 else []),
     ]
     events.emit(
@@ -86,7 +87,7 @@ def measured_step(job: Job, update: Update, batch: Sequence[int]) -> Measured:
         trials = count()
         return update.need_less(len(batch))
 
-    cure = f"{len(batch)} pictures of {job.buckets[batch[0]]} at once; lower --batch or --resolution"
+    cure = f"{counted(len(batch), 'picture')} of {job.buckets[batch[0]]} at once; lower --batch or --resolution"
     return measure(trial, job.accelerator.device, need_less, cure)
 
 

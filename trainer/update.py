@@ -18,6 +18,8 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from scumble.configs.words import counted
+
 from .flat import Flat
 from .machine import Coming, set_seed
 from .memory import TooLarge, unless_too_large
@@ -214,8 +216,10 @@ class Update:
         is_finite = numbers.isfinite().all().float()
         own: Any = self.optimizer.optimizer
         own.found_inf = 1 - is_finite
-        self.optimizer.step()
-        del own.found_inf
+        try:
+            self.optimizer.step()
+        finally:
+            del own.found_inf
         for mean, values in zip(self.average, self.flat.groups, strict=False):
             mean.lerp_(values.detach(), is_finite * (1 - self.ema))
         return numbers
@@ -258,7 +262,9 @@ class Update:
             self.say(f"out of memory: {which} activations are recomputed from here on (slower, the same result)")
         elif at_once > 1:
             self.micro_batch = -(-at_once // 2)
-            self.say(f"out of memory: {self.micro_batch} pictures at once from here on, the effective batch stays")
+            self.say(
+                f"out of memory: {counted(self.micro_batch, 'picture')} at once from here on, the effective batch stays"
+            )
         elif self.quantize is not None and (bits := self.quantize()):
             self.say(f"out of memory: the base has {bits} bits from here on (slower, a little less exact)")
         else:
