@@ -344,6 +344,22 @@ def test_a_pass_that_cannot_be_captured_is_run_and_the_reason_is_said_once():
                     "capturing"]  # fmt: skip
 
 
+def test_a_pass_that_fails_in_itself_is_captured_all_the_same_once_it_does_not(monkeypatch: pytest.MonkeyPatch):
+    """As where torch.compile fails, which is undone then."""
+    passes, _, _, said = passes_with(recorded)
+    losses_of = Squares.losses_of
+
+    def failing(self: Squares, batch: Batch) -> torch.Tensor:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(Squares, "losses_of", failing)
+    with pytest.raises(RuntimeError, match="no compiler here"):
+        passes([Look(0, 0, 0)], 1.0)
+    monkeypatch.setattr(Squares, "losses_of", losses_of)
+    passes([Look(0, 0, 0)], 1.0)
+    assert len(passes.captured.by_shape) == 1 and said == []
+
+
 def test_what_was_prepared_for_another_pass_is_not_taken():
     passes, squares, _, _ = passes_with(None)
     passes.prepare([Look(9, 0, 0)])

@@ -45,10 +45,12 @@ class Captured:
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
+                self.forget()
+                result = self.run(batch)  # where it is not the capture that fails, this does, too
                 self.run_as_it_is()
                 reason = str(error).splitlines()[0]
                 self.say(f"CUDA graphs are off, each kernel is launched by itself: {reason}")
-                return self.run(batch)
+                return result
         static, replay = self.by_shape[shape]
         for name, tensor in batch.items():
             static[name].copy_(tensor, non_blocking=True)
