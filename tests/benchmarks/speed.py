@@ -41,10 +41,12 @@ from scumble.datasets.folder import Example
 from scumble.datasets.images import Crop, Size
 from scumble.trainer.bases import EMBEDDED, FAMILIES, Source
 from scumble.trainer.captured import capture_for
+from scumble.trainer.cuda_graphs import own_stream
 from scumble.trainer.flat import Flat
 from scumble.trainer.kernels import choose_kernels
 from scumble.trainer.latents import Latents
 from scumble.trainer.lora import ADAPTER, Part, attach, recompute_unet
+from scumble.trainer.memory import TooLarge
 from scumble.trainer.models import BASES, Base
 from scumble.trainer.optimizers import grouped, make_optimizer
 from scumble.trainer.passes import Passes
@@ -140,6 +142,7 @@ class Bench:
     def ours(self, without: str = "", only_shallow: bool | None = None) -> Step:
         """One optimiser step of scumble, `without` one of its techniques; with activations recomputed where
         `only_shallow` is not None, in shallow blocks or in all."""
+        as_torch_has_it()
         unet, size = copy.deepcopy(self.unet), Size(self.layout.side_px, self.layout.side_px)
         source = Source(
             "benchmark", "", False, FAMILIES[self.layout.family], "epsilon", False, size.width, 64, 64,
@@ -177,11 +180,14 @@ class Bench:
         def step(number: int) -> None:
             update.take(number, [self.chosen(number)], 1.0, self.chosen(number + 1))
             list(update.outcomes(of_all=False))
+            if update.micro_batch:
+                raise torch.OutOfMemoryError("smaller passes are another batch size")
 
         return step
 
     def plain(self) -> Step:
         """One optimiser step as the public examples have it, with latents and text cached."""
+        as_torch_has_it()
         unet = copy.deepcopy(self.unet)
         unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
         parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
@@ -236,6 +242,12 @@ def unet_of(layout: Layout, device: torch.device, dtype: torch.dtype) -> UNet2DC
 def accelerator_for(device: torch.device, dtype: torch.dtype) -> Accelerator:
     mixed = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}[dtype]
     return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
+
+
+def as_torch_has_it() -> None:
+    """Whatever another variant chose for the whole process."""
+    torch.backends.cudnn.benchmark = False
+    torch.set_float32_matmul_precision("highest")
 
 
 def processor() -> str:
@@ -294,7 +306,7 @@ def one_by_one(
         torch.cuda.reset_peak_memory_stats()
         others = torch.cuda.memory_allocated()  # the UNet that it is a copy of
         seconds: list[float] = []
-        with suppress(torch.OutOfMemoryError):
+        with suppress(torch.OutOfMemoryError, TooLarge), own_stream(device):
             seconds = rounds({name: make()}, turns, steps, device, now + share)[name].seconds
         found[name] = Timed(seconds, (torch.cuda.max_memory_allocated() - others) // 2**20)
         gc.collect()
