@@ -19,6 +19,7 @@ from scumble.configs.errors import Refused
 from scumble.configs.options import Model
 
 from .bases import BASES, EMBEDDED, FAMILIES, Family, Source, recognise, weights_in
+from .placing import place_together, take_apart
 from .quantize import check_bits, fewer_bits, quantize
 
 __all__ = ["EMBEDDED", "FAMILIES", "PIPELINES", "Base", "Family", "Pipeline", "Source", "load", "load_vae", "recognise"]
@@ -116,12 +117,13 @@ def place_unet(base: Base, model: Model, bits: int) -> UNet2DConditionModel:
         check_bits(bits, base.device.type)
         is_dense, base.bits = base.bits == 16, bits
         in_16 = base.unet if is_dense else load(model, base.source, torch.device("cpu"), base.unet.dtype).unet
+        if base.device.type == "cuda":
+            take_apart(base.unet, resting_place(base.device))  # else those that stay would keep the memory of all
         quantize(base.unet, bits, base.device, in_16)
-    try:
+    if base.device.type != "cuda":
         return base.unet.to(base.device)
-    except torch.OutOfMemoryError:
-        base.unet.to(resting_place(base.device))
-        raise
+    place_together(base.unet, base.device)
+    return base.unet
 
 
 def take_fewer_bits(base: Base, model: Model) -> int:
