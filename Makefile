@@ -24,6 +24,7 @@ test: $(VENV)/.test
 gpu: $(VENV)/.test
 	$(BIN)/pytest -m gpu
 	$(BIN)/python tests/benchmarks/speed.py --device cuda --layouts sd15 sdxl --batches 1 4 8 --minutes 8
+	$(BIN)/python tests/benchmarks/memory.py --device cuda
 
 sketch: $(VENV)/.sketch
 	$(BIN)/python -m scumble.configs.bases.sketch.recipe --work build/sketch --out configs/bases/sketch

@@ -3,13 +3,20 @@
 `python tests/benchmarks/memory.py` counts it without a device, on fake tensors, which have shapes and no numbers: our
 UNet, adapter and products run forward and backward, and the storages alive at once are added up, each in blocks of
 512 bytes as CUDA's allocator has them. Workspaces of libraries, fragmentation and the context of CUDA itself come on
-top, 0.5 to 1 GB together. `python tests/benchmarks/speed.py --device cuda` measures the same. Writes results/memory.md.
+top, 0.5 to 1 GB together. Writes results/memory.md.
+
+`--device cuda` measures the same there, steps captured and optimised as in a run: what torch's allocator gave away, and
+what it took of the card for that. Writes results/memory-cuda.md; on a played card (tests/played_card), where cuDNN has
+no workspaces, results/memory-played.md.
 """
 
 import argparse
+import gc
 import json
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -17,19 +24,21 @@ from unittest.mock import patch
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
-from speed import LAYOUTS, RANK, Layout
+from speed import LAYOUTS, RANK, Bench, Layout
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from scumble.trainer.bases import BASES
+from scumble.trainer.cuda_graphs import own_stream
 from scumble.trainer.flat import Flat
 from scumble.trainer.lora import ADAPTER, ATTENTION, recompute_unet
+from scumble.trainer.placing import place_together
 from scumble.trainer.product import speed_up
 from scumble.trainer.quantize import PACKINGS, quantize
 
-BLOCK = 512
+BLOCK, STEPS = 512, 4
 CPU = torch.device("cpu")
 RECOMPUTED = {"kept": (), "some recomputed": (True,), "all recomputed": (False,)}
 MOMENT_BYTES = {"AdamW": 8, "8-bit AdamW": 2 + 8 / 256}  # of a parameter; 8 bits have a scale for each 256
@@ -121,10 +130,73 @@ def step(layout: Layout, recompute: tuple[bool, ...], bits: int, counts_flops: b
     return Counted(weights, alive.peak, trained, float(counter.get_total_flops()))
 
 
+@dataclass(frozen=True)
+class Measured:
+    """MiB that torch's allocator gave away and took of the card, at most, in some steps."""
+
+    allocated: int
+    reserved: int
+
+
+def measured(layout: Layout, recompute: tuple[bool, ...], bits: int, optimizer: str) -> Measured:
+    """Of a run that has nothing on the card but UNet, adapter and the benchmark's latents."""
+    device = torch.device("cuda")
+    config = json.loads((BASES / layout.config / "unet/config.json").read_text(encoding="utf-8"))
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**{name: value for name, value in config.items() if not name.startswith("_")})
+    torch.set_default_dtype(torch.float32)
+    unet.to_empty(device="cpu").requires_grad_(False)
+    with own_stream(device):
+        if bits < 16:
+            quantize(unet, bits, device, unet)
+        place_together(unet, device)
+        bench = Bench(layout, 1, device, torch.bfloat16, unet)
+        take = bench.ours("", recompute[0] if recompute else None, unet, optimizer)
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        for number in range(STEPS):
+            take(number)
+    return Measured(torch.cuda.max_memory_allocated() // 2**20, torch.cuda.max_memory_reserved() // 2**20)
+
+
+def measure(layouts: Sequence[str]) -> None:
+    """A table of what is measured."""
+    card = torch.cuda.get_device_name()
+    lines = [
+        "# Memory of a training step, measured", "",
+        f"{card}, torch {torch.__version__}. UNet LoRA of rank {RANK}, batch 1, bf16, frozen text encoders and VAE",
+        f"waiting: the most in {STEPS} steps, the first of them captured. Taken is what torch's allocator has of it.",
+        "CUDA's own context comes on top, and on a played card cuDNN's workspaces.", "",
+        "| layout | activations | base, bits | optimiser | given away, MiB | taken, MiB |", "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    has_bitsandbytes = find_spec("bitsandbytes") is not None
+    for name in layouts:
+        for bits, optimizer in ((16, "adamw"), (16, "adamw8bit"), (8, "adamw"), (4, "adamw")):
+            if (bits == 4 or optimizer == "adamw8bit") and not has_bitsandbytes:
+                continue
+            for label, recompute in RECOMPUTED.items():
+                found = measured(LAYOUTS[name], recompute, bits, optimizer)
+                lines.append(
+                    f"| {name}, {LAYOUTS[name].side_px} px | {label} | {bits} | {optimizer} | {found.allocated:,} "
+                    f"| {found.reserved:,} |"
+                )
+                print(lines[-1], flush=True)
+                gc.collect()
+                torch.cuda.empty_cache()
+    file = "memory-played.md" if "played" in card else "memory-cuda.md"
+    (Path(__file__).parent / "results" / file).write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["sd15", "sdxl"])
+    parser.add_argument("--device", choices=["fake", "cuda"], default="fake")
     chosen = parser.parse_args()
+    if chosen.device == "cuda":
+        measure(chosen.layouts)
+        return
     lines = [
         "# Memory of a training step", "",
         f"UNet LoRA of rank {RANK}, batch 1, bf16, frozen text encoders and VAE waiting; counted on fake tensors by",

@@ -5,7 +5,7 @@ cached on both sides: ours, the plain loop's (PEFT's layers under autocast, torc
 examples do it), and ours without each technique. Real layouts have random weights: speed does not depend on them.
 `--whole` adds runs from the command to the finished file, `--demo` where the time of `make demo` goes. `--guard` is a
 short form that fails where the ratio to the plain loop falls by more than a quarter below the one on record. Writes
-results/speed-DEVICE.md and .json.
+results/speed-DEVICE.md and .json; on a played card (tests/played_card) seconds are those of the host alone.
 
 On CUDA, where a variant is timed after the other and with its memory, also with activations recomputed:
 `python tests/benchmarks/speed.py --device cuda --layouts sd15 sdxl --batches 1 4 8 --minutes 8`.
@@ -139,11 +139,17 @@ class Bench:
     def chosen(self, step: int) -> list[int]:
         return [(step * self.batch + slot) % NUM_PICTURES for slot in range(self.batch)]
 
-    def ours(self, without: str = "", only_shallow: bool | None = None) -> Step:
+    def ours(
+        self,
+        without: str = "",
+        only_shallow: bool | None = None,
+        unet: UNet2DConditionModel | None = None,
+        optimizer: str = "adamw",
+    ) -> Step:
         """One optimiser step of scumble, `without` one of its techniques; with activations recomputed where
-        `only_shallow` is not None, in shallow blocks or in all."""
+        `only_shallow` is not None, in shallow blocks or in all. `unet` is taken as it is, else a copy is."""
         as_torch_has_it()
-        unet, size = copy.deepcopy(self.unet), Size(self.layout.side_px, self.layout.side_px)
+        unet, size = unet or copy.deepcopy(self.unet), Size(self.layout.side_px, self.layout.side_px)
         source = Source(
             "benchmark", "", False, FAMILIES[self.layout.family], "epsilon", False, size.width, 64, 64,
             self.layout.latent_px,
@@ -172,8 +178,8 @@ class Bench:
         passes = Passes(
             objectives, flat, accelerator.backward, nullcontext if fast else accelerator.autocast, capture, print
         )
-        optimizer = make_optimizer("adamw", groups, 0.01, None if without == "flat" else flat)
-        update = Update(accelerator, passes, named, flat, optimizer, 1.0, 0.0, print, looks_per_step=self.batch)
+        moves = make_optimizer(optimizer, groups, 0.01, None if without == "flat" else flat)
+        update = Update(accelerator, passes, named, flat, moves, 1.0, 0.0, print, looks_per_step=self.batch)
         if without == "ahead":
             update.ahead = 0
 
@@ -471,10 +477,10 @@ def main() -> None:
     torch.set_num_threads(chosen.threads)
     device = torch.device(chosen.device)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[chosen.precision]
-    record = HERE / "results" / f"speed-{device.type}.json"
+    card = torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {chosen.threads} threads"
+    record = HERE / "results" / f"speed-{'played' if 'played' in card else device.type}.json"
     if chosen.guard:
         raise SystemExit(guard(record, device, dtype, chosen.turns, chosen.steps))
-    card = torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {chosen.threads} threads"
     peak = rate_of_products(device, dtype, 8192 if device.type == "cuda" else 1024)
     lines = [
         "# Speed of a step", "", f"{card}; torch {torch.__version__}; {peak / 1e12:.2f} TFLOP/s in matrix products.",
