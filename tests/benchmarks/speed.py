@@ -333,10 +333,22 @@ def compared(
     return rounds({name: make() for name, make in makers.items()}, turns, steps, bench.device, until)
 
 
+def ratios(times: dict[str, Timed], name: str) -> list[float]:
+    """How many times as long a variant's steps take as ours, in each turn."""
+    return [a / b for a, b in zip(times[name].seconds, times["ours"].seconds, strict=False)]
+
+
 def ratio(times: dict[str, Timed], name: str) -> float:
-    """How many times as long a variant's steps take as ours, the median over the turns."""
-    ratios = [a / b for a, b in zip(times[name].seconds, times["ours"].seconds, strict=False)]
-    return statistics.median(ratios) if ratios else math.nan
+    """The median over the turns."""
+    return statistics.median(ratios(times, name) or [math.nan])
+
+
+def told_ratio(values: Sequence[float]) -> str:
+    """`1.94 × (1.76 to 2.31)`: the median, and the range where there is one; nothing where nothing was timed."""
+    if not values:
+        return ""
+    median, least, most = statistics.median(values), min(values), max(values)
+    return f"{median:.2f} ×" + (f" ({least:.2f} to {most:.2f})" if least < most else "")
 
 
 LAUNCHER = "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--mixed_precision=bf16"
@@ -406,8 +418,7 @@ def whole(turns: int) -> dict[str, Any]:
     return {
         "seconds": {name: statistics.median(one.seconds for one in done) for name, done in runs.items()},
         "of_ours": {
-            name: statistics.median(a.seconds / b.seconds for a, b in zip(runs[name], runs["ours"], strict=True))
-            for name in WHOLE
+            name: [a.seconds / b.seconds for a, b in zip(runs[name], runs["ours"], strict=True)] for name in WHOLE
         },
         "peak_mb": {name: max(one.peak_mb for one in runs[name]) for name in ("ours", "plain")},
         "phases": medians(phases),
@@ -441,7 +452,7 @@ def table(name: str, bench: Bench, times: dict[str, Timed], flops: float, peak: 
     lines = [
         f"## {name}, {bench.layout.side_px} px, batch {bench.batch}, {str(bench.dtype).removeprefix('torch.')}",
         "",
-        "| | steps/s | images/s | share of the matrix rate | time, of ours | peak MB |",
+        "| | steps/s | images/s | share of the matrix rate | time, of ours (range of turns) | peak MB |",
         "|---|---|---|---|---|---|",
     ]
     for key, one in times.items():
@@ -449,7 +460,7 @@ def table(name: str, bench: Bench, times: dict[str, Timed], flops: float, peak: 
         if one.seconds:
             told = (
                 f"| {what.get(key, key)} | {1 / one.median:.3g} | {bench.batch / one.median:.3g} "
-                f"| {flops / one.median / peak:.0%} | {ratio(times, key):.2f} × |"
+                f"| {flops / one.median / peak:.0%} | {told_ratio(ratios(times, key))} |"
             )
         lines.append(f"{told} {one.peak_mb or '-'} |")
     return [*lines, ""]
@@ -518,8 +529,8 @@ def main() -> None:
             "## From the command to the finished file", "",
             f"`clay-style` on `sketch`, 160 steps of 4; medians of {chosen.whole} runs of each, in turn. At most "
             f"{peak_mb['ours']:,} MB of memory, the plain loop {peak_mb['plain']:,} MB.", "",
-            "| | seconds | of ours |", "|---|---|---|", f"| scumble | {seconds['ours']:.1f} | 1.00 × |",
-            *(f"| {what} | {seconds[name]:.1f} | {of_ours[name]:.2f} × |" for name, what in WHOLE.items()), "",
+            "| | seconds | of ours (range) |", "|---|---|---|", f"| scumble | {seconds['ours']:.1f} | 1.00 × |",
+            *(f"| {what} | {seconds[name]:.1f} | {told_ratio(of_ours[name])} |" for name, what in WHOLE.items()), "",
             "Where ours go:",
             "", "| phase | seconds |", "|---|---|",
             *(f"| {name} | {spent:.2f} |" for name, spent in found["whole"]["phases"].items()), "",
