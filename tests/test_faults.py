@@ -19,6 +19,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from faults.disks import MOUNTED, ORDINARY, Disk
 from faults.kills import survive
+from test_product import recorded
 from test_train import SAMPLES, ran
 
 from scumble.configs import files
@@ -168,6 +169,27 @@ def test_a_step_that_does_not_fit_is_cut_and_its_gradient_stays(fits: int):
     assert not outcome.broken and recomputed == ([1] if fits < 4 else [])
     assert [line for line in said if "effective batch stays" in line] if fits < 4 else said == []
     assert cut.micro_batch == {4: 0, 3: 2, 2: 2, 1: 1}[fits]
+
+
+def test_where_memory_lacks_captured_passes_are_given_up_before_anything_else(monkeypatch: pytest.MonkeyPatch):
+    update, line, said = update_of()
+    update.recompute = [lambda: pytest.fail("nothing needs to be recomputed")]
+    update.passes.captured.capture = recorded
+    taken(update, 0, [[0, 1]])
+    losses_of, times = line.losses_of, []
+
+    def once(batch: Batch) -> torch.Tensor:
+        times.append(len(batch["x"]))
+        if len(times) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses_of(batch)
+
+    monkeypatch.setattr(line, "losses_of", once)
+    assert taken(update, 1, [[0, 1, 2]]).broken == "" and set(times) == {3} and said == []
+    line.fits, update.recompute = 0, []
+    monkeypatch.setattr(line, "losses_of", losses_of)
+    with pytest.raises(Refused, match="step 3 does not fit"):
+        taken(update, 2, [[0]])
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, owner: Any, method: str, most: int) -> list[int]:

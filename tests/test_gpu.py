@@ -15,7 +15,7 @@ from scumble.configs.options import Model
 from scumble.trainer import train as recipe
 from scumble.trainer.adapters.files import read_tensors
 from scumble.trainer.cuda_graphs import CudaGraphs
-from scumble.trainer.models import load, recognise
+from scumble.trainer.models import Base, load, place_unet, recognise
 from scumble.trainer.painting import SAMPLERS, paint
 from scumble.trainer.preflight import try_out
 from scumble.trainer.prompts import Shot
@@ -143,7 +143,10 @@ def test_a_pass_that_cannot_be_captured_is_run_and_leaves_the_card_as_it_was(
 
     monkeypatch.setattr(Objectives, "losses_of", waiting)
     before = torch.cuda.current_stream()
-    run = ran(tmp_path, machine={"device": "cuda"}, optimization={"steps": 4}, output={"preview_every": 2})
+    run = ran(
+        tmp_path, machine={"device": "cuda"}, network={"dropout": 0.1}, optimization={"steps": 4},
+        output={"preview_every": 2},
+    )  # fmt: skip
     assert "CUDA graphs are off, each kernel is launched by itself" in "".join(one["text"] for one in run.of("note"))
     assert len(run.losses) == 4 and torch.cuda.current_stream() == before
     gc.collect()
@@ -169,6 +172,22 @@ def test_a_second_shape_is_captured_in_the_memory_of_the_first():
     assert reserved[2] - reserved[0] < 64 * 2**20
     for replay, rows in zip(replays, (2**18, 2**17, 2**18 - 5), strict=True):
         torch.testing.assert_close(replay(), run(rows), rtol=1e-3, atol=1.0)
+
+
+def test_fewer_bits_take_less_of_the_card():
+    layers = [torch.nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16) for _ in range(64)]
+    unet: Any = torch.nn.ModuleDict({"block": torch.nn.ModuleDict({"attentions": torch.nn.ModuleList(layers)})})
+    nothing: Any = None
+    device = torch.device("cuda")
+    base = Base(nothing, nothing, unet.requires_grad_(False), nothing, [], [], nothing, 0, device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before, taken = torch.cuda.memory_reserved(), []
+    for bits in (16, 8):
+        place_unet(base, Model(), bits)
+        torch.cuda.empty_cache()
+        taken.append(torch.cuda.memory_reserved() - before)
+    assert 128 * 2**20 <= taken[0] < 140 * 2**20 and taken[1] < 80 * 2**20
 
 
 def test_compiled_blocks_train_as_the_others_do(tmp_path: Path):

@@ -46,6 +46,7 @@ class Artifacts:
         self.gallery.restore(state.rows)
         self.preview_s: list[float] = []
         self.trained_s = 0.0
+        self.never_fits: set[str] = set()
 
     @property
     def path(self) -> Path:
@@ -104,21 +105,25 @@ class Artifacts:
         label = f"epoch {epoch}" if step == epoch * self.job.plan.steps_per_epoch else f"step {step}"
         try:
             with self.update.finished_weights():
-                self._in_room(lambda: self.gallery.add(label if step else "before", epoch, step))
+                self._in_room("preview", lambda: self.gallery.add(label if step else "before", epoch, step))
         except TooLarge as error:
             self.events.emit("note", text=f"  {error}; this row is left out")
         self.preview_s.append(time.monotonic() - began)
 
-    def _in_room(self, compute: Callable[[], Found]) -> Found:
+    def _in_room(self, what: str, compute: Callable[[], Found]) -> Found:
         """What `compute` gives; where it does not fit into memory, once more without the captured passes, which keep
-        their own and are captured anew in the next step."""
+        their own and are captured anew in the next step. Where that does not help, it is not tried again."""
         try:
             return compute()
         except TooLarge:
-            if not self.update.passes.forget():
+            if what in self.never_fits or not self.update.passes.forget():
                 raise
         free_unused()
-        return compute()
+        try:
+            return compute()
+        except TooLarge:
+            self.never_fits.add(what)
+            raise
 
     def validate(self, step: int) -> None:
         """The loss on held-out pictures, where there are some."""
@@ -133,7 +138,7 @@ class Artifacts:
 
         try:
             with self.update.finished_weights():
-                loss = self._in_room(measured)
+                loss = self._in_room("validation", measured)
         except TooLarge as error:
             self.events.emit("note", text=f"  {error}; they are left out")
             return

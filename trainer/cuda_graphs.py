@@ -8,6 +8,8 @@ from weakref import WeakSet
 
 import torch
 
+from .machine import free_unused
+
 WARM_UPS = 2
 Pool = Any  # what torch.cuda.graph_pool_handle gives
 Replay = Callable[[], torch.Tensor]
@@ -22,17 +24,14 @@ class CudaGraphs:
     def __call__(self, run: Replay) -> Replay:
         """Run it a few times apart, so that all is initialised, then record it once without running it.
 
-        Where there are graphs already, it is run in their memory, which nothing else can use. A pool whose graphs are
-        all gone is not taken again: torch refuses that while something in it is alive.
+        A pool whose graphs are all gone is not taken again: torch refuses that while something in it is alive.
         """
         stream, here, graph = side_stream(), torch.cuda.current_stream(), torch.cuda.CUDAGraph()
         pool = next((one.pool() for one in self.graphs), None)
         stream.wait_stream(here)
         try:
             with torch.cuda.stream(stream):
-                with memory_of(pool):
-                    for _ in range(WARM_UPS):
-                        run()
+                warm_up(run, pool)
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
                 result = captured(graph, pool or torch.cuda.graph_pool_handle(), run)
@@ -53,6 +52,28 @@ def side_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
+def warm_up(run: Replay, pool: Pool | None) -> None:
+    """Run it a few times; in the memory of graphs that are there, which nothing else can use, where other is lacking.
+
+    There cuDNN does not search for the fastest convolutions: the memory that it tries out would stay with the graphs.
+    """
+    try:
+        for _ in range(WARM_UPS):
+            run()
+        return
+    except torch.OutOfMemoryError:
+        if pool is None:
+            raise
+    free_unused()
+    searches, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        with memory_of(pool):
+            for _ in range(WARM_UPS):
+                run()
+    finally:
+        torch.backends.cudnn.benchmark = searches
+
+
 @contextmanager
 def own_stream(device: torch.device) -> Generator[None]:
     """Within the block a CUDA device computes all on the stream where passes are captured: one workspace of cuBLAS, and
@@ -70,14 +91,11 @@ def own_stream(device: torch.device) -> Generator[None]:
 
 
 @contextmanager
-def memory_of(pool: Pool | None) -> Generator[None]:
-    """Within the block what the current stream needs comes from a pool of graphs, where one is given.
+def memory_of(pool: Pool) -> Generator[None]:
+    """Within the block what the current stream needs comes from a pool of graphs.
 
     As torch's own cudagraph_trees have it; `torch.cuda.use_mem_pool` knows nothing of the thread of backward passes.
     """
-    if pool is None:
-        yield
-        return
     device = torch.cuda.current_device()
     torch._C._cuda_beginAllocateCurrentStreamToPool(device, pool)
     try:
@@ -95,9 +113,13 @@ def captured(graph: torch.cuda.CUDAGraph, pool: Pool, run: Replay) -> torch.Tens
         result = run()
         graph.capture_end()
     except BaseException:
-        with suppress(RuntimeError):
+        try:
             graph.capture_end()
-        with suppress(RuntimeError):  # which the end of a capture that CUDA gave up does not come to
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        except RuntimeError:  # CUDA has given the capture up; memory and chance of torch 2.11 believe that it goes on
+            device = torch.cuda.current_device()
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(device, pool)
+            generator = torch.cuda.default_generators[device]
+            generator.graphsafe_set_state(generator.clone_state())
         raise
     return result

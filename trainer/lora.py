@@ -163,7 +163,7 @@ def recompute_unet(unet: UNet2DConditionModel, only_shallow: bool = False) -> No
 
 
 def _how_to_checkpoint(component: torch.nn.Module) -> dict[str, Any]:
-    """Random states are kept only where something is dropped at random: reading them cannot be captured on CUDA."""
+    """Random states are kept only where something is dropped at random: older torch cannot capture reading them."""
     drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in component.modules())
     return {"use_reentrant": False, "preserve_rng_state": drops}
 

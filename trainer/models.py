@@ -19,6 +19,7 @@ from scumble.configs.errors import Refused
 from scumble.configs.options import Model
 
 from .bases import BASES, EMBEDDED, FAMILIES, Family, Source, recognise, weights_in
+from .machine import free_unused
 from .placing import place_together, take_apart
 from .quantize import check_bits, fewer_bits, quantize
 
@@ -119,6 +120,7 @@ def place_unet(base: Base, model: Model, bits: int) -> UNet2DConditionModel:
         in_16 = base.unet if is_dense else load(model, base.source, torch.device("cpu"), base.unet.dtype).unet
         if base.device.type == "cuda":
             take_apart(base.unet, resting_place(base.device))  # else those that stay would keep the memory of all
+            free_unused()  # else the first of the new ones would
         quantize(base.unet, bits, base.device, in_16)
     if base.device.type != "cuda":
         return base.unet.to(base.device)

@@ -21,7 +21,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from scumble.configs.words import counted
 
 from .flat import Flat
-from .machine import Coming, set_seed
+from .machine import Coming, free_unused, set_seed
 from .memory import TooLarge, unless_too_large
 from .optimizers import set_rate
 from .passes import Passes
@@ -242,9 +242,13 @@ class Update:
         return found
 
     def _fitting_gradients(self, step: int, batches: Sequence[Sequence[int]]) -> torch.Tensor:
+        gave_room = False
         while (loss := unless_too_large(lambda: self.gradients(step, batches))) is None:
             self.flat.zero_grad()
-            if not self.need_less(max(map(len, batches))):
+            if not gave_room and self.passes.forget():  # passes of other shapes keep memory of their own
+                gave_room = True
+                free_unused()
+            elif not self.need_less(max(map(len, batches))):
                 raise TooLarge(
                     f"step {step + 1} does not fit into the memory of the {self.accelerator.device.type} device; "
                     "close other programs, or lower --resolution",
