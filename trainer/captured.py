@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from .cuda_graphs import CudaGraphs, Replay
-from .memory import is_out_of_memory
+from .machine import is_out_of_memory
 from .recording import Recordings
 
 Tensors = dict[str, torch.Tensor]

@@ -19,10 +19,10 @@ from .adapters.inspect import beyond_diffusers, network_of, tag_counts
 from .adapters.progress import with_bar
 from .adapters.wear import worn
 from .adapters.weights import find_weights
-from .machine import best_device
+from .machine import best_device, device_may_fail
 from .models import Base, Source, load, recognise
 from .painting import paint
-from .preview import cell, default_cfg, grid, write_picture
+from .preview import cell, default_cfg, dtype_to_paint, grid, write_picture
 from .prompts import SHOWN_WORDS, Shot, shots_of
 
 STRENGTH_LIMIT = 10.0
@@ -46,18 +46,20 @@ def compare(files: Sequence[Path], model: Model, previews: Previews, strengths: 
     for file, adapter in zip(files, adapters, strict=True):
         check_paintable(file, adapter, source)
     shots = shots_of(previews, None, prompts_of(adapters), default_cfg(model.base))
-    base = load(model, source, torch.device(best_device()), torch.float32)
+    device = torch.device(best_device())
     amounts = [strength for strength in strengths if strength]
     alone = len(amounts) < len(strengths)
     labels = [*(["no adapter"] if alone else []), *(f"{name} @ {n:g}" for name in names_of(files) for n in amounts)]
 
     def painted() -> Iterator[list[Image.Image]]:
+        base = load(model, source, device, dtype_to_paint(device))
         if alone:
             yield paint(base, shots, previews.sampler)
         for file, adapter in zip(files, adapters, strict=True):
             yield from paint_strengths(base, file, adapter, shots, amounts, previews.sampler)
 
-    rows = [[cell(picture) for picture in row] for row in with_bar(painted(), "painting", len(labels))]
+    with device_may_fail(device):
+        rows = [[cell(picture) for picture in row] for row in with_bar(painted(), "painting", len(labels))]
     above = [[shot.prompt for shot in shots], *([] for _ in rows[1:])]
     write_picture(grid(rows, above, labels), out)
 

@@ -27,6 +27,10 @@ SIGNALS = {signal.SIGINT: ("Ctrl-C", INTERRUPTED), signal.SIGTERM: ("SIGTERM", S
 if hasattr(signal, "SIGHUP"):  # which Windows has not
     SIGNALS[signal.SIGHUP] = ("the closed terminal", STOPPED)
 SIZES_OF_LAUNCHES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as in accelerate
+SIGNS = (  # in errors that have no type of their own: of the CPU, of CUDA's libraries, of Metal
+    "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED", "CUDA error: out of memory",
+    "MPS backend out of memory", "Invalid buffer size",
+)  # fmt: skip
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -164,6 +168,14 @@ def free_unused() -> None:
         torch.mps.empty_cache()
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error tells of too little memory, of a device or of the machine."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error)
+    return any(sign in said for sign in SIGNS)
+
+
 def _peak_of_process_mb() -> int:
     with suppress(OSError):
         if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8")):
@@ -177,13 +189,13 @@ def _peak_of_process_mb() -> int:
 
 @contextmanager
 def device_may_fail(device: torch.device) -> Generator[None]:
-    """Within the block a CUDA device that is lost, hangs or is full stops the run, which can go on: `Refused` (75)."""
+    """Within the block a device that is lost, hangs or is full stops the run, which can go on: `Refused` (75)."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        full = f"the memory of the {device.type} device is full; close other programs that use it"
-        raise Refused(full, STOPPED) from None
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            full = f"the memory of the {device.type} device is full; close other programs that use it"
+            raise Refused(full, STOPPED) from None
         if not str(error).startswith("CUDA error"):
             raise
         line = str(error).splitlines()[0]

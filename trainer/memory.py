@@ -9,13 +9,9 @@ import torch
 
 from scumble.configs.errors import Refused
 
-from .machine import forget_peak, free_unused, memory_mb, wait_for
+from .machine import forget_peak, free_unused, is_out_of_memory, memory_mb, wait_for
 
 PATIENCE_S, TRIALS = 10.0, 3  # so many that on a CPU the last of them runs what the others recorded
-SIGNS = (  # in errors that have no type of their own: of the CPU, of CUDA's libraries, of Metal
-    "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED", "CUDA error: out of memory",
-    "MPS backend out of memory", "Invalid buffer size",
-)  # fmt: skip
 Found = TypeVar("Found")
 
 
@@ -61,14 +57,6 @@ def unless_too_large(compute: Callable[[], Found]) -> Found | None:
             raise
     free_unused()  # only here: inside `except` the traceback still holds every activation
     return None
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error tells of too little memory, of a device or of the machine."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    said = str(error)
-    return any(sign in said for sign in SIGNS)
 
 
 def duration(seconds: float) -> str:

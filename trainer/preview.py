@@ -13,7 +13,7 @@ from scumble.configs.options import Model, Previews
 from scumble.datasets.lettering import Font, lettered
 
 from .events import Events
-from .machine import best_device
+from .machine import DTYPES, auto_precision, best_device, device_may_fail
 from .models import Base, load, recognise
 from .painting import paint
 from .prompts import SHOWN_PROMPTS, Shot, shots_of
@@ -33,12 +33,19 @@ def preview_base(model: Model, previews: Previews, out: Path) -> None:
     """Paint the shots of `previews` with a base and write one labelled grid."""
     source = recognise(model)
     shots = shots_of(previews, None, SHOWN_PROMPTS, default_cfg(model.base))
-    base = load(model, source, torch.device(best_device()), torch.float32)
-    pictures = [cell(picture) for picture in paint(base, shots, previews.sampler)]
+    device = torch.device(best_device())
+    with device_may_fail(device):
+        base = load(model, source, device, dtype_to_paint(device))
+        pictures = [cell(picture) for picture in paint(base, shots, previews.sampler)]
     columns = min(6, len(pictures))
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
     labels = [shot.prompt for shot in shots]
     write_picture(grid(rows, [labels[start : start + columns] for start in range(0, len(labels), columns)]), out)
+
+
+def dtype_to_paint(device: torch.device) -> torch.dtype:
+    """16 bits on a CUDA device, as UIs paint there; elsewhere 32."""
+    return DTYPES[auto_precision("cuda")] if device.type == "cuda" else torch.float32
 
 
 class Gallery:
