@@ -60,10 +60,15 @@ def test_a_small_card_is_met_with_less_at_once_and_previews_are_painted(tmp_path
     assert code == 69 and "does not fit into the memory" in output.splitlines()[-1] and "Traceback" not in output
 
 
+def test_a_preview_that_does_not_fit_is_refused_in_one_line(tmp_path: Path):
+    code, output, _ = played("scumble", "preview", "--out", str(tmp_path / "grid.png"), gib=0.02)
+    assert code == 75 and "Traceback" not in output and "the memory of the cuda device is full" in output
+
+
 def test_what_needs_a_card_but_no_numbers_holds():
-    wanted = "nothing_waits or second_shape or does_not_fit"
+    wanted = "nothing_waits or second_shape or does_not_fit or fewer_bits"
     code, output, counts = played("pytest", "tests/test_gpu.py", "-k", wanted)
-    assert (code, counts["broken rules"]) == (0, 0) and "3 passed" in output, output
+    assert (code, counts["broken rules"]) == (0, 0) and "4 passed" in output, output
 
 
 def test_what_cuda_refuses_is_refused_and_told():

@@ -6,11 +6,12 @@
 
 It finds what CUDA would refuse (in a captured pass above all), tensors on two devices, waits, and how much memory is
 taken, by torch's own allocator; `PLAYED_GIB` is the size of the card. Losses and pictures are noise, times are those of
-the host alone. Needs Linux, g++, nm, and torch's build for CUDA 13, which `pip install torch` takes there.
-Exit code 3 where a rule of CUDA was broken.
+the host alone; --optimizer prodigy, which divides by noise, cannot be played. Needs Linux, g++, nm, and torch's build
+for CUDA 13, which `pip install torch` takes there. Exit code 3 where a rule of CUDA was broken.
 """
 
 import ctypes
+import hashlib
 import os
 import re
 import runpy
@@ -23,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-BUILD = HERE.parent.parent / "build/played_card"
 COUNTS = "kernels", "captured kernels", "captures", "replays", "waits", "broken rules"
 OF_A_CARD = re.compile("(__)?cuda|cublas|cudnn|cu[A-Z]")
 REAL = {"cudnnGetVersion"}
@@ -56,28 +56,32 @@ def names(option: str, *files: Path) -> set[str]:
 
 def build() -> Path:
     """The played runtime, with a function that returns 0 for each that torch may ask for besides."""
-    library, source = BUILD / "libplayed.so", HERE / "runtime.cpp"
-    if library.is_file() and library.stat().st_mtime > source.stat().st_mtime:
+    sources = HERE / "runtime.cpp", HERE / "card.py", packages() / "torch/version.py"
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
+    folder = Path("/tmp") / f"played-card-{os.getuid()}-{digest}"  # the loader wants no spaces in it
+    library = folder / "libplayed.so"
+    if library.is_file():
         return library
-    BUILD.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     includes = [packages() / "nvidia/cu13/include", packages() / "triton/backends/nvidia/include"]
-    compiled, rest = BUILD / "runtime.o", BUILD / "rest.c"
-    flags = ["-O1", "-fPIC", "-w", *(f"-I{folder}" for folder in includes)]
-    subprocess.run(["g++", "-std=c++17", *flags, "-c", str(source), "-o", str(compiled)], check=True)
+    compiled, rest, others = folder / "runtime.o", folder / "rest.c", folder / "rest.o"
+    flags = ["-O1", "-fPIC", "-w", *(f"-I{include}" for include in includes)]
+    subprocess.run(["g++", "-std=c++17", *flags, "-c", str(sources[0]), "-o", str(compiled)], check=True)
     asked = names("--undefined-only", *sorted((packages() / "torch/lib").glob("libtorch*.so")))
     asked |= names("--undefined-only", packages() / "torch/lib/libc10_cuda.so")
-    others = sorted(name for name in asked - names("--defined-only", compiled) - REAL if OF_A_CARD.match(name))
-    rest.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in others), encoding="utf-8")
-    subprocess.run(["gcc", "-w", "-fPIC", "-c", str(rest), "-o", str(rest.with_suffix(".o"))], check=True)
-    objects = str(compiled), str(rest.with_suffix(".o"))
-    subprocess.run(["g++", "-shared", "-o", str(library), *objects, "-ldl"], check=True)
-    shutil.copyfile(library, BUILD / "libcuda.so.1")
-    return library
+    missing = sorted(name for name in asked - names("--defined-only", compiled) - REAL if OF_A_CARD.match(name))
+    rest.write_text("".join(f'extern "C" int {name}(void) {{ return 0; }}\n' for name in missing), encoding="utf-8")
+    subprocess.run(["g++", "-x", "c++", "-w", "-fPIC", "-c", str(rest), "-o", str(others)], check=True)
+    part = folder / f"{os.getpid()}.part"
+    subprocess.run(["g++", "-shared", "-o", str(part), str(compiled), str(others), "-ldl"], check=True)
+    shutil.copyfile(part, folder / "libcuda.so.1")
+    return part.replace(library)
 
 
 def surroundings() -> dict[str, str]:
     """The environment in which a process finds the card."""
-    return {**os.environ, "LD_PRELOAD": str(build()), "LD_LIBRARY_PATH": str(BUILD)}
+    library = build()
+    return {**os.environ, "LD_PRELOAD": str(library), "LD_LIBRARY_PATH": str(library.parent)}
 
 
 def counts() -> dict[str, int]:
@@ -109,25 +113,33 @@ def go_past_numbers() -> None:
             setattr(sampler, name, function)
 
 
+def run(command: str) -> int:
+    """A command with its arguments in sys.argv; its exit code."""
+    if command == "scumble":
+        from scumble.trainer.cli import main as scumble
+
+        scumble(sys.argv[1:])
+    elif command == "pytest":
+        import pytest
+
+        return int(pytest.main(sys.argv[1:]))
+    else:
+        sys.path.insert(0, str(Path(command).parent))
+        runpy.run_path(command, run_name="__main__")
+    return 0
+
+
 def main() -> int:
-    if "played" not in os.environ.get("LD_PRELOAD", ""):
+    if "libplayed" not in os.environ.get("LD_PRELOAD", ""):
         if reason := why_not():
             sys.exit(reason)
         os.execve(sys.executable, [sys.executable, __file__, *sys.argv[1:]], surroundings())
     go_past_numbers()
-    command, sys.argv = sys.argv[1], sys.argv[1:]
-    code = 0
-    if command == "scumble":
-        from scumble.trainer.cli import main as run
-
-        run(sys.argv[1:])
-    elif command == "pytest":
-        import pytest
-
-        code = int(pytest.main(sys.argv[1:]))
-    else:
-        sys.path.insert(0, str(Path(command).parent))
-        runpy.run_path(command, run_name="__main__")
+    sys.argv = sys.argv[1:]
+    try:
+        code = run(sys.argv[0])
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     print("played card:", ", ".join(f"{count} {what}" for what, count in counts().items()), flush=True)
     return BROKEN if counts()["broken rules"] else code
 

@@ -27,8 +27,8 @@ enum { KERNELS, CAPTURED_KERNELS, CAPTURES, REPLAYS, WAITS, BROKEN_RULES };
 
 namespace {
 
-struct Stream { long capture = 0; };
-struct Event { long capture = 0; bool recorded = false; };
+struct Stream { long capture = 0; bool is_joined = true; };
+struct Event { long capture = 0; bool recorded = false; Stream* by = nullptr; };
 struct Graph { Stream* origin; bool lost = false; };
 
 std::recursive_mutex lock;
@@ -75,7 +75,10 @@ cudaError_t waited(cudaStream_t stream, long event_capture, const char* call) {
 }
 
 void queued(cudaStream_t stream, const char* what) {
-    if (capture_of(stream)) return;
+    if (capture_of(stream)) {
+        ((Stream*)stream)->is_joined = false;
+        return;
+    }
     if (!captures.empty()) say(std::string(what) + " beside a capture, in which it is missing");
 }
 
@@ -272,8 +275,9 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t given, unsigned
     if (other && is_legacy(stream))
         return broken(cudaErrorStreamCaptureImplicit, "the default stream waits for a captured event");
     if (other && own && own != other) return broken(cudaErrorStreamCaptureMerge, "a wait joins two captures");
-    if (other) ((Stream*)stream)->capture = other;
-    else if (own && event->recorded)
+    if (other && event->by) event->by->is_joined = true;
+    if (other && !own) *(Stream*)stream = {other, false};
+    else if (own && !other && event->recorded)
         return broken(cudaErrorStreamCaptureIsolation, "a captured stream waits for an event from outside");
     return cudaSuccess;
 }
@@ -281,7 +285,7 @@ cudaError_t cudaEventCreate(cudaEvent_t* made) { *made = (cudaEvent_t) new Event
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* made, unsigned) { return cudaEventCreate(made); }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     std::lock_guard guard(lock);
-    *(Event*)event = {capture_of(stream), true};
+    *(Event*)event = {capture_of(stream), true, is_legacy(stream) ? nullptr : (Stream*)stream};
     return cudaSuccess;
 }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
@@ -320,8 +324,14 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* found) {
     if (!number || captures[number]->origin != (Stream*)stream) return last = cudaErrorIllegalState;
     auto* graph = captures[number];
     captures.erase(number);
-    for (auto* one : streams)
-        if (one->capture == number) one->capture = 0;
+    for (auto* one : streams) {
+        if (one->capture != number) continue;
+        if (one != graph->origin && !one->is_joined) {
+            say("a stream that joined a capture is not waited for at its end");
+            graph->lost = true;
+        }
+        one->capture = 0;
+    }
     *found = graph->lost ? nullptr : (cudaGraph_t)graph;
     return graph->lost ? last = cudaErrorStreamCaptureInvalidated : cudaSuccess;
 }
