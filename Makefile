@@ -1,6 +1,6 @@
 # make demo   install into .venv, then train the sample style on the embedded base and show it
 # make test   install into .venv, then lint, types and all tests
-# make gpu    install into .venv, then run the tests and the benchmark that need a CUDA device
+# make gpu    install into .venv, then run the tests and the benchmarks that need a CUDA device
 # make sketch go on training the embedded base (hours on a CPU, minutes on a GPU; needs npm)
 
 PYTHON ?= python3

@@ -55,8 +55,7 @@ class Artifacts:
 
     def before(self, step: int) -> None:
         """What is due before the next step, in a new run or where a state says that it was not done."""
-        every = self.job.plan.preview_every
-        if every and step % every == 0 and not self.gallery.has(step):
+        if falls_on(step, self.job.plan.preview_every) and not self.gallery.has(step):
             self.preview(step)
         if not step:
             self.validate(step)
@@ -76,18 +75,18 @@ class Artifacts:
 
     def is_due(self, step: int) -> bool:
         """Whether `after` has something to do that nobody asked for."""
-        every = self.job.plan.save_every, self.job.plan.preview_every
-        return step == self.job.plan.num_steps or any(number and step % number == 0 for number in every)
+        plan = self.job.plan
+        return step == plan.num_steps or falls_on(step, plan.save_every) or falls_on(step, plan.preview_every)
 
     def after(self, step: int, asked: Collection[str], is_whole: bool) -> None:
         """What is due after a step, or asked for; nothing is saved after one that was not whole."""
         plan, is_last = self.job.plan, step == self.job.plan.num_steps
-        if is_whole and not is_last and ("save" in asked or (plan.save_every and step % plan.save_every == 0)):
+        if is_whole and not is_last and ("save" in asked or falls_on(step, plan.save_every)):
             file = self.run.path / "checkpoints" / f"{self.path.stem}-{step:06}.safetensors"
             self.save(step, file)
             if "save" in asked:
                 self.events.emit("note", text=f"  saved as asked: {file}")
-        due = bool(plan.preview_every) and (is_last or step % plan.preview_every == 0)
+        due = falls_on(step, plan.preview_every) or (is_last and bool(plan.preview_every))
         if due and not is_last and self.share_of_one_more() > self.job.options.previews.preview_share:
             self.events.emit("note", text=f"  no preview at step {step}, for --preview-share")
             due = False
@@ -194,6 +193,11 @@ class Artifacts:
     def epoch(self, step: int) -> int:
         """That a step belongs to, from 1; 0 before the first."""
         return ceil(step / self.job.plan.steps_per_epoch)
+
+
+def falls_on(step: int, every: int) -> bool:
+    """Whether what is done every so many steps, never where that is 0, is due."""
+    return bool(every) and step % every == 0
 
 
 def share_of_previews(seconds: Sequence[float], trained_s: float) -> float:
