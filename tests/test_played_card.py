@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from played_card.card import why_not
 from test_train import SAMPLES
 from tiny import tiny_base
 
-HERE = Path(__file__).parent
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
+HERE, TRIED = Path(__file__).parent, "2.11."  # another torch may ask the card for more
+REASON = why_not() or ("" if version("torch").startswith(TRIED) else f"the card is tried with torch {TRIED}x alone")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(REASON), reason=REASON)]
 
 
 def played(*arguments: str, gib: float = 80.0) -> tuple[int, str, dict[str, int]]:
