@@ -15,9 +15,11 @@ from scumble.configs.options import Model
 from scumble.trainer import train as recipe
 from scumble.trainer.adapters.files import read_tensors
 from scumble.trainer.cuda_graphs import CudaGraphs
+from scumble.trainer.flat import Flat
 from scumble.trainer.models import Base, load, place_unet, recognise
 from scumble.trainer.painting import SAMPLERS, paint
 from scumble.trainer.preflight import try_out
+from scumble.trainer.product import _given
 from scumble.trainer.prompts import Shot
 from scumble.trainer.step import Batch, Objectives
 from scumble.trainer.update import Update
@@ -172,6 +174,19 @@ def test_a_second_shape_is_captured_in_the_memory_of_the_first():
     assert reserved[2] - reserved[0] < 64 * 2**20
     for replay, rows in zip(replays, (2**18, 2**17, 2**18 - 5), strict=True):
         torch.testing.assert_close(replay(), run(rows), rtol=1e-3, atol=1.0)
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_gradients_of_factors_are_added_up_in_fp32(num_layers: int):
+    left, right = (torch.randn(num_layers, 64, 64, device="cuda").bfloat16() for _ in range(2))
+    if num_layers == 1:
+        left, right = left[0], right[0]
+    parameters = [torch.nn.Parameter(torch.zeros(64, 64, device="cuda")) for _ in range(num_layers)]
+    flat = Flat([parameters])
+    flat.gradients[0].fill_(1)
+    assert not any(one is not None for one in _given(parameters, left, right, 0.5))
+    wanted = 1 + 0.5 * (left.double() @ right.double())
+    torch.testing.assert_close(flat.gradients[0].double(), wanted.flatten(), rtol=1e-5, atol=1e-5)
 
 
 def test_fewer_bits_take_less_of_the_card():

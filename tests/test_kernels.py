@@ -1,19 +1,22 @@
-"""Projections of tokens as Linear layers, and scores of attention, against diffusers' own."""
+"""Projections of tokens as Linear layers, and attention, against diffusers' own."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch.profiler import ProfilerActivity, profile
 
 from scumble.trainer import kernels
 from scumble.trainer.flat import Flat
-from scumble.trainer.kernels import attend_by_products, project_tokens
-from scumble.trainer.product import Together, is_plain, speed_up
+from scumble.trainer.kernels import attend_by_products, attend_jointly, project_tokens
+from scumble.trainer.lora import ADAPTER, Trained, laid_out
+from scumble.trainer.product import is_plain, speed_up, together
 
 
 def unet(linear: bool = False) -> Any:
@@ -101,54 +104,66 @@ def test_scores_behind_a_mask_or_in_fp32_are_left_to_diffusers(where: str, monke
 
 
 @pytest.mark.parametrize("targets", ["attention", "values only"])
-def test_attention_of_adapted_layers_is_that_of_diffusers_and_peft(targets: str, monkeypatch: pytest.MonkeyPatch):
-    """q, k and v of tokens together; of text, or where not all have an adapter, each by itself."""
-    joined: list[bool] = []
-    call = Together.__call__
+@pytest.mark.parametrize("attend", [attend_by_products, attend_jointly])
+def test_attention_of_adapted_layers_is_that_of_diffusers_and_peft(
+    targets: str, attend: Callable[[UNet2DConditionModel], None], monkeypatch: pytest.MonkeyPatch
+):
+    """q, k and v of tokens together, and k and v of the text; where not all have an adapter, each by itself."""
+    joined: set[tuple[int, bool]] = set()
 
-    def noted(self: Together, layers: Any, x: torch.Tensor) -> torch.Tensor | None:
-        found = call(self, layers, x)
-        joined.append(found is not None)
+    def noted(layers: Any, x: torch.Tensor) -> torch.Tensor | None:
+        found = together(layers, x)
+        joined.add((len(layers), found is not None))
         return found
 
-    monkeypatch.setattr(Together, "__call__", noted)
+    monkeypatch.setattr(kernels, "together", noted)
     names = ["to_q", "to_k", "to_v", "to_out.0"] if targets == "attention" else ["to_v"]
     found = []
     for is_ours in (False, True):
         model = unet()
-        inject_adapter_in_model(LoraConfig(r=2, lora_alpha=3, target_modules=names), model, "it")
+        inject_adapter_in_model(LoraConfig(r=2, lora_alpha=3, target_modules=names), model, ADAPTER)
+        modules = [
+            Trained("unet", path, "sd1", one) for path, one in model.named_modules() if isinstance(one, LoraLayer)
+        ]
+        factors = laid_out(modules)
         torch.manual_seed(2)
-        factors = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
         for factor in factors:
             torch.nn.init.normal_(factor, std=0.2).requires_grad_(True)
         if is_ours:
-            attend_by_products(model)
-            speed_up([one for one in model.modules() if is_plain(one)], "it", Flat([factors]).lowered)
+            attend(model)
+            speed_up([one.layer for one in modules], ADAPTER, Flat([factors]).lowered)
         else:
             model.set_attn_processor(AttnProcessor())
         found.append([*passed(model, torch.float32), *(factor.grad for factor in factors)])
-    assert joined and set(joined) == {targets == "attention"}
+    kinds = {3} if attend is attend_by_products else {2, 3}
+    assert joined == {(kind, targets == "attention") for kind in kinds}
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("what", ["nothing", "a mask", "residual_connection", "rescale_output_factor", "dropout"])
-def test_attention_that_does_more_than_a_unet_asks_is_left_to_diffusers(what: str):
-    options: dict[str, Any] = {"residual_connection": {what: True}, "rescale_output_factor": {what: 2.0}}.get(what, {})
+@pytest.mark.parametrize(
+    "what", ["nothing", "a mask", "residual_connection", "rescale_output_factor", "dropout", "qk_norm"]
+)
+@pytest.mark.parametrize("attend", [attend_by_products, attend_jointly])
+def test_attention_that_does_more_than_a_unet_asks_is_left_to_diffusers(what: str, attend: Callable[[Any], None]):
+    more: dict[str, Any] = {"residual_connection": True, "rescale_output_factor": 2.0, "qk_norm": "rms_norm"}
+    options = {what: more[what]} if what in more else {}
     found = []
     for is_ours in (False, True):
         torch.manual_seed(0)
         layer: Any = Attention(8, heads=2, dim_head=4, dropout=1.0 if what == "dropout" else 0.0, **options)
         layer.requires_grad_(False)
         model: Any = torch.nn.ModuleDict({"attn": layer})
-        inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"]), model, "it")
-        factors = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"]), model, ADAPTER)
+        factors = laid_out(
+            Trained("unet", f"x.attn1.{name}", "sd1", layer.get_submodule(name)) for name in ("to_q", "to_k", "to_v")
+        )
         for factor in factors:
             torch.nn.init.normal_(factor)
-        layer.set_processor(AttnProcessor())
+        layer.set_processor(AttnProcessor() if attend is attend_by_products else AttnProcessor2_0())
         if is_ours:
-            attend_by_products(model)
-            speed_up([layer.to_q, layer.to_k, layer.to_v], "it", Flat([factors]).lowered)
+            attend(model)
+            speed_up([layer.to_q, layer.to_k, layer.to_v], ADAPTER, Flat([factors]).lowered)
         mask = torch.tensor([[[0.0, -9.0, 0.0]]]).expand(2, 3, 3) if what == "a mask" else None
         torch.manual_seed(1)
         x = torch.randn(2, 3, 8)
@@ -159,12 +174,12 @@ def test_attention_that_does_more_than_a_unet_asks_is_left_to_diffusers(what: st
 def test_a_compiler_sees_one_graph_of_a_block_that_gives_the_same():
     torch.manual_seed(0)
     model: Any = torch.nn.ModuleDict({"block": BasicTransformerBlock(8, 2, 4, cross_attention_dim=6)})
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), model, "it")
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), model, ADAPTER)
     factors = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
     for factor in factors:
         torch.nn.init.normal_(factor, std=0.3)
     attend_by_products(model)
-    speed_up([one for one in model.modules() if is_plain(one)], "it", Flat([factors]).lowered)
+    speed_up([one for one in model.modules() if is_plain(one)], ADAPTER, Flat([factors]).lowered)
     x, text = torch.randn(2, 5, 8), torch.randn(2, 7, 6)
     right = model.block(x, encoder_hidden_states=text)
     compiled: Any = torch.compile(model.block, backend="eager", fullgraph=True)

@@ -17,7 +17,7 @@ from scumble.trainer.adapters.adapter import read_adapter
 from scumble.trainer.adapters.files import read_tensors, write_adapter
 from scumble.trainer.adapters.keys import sgm_path, text_key, unet_key
 from scumble.trainer.export import export, tensors_of
-from scumble.trainer.lora import ADAPTER, CONVS, FULL, Part, Trained, attach, num_parameters
+from scumble.trainer.lora import ADAPTER, CONVS, FULL, Part, Trained, attach, laid_out, num_parameters
 from scumble.trainer.models import Base, load, recognise
 
 CPU = torch.device("cpu")
@@ -148,6 +148,18 @@ def test_the_same_seed_gives_the_same_adapter_and_leaves_other_randomness_alone(
         downs.append(attach(base, Network(), [Part("unet", 4, 4.0)], seed=9)[0].tensors["lora_down"].clone())
         torch.testing.assert_close(torch.rand(3), expected, rtol=0, atol=0)
     assert torch.equal(*downs)
+
+
+def test_factors_of_layers_that_hear_the_same_lie_next_to_each_other(tmp_path: Path):
+    trained = attach(base := loaded("sd1", tmp_path), Network(), parts_of(base), seed=0)
+    names = {p: f"{module.path.split('.')[-1]}.{slot}" for module in trained for slot, p in module.tensors.items()}
+    found = laid_out(trained)
+    assert len(found) == len(set(found)) == len(names)
+    told = " ".join(names[p].replace("lora_", "").replace("to_", "") for p in found)
+    own, heard = "q.down k.down v.down q.up k.up v.up 0.down 0.up", "q.down q.up k.down v.down k.up v.up 0.down 0.up"
+    blocks = sum(module.path.endswith("attn1.to_q") for module in trained)
+    assert told.count(f"{own} {heard}") == blocks > 0
+    assert told.endswith("q_proj.down q_proj.up out_proj.down out_proj.up fc1.down fc1.up fc2.down fc2.up")
 
 
 def test_rank_stabilised_scale_is_alpha_over_root_rank_and_written_as_alpha(tmp_path: Path):

@@ -16,7 +16,7 @@ from scumble.trainer.captured import Capture, Replay
 from scumble.trainer.flat import Flat
 from scumble.trainer.optimizers import KINDS, grouped, make_optimizer
 from scumble.trainer.passes import Passes
-from scumble.trainer.product import Together, is_plain, speed_up
+from scumble.trainer.product import is_plain, speed_up, together
 from scumble.trainer.quantize import QuantizedLinear
 from scumble.trainer.step import Batch, Look
 
@@ -80,23 +80,27 @@ def test_outputs_and_gradients_are_pefts(stride: int, flat_gradients: bool, drop
 
 
 class Three(torch.nn.Module):
-    """Layers of one input, of different widths."""
+    """Layers of one input."""
 
-    def __init__(self, bias: bool = False):
+    def __init__(self, bias: bool = False, widths: Sequence[int] = (8, 8, 8)):
         super().__init__()
-        self.q, self.k, self.v = (torch.nn.Linear(6, width, bias=bias) for width in (8, 8, 4))
+        self.q, self.k, self.v = (torch.nn.Linear(6, width, bias=bias) for width in widths)
 
     @property
     def layers(self) -> list[Any]:
         return [self.q, self.k, self.v]
 
 
-def three(bias: bool = False, **config: Any) -> tuple[Three, list[torch.nn.Parameter]]:
+def three(
+    bias: bool = False, widths: Sequence[int] = (8, 8, 8), **config: Any
+) -> tuple[Three, list[torch.nn.Parameter]]:
+    """Such layers and their factors, all A before all B."""
     torch.manual_seed(0)
-    model = Three(bias).requires_grad_(False)
+    model = Three(bias, widths).requires_grad_(False)
     config = {"r": 3, "lora_alpha": 6, "target_modules": ["q", "k", "v"], **config}
     inject_adapter_in_model(LoraConfig(**config), model, "it")
-    parameters = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
+    named = sorted(model.named_parameters(), key=lambda pair: "lora_B" in pair[0])
+    parameters = [parameter for name, parameter in named if "lora_" in name]
     for parameter in parameters:
         torch.nn.init.normal_(parameter, std=0.3).requires_grad_(True)
     return model, parameters
@@ -104,61 +108,67 @@ def three(bias: bool = False, **config: Any) -> tuple[Three, list[torch.nn.Param
 
 @pytest.mark.parametrize("flat_gradients", [False, True])
 @pytest.mark.parametrize("of_input", [False, True])
-@pytest.mark.parametrize("ranks", [{}, {"rank_pattern": {"k": 1}, "alpha_pattern": {"k": 2}}])
-def test_layers_together_give_the_outputs_and_gradients_of_peft(
-    flat_gradients: bool, of_input: bool, ranks: dict[str, Any]
-):
-    theirs, their_parameters = three(**ranks)
-    ours, our_parameters = three(**ranks)
+def test_layers_together_give_the_outputs_and_gradients_of_peft(flat_gradients: bool, of_input: bool):
+    theirs, their_parameters = three()
+    ours, our_parameters = three()
     flat = Flat([our_parameters])
     if not flat_gradients:
         for parameter in our_parameters:
             parameter.grad = None
     assert speed_up(ours.layers, "it", flat.lowered)
-    together = Together()
     x = torch.randn(2, 5, 6, requires_grad=of_input)
     y = x.detach().clone().requires_grad_(of_input)
     for _ in range(2):  # gradients add up
-        wanted = torch.cat([layer(x) for layer in theirs.layers], -1)
+        wanted = torch.stack([layer(x) for layer in theirs.layers], -2)
         found = together(ours.layers, y)
         assert found is not None
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
         wanted.pow(3).sum().backward()
         found.pow(3).sum().backward()
     if of_input:
-        torch.testing.assert_close(y.grad, x.grad, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(y.grad, x.grad, rtol=1e-4, atol=1e-5)
     for our, their in zip(our_parameters, their_parameters, strict=True):
-        torch.testing.assert_close(our.grad, their.grad, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(our.grad, their.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_together_keep_their_weights_once_and_see_when_one_has_another():
     model, parameters = three()
     speed_up(model.layers, "it", Flat([parameters]).lowered)
-    together, x = Together(), torch.randn(2, 6)
-    before = [layer(x) for layer in model.layers]
+    x = torch.randn(2, 6)
+
+    def memory() -> set[int]:
+        return {layer.get_base_layer().weight.untyped_storage().data_ptr() for layer in model.layers}
+
+    before = torch.stack([layer(x) for layer in model.layers], -2)
+    assert len(memory()) == 3
     found = together(model.layers, x)
-    assert found is not None and together.weight is not None
-    torch.testing.assert_close(found, torch.cat(before, -1))
-    memory = together.weight.untyped_storage().data_ptr()
-    assert all(layer.get_base_layer().weight.untyped_storage().data_ptr() == memory for layer in model.layers)
+    torch.testing.assert_close(found, before)
+    assert len(where := memory()) == 1
+    together(model.layers, x)
+    assert memory() == where
     base = model.layers[1].get_base_layer()
     for change in (lambda: setattr(base, "weight", torch.nn.Parameter(torch.zeros(8, 6), False)), base.double):
         change()
         base.float().weight.data.add_(1)
         again = together(model.layers, x)
-        assert again is not None
-        torch.testing.assert_close(again, torch.cat([layer(x) for layer in model.layers], -1))
+        torch.testing.assert_close(again, torch.stack([layer(x) for layer in model.layers], -2))
 
 
-@pytest.mark.parametrize("why", ["bias", "dropout", "no adapter", "quantised", "scale", "base learns", "not fast"])
+APART: dict[str, dict[str, Any]] = {
+    "bias": {"bias": True},
+    "width": {"widths": (8, 8, 4)},
+    "dropout": {"lora_dropout": 0.5},
+    "no adapter": {"target_modules": ["q", "v"]},
+    "rank": {"rank_pattern": {"k": 1}, "alpha_pattern": {"k": 2}},
+    "scale": {"alpha_pattern": {"k": 1}},
+}
+
+
+@pytest.mark.parametrize("why", [*APART, "quantised", "order", "base learns", "not fast"])
 def test_layers_that_have_to_compute_by_themselves_do(why: str):
-    options: dict[str, Any] = {
-        "bias": {"bias": True},
-        "dropout": {"lora_dropout": 0.5},
-        "no adapter": {"target_modules": ["q", "v"]},
-        "scale": {"alpha_pattern": {"k": 1}},
-    }.get(why, {})
-    model, parameters = three(**options)
+    model, parameters = three(**APART.get(why, {}))
+    if why == "order":
+        parameters = [factor for pair in zip(parameters[:3], parameters[3:], strict=True) for factor in pair]
     if why != "not fast":
         speed_up(filter(is_plain, model.layers), "it", Flat([parameters]).lowered)
     _, k, v = model.layers
@@ -166,18 +176,18 @@ def test_layers_that_have_to_compute_by_themselves_do(why: str):
         k.base_layer = QuantizedLinear(k.get_base_layer(), 8, torch.device("cpu"))
     if why == "base learns":
         v.get_base_layer().weight.requires_grad_(True)
-    assert Together()(model.layers, torch.randn(2, 6)) is None
+    assert together(model.layers, torch.randn(2, 6)) is None
 
 
 def test_layers_together_let_go_of_weights_when_a_base_is_quantised():
     model, parameters = three()
     speed_up(model.layers, "it", Flat([parameters]).lowered)
-    together, x = Together(), torch.randn(2, 6)
-    assert together(model.layers, x) is not None and together.weight is not None
-    joint = weakref.ref(together.weight)
+    x = torch.randn(2, 6)
+    assert together(model.layers, x) is not None
+    held = [weakref.ref(layer.get_base_layer().weight) for layer in model.layers]
     for layer in model.layers:
         layer.base_layer = QuantizedLinear(layer.get_base_layer(), 8, torch.device("cpu"))
-    assert together(model.layers, x) is None and joint() is None
+    assert together(model.layers, x) is None and [one() for one in held] == [None] * 3
 
 
 def test_no_gradient_is_made_for_what_wants_none():

@@ -17,9 +17,10 @@ from test_train import SAMPLES, Run, ran
 
 from scumble.configs import files
 from scumble.configs.errors import Refused
-from scumble.trainer import cli
+from scumble.trainer import cli, identity
 from scumble.trainer.adapters.files import read_tensors
 from scumble.trainer.events import Event
+from scumble.trainer.lora import LAYOUT
 from scumble.trainer.run_folder import RunFolder, request, status_of, write_json
 from scumble.trainer.state import newest_state
 from scumble.trainer.train import train
@@ -135,7 +136,7 @@ def test_the_resume_flag_begins_what_is_not_there_and_goes_on_with_what_is(
     assert [path.name for path in tmp_path.iterdir()] == ["it"]
 
 
-def test_what_changed_since_is_named_and_taken_only_when_forced(tmp_path: Path):
+def test_what_changed_since_is_named_and_taken_only_when_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pictures = tmp_path / "pictures"
     shutil.copytree(SAMPLES, pictures)
     run = begun(tmp_path, 1, data={"images": str(pictures)}, output={"preview_every": 0})
@@ -143,6 +144,10 @@ def test_what_changed_since_is_named_and_taken_only_when_forced(tmp_path: Path):
         go_on(run, network={"rank": 4})
     with pytest.raises(Refused, match=r"--optimizer lion: the run has adamw"):
         go_on(run, optimization={"optimizer": "lion"})
+    monkeypatch.setattr(identity, "LAYOUT", LAYOUT + 1)
+    with pytest.raises(Refused, match="the layout of the optimiser's state: the run has an older one, and cannot"):
+        go_on(run)
+    monkeypatch.undo()
     captions = sorted(pictures.glob("*.txt"))
     captions[0].write_text("another caption")
     with pytest.raises(Refused, match=rf"{captions[0].stem}\.webp: picture, caption.* changed; put it back, or --fo"):

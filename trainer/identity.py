@@ -11,6 +11,7 @@ from scumble.datasets.folder import Example
 from scumble.datasets.images import Crop
 
 from .bases import Source
+from .lora import LAYOUT
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 20
 FREE = {"model.base", "model.vae", "data.images", "data.prior"}  # where things lie; their content is compared
@@ -29,6 +30,7 @@ def identity_of(
     return {
         "options": options.model_dump(mode="json", warnings=False),  # 16 where 16.0 is declared is no fault
         "base": fingerprint_of_base(Path(source.place)),
+        "layout": LAYOUT,
         "pictures": fingerprints_of(examples, crops, Path(options.data.images)),
     }
 
@@ -64,8 +66,10 @@ def fingerprints_of(examples: Sequence[Example], crops: Sequence[Sequence[Crop]]
 
 
 def refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Options that a run cannot change on its way: the adapter and its optimiser would be others."""
-    return [
+    """What a run cannot change on its way: the adapter and its optimiser would be others."""
+    is_older = before.get("layout") != now["layout"]
+    lines = ["the layout of the optimiser's state: the run has an older one"] if is_older else []
+    return lines + [
         f"{flag_of(key)} {new}: the run has {old}"
         for key, old, new in _changed(before, now)
         if key in FIXED or key.partition(".")[0] in FIXED_TABLES

@@ -1,12 +1,18 @@
 """Which kernels compute a UNet fastest on a device, at the same numbers but for rounding."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor, XFormersAttnProcessor
+import torch.nn.functional as F
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    XFormersAttnProcessor,
+)
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -14,7 +20,7 @@ from scumble.configs.errors import Refused
 from scumble.datasets.images import Size
 
 from .packing import pack_convolutions
-from .product import Together
+from .product import together
 
 FEW_LATENTS = 1024  # more, and attention that keeps its whole matrix takes too much memory
 
@@ -32,8 +38,10 @@ def choose_kernels(
         unet.set_attn_processor(XFormersAttnProcessor())
     elif (unet.device.type, unet.dtype) == ("cpu", torch.bfloat16) and num_latents(largest, latent_px) <= FEW_LATENTS:
         attend_by_products(unet)
+    else:
+        attend_jointly(unet)
+    project_tokens(unet)
     if packs and unet.device.type == "cpu":
-        project_tokens(unet)
         pack_convolutions(unet)
     if unet.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)
@@ -52,11 +60,19 @@ def attend_by_products(unet: UNet2DConditionModel) -> None:
             attention.get_attention_scores = partial(_scores, attention, attention.get_attention_scores)
 
 
-class Products(AttnProcessor):
-    """diffusers' attention by plain products; where q, k and v are of one input, by fewer and larger ones."""
+def attend_jointly(unet: UNet2DConditionModel) -> None:
+    """Let attention be torch's own of q, k and v that are computed together."""
+    for block in unet.modules():
+        if isinstance(block, Attention):
+            attention: Any = block
+            attention.set_processor(Joint(AttnProcessor2_0()))
 
-    def __init__(self) -> None:
-        self.together = Together()
+
+class Joint:
+    """diffusers' attention; where q, k and v, or k and v, are of one input, by fewer and larger products."""
+
+    def __init__(self, apart: Callable[..., torch.Tensor]):
+        self.apart = apart
 
     def __call__(
         self,
@@ -67,22 +83,49 @@ class Products(AttnProcessor):
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        joint = None
-        if encoder_hidden_states is None and attention_mask is None and is_of_tokens(attn, hidden_states):
-            joint = self.together([attn.to_q, attn.to_k, attn.to_v], hidden_states)
-        if joint is None:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
-        batch, tokens, _ = hidden_states.shape
-        heads = joint.view(batch, tokens, 3, attn.heads, -1).permute(2, 0, 3, 1, 4)
-        query, key, value = heads.reshape(3, batch * attn.heads, tokens, -1).unbind()
-        attended = torch.bmm(attn.get_attention_scores(query, key), value)
+        parts = None
+        if attention_mask is None and is_of_tokens(attn, hidden_states):
+            parts = self.parts(attn, hidden_states, encoder_hidden_states)
+        if parts is None:
+            return self.apart(attn, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs)
         out: Any = attn.to_out
-        return out[1](out[0](attn.batch_to_head_dim(attended)))
+        return out[1](out[0](self.attended(attn, parts)))
+
+    def parts(self, attn: Attention, hidden: torch.Tensor, text: torch.Tensor | None) -> Iterable[torch.Tensor] | None:
+        """Query, key and value, each (B, T, heads, C / heads); None where they take no fewer products."""
+        if text is None:
+            joint = together([attn.to_q, attn.to_k, attn.to_v], hidden)
+            return None if joint is None else joint.unflatten(3, (attn.heads, -1)).unbind(2)
+        joint = None if attn.norm_cross else together([attn.to_k, attn.to_v], text)
+        if joint is None:
+            return None
+        return attn.to_q(hidden).unflatten(2, (attn.heads, -1)), *joint.unflatten(3, (attn.heads, -1)).unbind(2)
+
+    def attended(self, attn: Attention, parts: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Of those parts, (B, T, C)."""
+        query, key, value = (part.transpose(1, 2) for part in parts)
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+class Products(Joint):
+    """The same by plain products of scores and values. Only q, k and v together: k and v of the text gain nothing on a
+    CPU."""
+
+    def __init__(self) -> None:
+        super().__init__(AttnProcessor())
+
+    def parts(self, attn: Attention, hidden: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor | None:
+        joint = together([attn.to_q, attn.to_k, attn.to_v], hidden) if text is None else None
+        return None if joint is None else joint.unflatten(3, (attn.heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def attended(self, attn: Attention, parts: Any) -> torch.Tensor:
+        query, key, value = parts.flatten(1, 2).unbind()  # in order by one copy
+        return attn.batch_to_head_dim(torch.bmm(attn.get_attention_scores(query, key), value))
 
 
 def is_of_tokens(attn: Attention, hidden: torch.Tensor) -> bool:
     """Whether it does with (B, T, C) no more than SD's UNets ask of it."""
-    plain = attn.spatial_norm is None and attn.group_norm is None and not attn.residual_connection
+    plain = not any((attn.spatial_norm, attn.group_norm, attn.norm_q, attn.norm_k, attn.residual_connection))
     return hidden.ndim == 3 and plain and attn.rescale_output_factor == 1 and attn.inner_dim == attn.inner_kv_dim
 
 

@@ -2,9 +2,10 @@
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ ADAPTER = "scumble"
 ATTENTION = r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
 FULL = r".*\.attentions\.\d+\.(proj_in|proj_out|.*\.(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2))"
 CONVS = r".*\.resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|.*\.(downsamplers|upsamplers)\.0\.conv"
+LAYOUT = 2  # another number for another order of `laid_out`, which an optimiser's state follows
+SIBLINGS = re.compile(r"(.*\.attn1)\.to_[qkv]|(.*\.attn2)\.to_[kv]")
 TEXT = r".*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
 PRESET_TARGETS = {"attention": ATTENTION, "full": FULL}
 LAYERS = {"lora": LoraLayer, "loha": LoHaLayer, "lokr": LoKrLayer}
@@ -118,6 +121,22 @@ def attach(base: Base, network: Network, parts: list[Part], seed: int) -> list[T
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     return trained
+
+
+def laid_out(trained: Iterable[Trained]) -> list[torch.nn.Parameter]:
+    """What is trained, in the order in which it lies in memory: factors of layers that hear the same next to each
+    other, first all A, then all B, as one product of them wants (`product.together`)."""
+    found: list[torch.nn.Parameter] = []
+    for _, siblings in groupby(trained, _what_it_hears):
+        for same in zip(*(module.tensors.values() for module in siblings), strict=True):
+            found += same
+    return found
+
+
+def _what_it_hears(module: Trained) -> tuple[str, str]:
+    """Its part, and its own path, or that of its attention where q, k and v, or k and v, are of one input."""
+    siblings = SIBLINGS.fullmatch(module.path)
+    return module.part, next(filter(None, siblings.groups())) if siblings else module.path
 
 
 def check_targets(targets: str, paths: list[str]) -> None:

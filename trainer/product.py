@@ -4,11 +4,12 @@ Hu et al. 2021, equation 3, with its gradients by hand: for g of y, gx = g W + s
 gA = s · (g B)ᵀ x, each one product onto the one before. The factors are used in the dtype of x; their gradients are
 added straight to fp32 `.grad` where that is there. Under torch.compile, which writes better passes itself, and on a
 quantised layer the same is written plainly. PEFT's own forward stays for DoRA, LoHa and LoKr. Layers of one input can
-be one product: `Together`.
+be one product: `together`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -80,29 +81,46 @@ def linear(base: torch.nn.Linear, factors: Factors, x: torch.Tensor) -> torch.Te
     return _Linear.apply(x, base.weight, base.bias, factors.down, factors.up, factors)
 
 
-class Together:
-    """Linear layers of one input as one product; their frozen weights become parts of one, (sum of out, in)."""
+def together(layers: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
+    """Linear layers of one input and one shape as one product, (…, in) -> (…, layers, out), where their factors lie one
+    behind the other as `lora.laid_out` has them; None where one of them has to compute by itself. Frozen weights that
+    do not lie so become parts of one."""
+    if not all(isinstance(layer.forward, Fast) for layer in layers) or torch.compiler.is_compiling():
+        return None
+    bases = [layer.get_base_layer() for layer in layers]
+    factors = [layer.forward.factors for layer in layers]
+    if any(map(_wants_plain, bases, factors)) or any(base.bias is not None for base in bases):
+        return None
+    if len({one.scale for one in factors}) > 1 or any(base.weight.requires_grad for base in bases):
+        return None
+    downs, ups = _in_a_row([one.low_down for one in factors]), _in_a_row([one.low_up for one in factors])
+    if downs is None or ups is None:
+        return None
+    weight, trained = _joined([base.weight for base in bases]), [one.down for one in factors]
+    return _Linears.apply(x, weight, downs, ups, factors[0].scale, *trained, *(one.up for one in factors))
 
-    def __init__(self) -> None:
-        self.weight: torch.nn.Parameter | None = None
 
-    def __call__(self, layers: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
-        """(…, in) -> (…, sum of out); None where one of them has to compute by itself."""
-        if not all(isinstance(layer.forward, Fast) for layer in layers) or torch.compiler.is_compiling():
+def _joined(weights: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    """Frozen matrices of one shape as one, (sum of out, in), of which they are parts from now on."""
+    whole = _in_a_row(weights)
+    if whole is None:
+        rows = torch.nn.Parameter(torch.cat([one.detach() for one in weights]), requires_grad=False)
+        for one, part in zip(weights, rows.detach().chunk(len(weights)), strict=True):
+            one.data = part
+        whole = _in_a_row(weights)
+        assert whole is not None
+    return whole.flatten(0, 1)
+
+
+def _in_a_row(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Tensors of one shape as one (n, …), a view of them; None where they do not lie one behind the other."""
+    first, memory = tensors[0].detach(), memory_of(tensors[0])
+    size, start = first.numel(), int(first.storage_offset())
+    for number, one in enumerate(tensors):
+        is_next = memory_of(one) == memory and one.storage_offset() == start + number * size
+        if not is_next or one.shape != first.shape or not one.is_contiguous():
             return None
-        bases = [layer.get_base_layer() for layer in layers]
-        factors = [layer.forward.factors for layer in layers]
-        if any(map(_wants_plain, bases, factors)) or any(base.bias is not None for base in bases):
-            self.weight = None  # a base that was quantised has no use for it
-            return None
-        if len({one.scale for one in factors}) > 1 or any(base.weight.requires_grad for base in bases):
-            return None
-        weights = [base.weight for base in bases]
-        if self.weight is None or any(memory_of(one) != memory_of(self.weight) for one in weights):
-            self.weight = torch.nn.Parameter(torch.cat([one.detach() for one in weights]), requires_grad=False)
-            for one, rows in zip(weights, self.weight.detach().split([len(one) for one in weights]), strict=True):
-                one.data = rows
-        return _Linears.apply(x, self.weight, factors, *(p for one in factors for p in (one.down, one.up)))
+    return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
 
 
 def convolution(base: torch.nn.Conv2d, factors: Factors, x: torch.Tensor) -> torch.Tensor:
@@ -136,43 +154,45 @@ class _Linear(torch.autograd.Function):
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = (gradient @ weight).addmm_(before, factors.low_down, alpha=factors.scale).view(ctx.shape)
-        of_down = _given(factors.down, before.t() @ rows, factors.scale)
-        of_up = _given(factors.up, gradient.t() @ inner, factors.scale)
-        return of_x, None, None, of_down, of_up, None
+        of_down = _given([factors.down], before.t(), rows, factors.scale)
+        of_up = _given([factors.up], gradient.t(), inner, factors.scale)
+        return of_x, None, None, *of_down, *of_up, None
 
 
 class _Linears(torch.autograd.Function):
-    """As `_Linear`, with A of all layers above each other, and B of each where its outputs are, else 0."""
+    """As `_Linear`, for n layers: weight (n · out, in), downs (n, rank, in), ups (n, out, rank)."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, factors: Sequence[Factors], *trained: torch.nn.Parameter
-    ) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        downs = torch.cat([one.low_down for one in factors])
-        ups = torch.block_diag(*(one.low_up for one in factors))
-        inner = rows @ downs.t()
-        out = (rows @ weight.t()).addmm_(inner, ups.t(), alpha=factors[0].scale)
-        ctx.save_for_backward(rows, weight, inner, downs, ups)
-        ctx.factors, ctx.shape = factors, x.shape
-        return out.view(*x.shape[:-1], -1)
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, downs: torch.Tensor, ups: torch.Tensor, scale: float,
+        *trained: torch.nn.Parameter,
+    ) -> torch.Tensor:  # fmt: skip
+        rows, (n, width, _) = x.reshape(-1, x.shape[-1]), ups.shape
+        inner = rows @ downs.flatten(0, 1).t()
+        out = rows @ weight.t()
+        _of_each(out, n).baddbmm_(_of_each(inner, n), ups.transpose(1, 2), alpha=scale)
+        ctx.save_for_backward(rows, weight, downs, ups, inner)
+        ctx.trained, ctx.scale, ctx.shape = trained, scale, x.shape
+        return out.view(*x.shape[:-1], n, width)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, weight, inner, downs, ups = ctx.saved_tensors
-        factors: Sequence[Factors] = ctx.factors
-        gradient, scale = gradients[0].reshape(-1, gradients[0].shape[-1]), factors[0].scale
-        before = gradient @ ups
+        rows, weight, downs, ups, inner = ctx.saved_tensors
+        n, scale = len(ups), ctx.scale
+        gradient = gradients[0].reshape(len(rows), -1)
+        before = torch.empty_like(inner)
+        torch.bmm(_of_each(gradient, n), ups, out=_of_each(before, n))
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = (gradient @ weight).addmm_(before, downs, alpha=scale).view(ctx.shape)
-        ranks, widths = [len(one.low_down) for one in factors], [len(one.low_up) for one in factors]
-        parts = zip(factors, before.split(ranks, 1), inner.split(ranks, 1), gradient.split(widths, 1), strict=True)
-        given: list[torch.Tensor | None] = []
-        for one, before_one, inner_one, gradient_one in parts:
-            given.append(_given(one.down, before_one.t() @ rows, scale))
-            given.append(_given(one.up, gradient_one.t() @ inner_one, scale))
-        return of_x, None, None, *given
+            of_x = (gradient @ weight).addmm_(before, downs.flatten(0, 1), alpha=scale).view(ctx.shape)
+        of_downs = _given(ctx.trained[:n], before.t(), rows, scale)
+        of_ups = _given(ctx.trained[n:], _of_each(gradient, n).transpose(1, 2), _of_each(inner, n), scale)
+        return of_x, None, None, None, None, *of_downs, *of_ups
+
+
+def _of_each(rows: torch.Tensor, n: int) -> torch.Tensor:
+    """(rows, n · width) -> (n, rows, width), a view."""
+    return rows.view(len(rows), n, -1).transpose(0, 1)
 
 
 class _Convolution(torch.autograd.Function):
@@ -198,7 +218,7 @@ class _Convolution(torch.autograd.Function):
         if needs_x:
             of_x, _ = _conv_gradients(gradients[0], x, weight, ctx.geometry, (True, False))
             of_x.add_(through, alpha=factors.scale)
-        of_down, of_up = _given(factors.down, of_down, factors.scale), _given(factors.up, of_up, factors.scale)
+        of_down, of_up = _added(factors.down, of_down, factors.scale), _added(factors.up, of_up, factors.scale)
         return of_x, None, None, of_down, of_up, None, None
 
 
@@ -208,12 +228,50 @@ def _wants_plain(base: torch.nn.Module, factors: Factors) -> bool:
     return drops or type(base) not in (torch.nn.Linear, torch.nn.Conv2d) or torch.compiler.is_compiling()
 
 
-def _given(parameter: torch.nn.Parameter, gradient: torch.Tensor, scale: float) -> torch.Tensor | None:
+def _given(
+    parameters: Sequence[torch.nn.Parameter], left: torch.Tensor, right: torch.Tensor, scale: float
+) -> list[torch.Tensor | None]:
+    """Add s · left @ right, which is the gradient of all of the parameters, to their own in place; or return it in
+    parts, where they have none."""
+    own = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    total = _in_a_row(own) if len(own) == len(parameters) else None
+    if total is None:
+        parts = (left @ right).view(len(parameters), *parameters[0].shape)
+        return [_added(parameter, part, scale) for parameter, part in zip(parameters, parts, strict=True)]
+    total = total.view(*left.shape[:-1], right.shape[-1])
+    if left.is_cuda and _adds_to_fp32(left.device, left.dtype):
+        _add_product_to_fp32(total, left, right, scale)
+    else:
+        total.add_(left @ right, alpha=scale)
+    return [None] * len(parameters)
+
+
+def _added(parameter: torch.nn.Parameter, gradient: torch.Tensor, scale: float) -> torch.Tensor | None:
     """Add s · gradient to the parameter's own in place (one kernel, cast and all); where it has none, return it."""
     if parameter.grad is None:
         return gradient.to(parameter.dtype).mul_(scale)
     parameter.grad.add_(gradient, alpha=scale)
     return None
+
+
+def _add_product_to_fp32(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
+    """total += s · left @ right, of factors in 16 bits, as cuBLAS adds up: in fp32, in one kernel."""
+    add = torch.addmm if left.ndim == 2 else torch.baddbmm
+    add(total, left, right, out_dtype=torch.float32, alpha=scale, out=total)
+
+
+@cache
+def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch and the card can, seen by a small one; asked first in a pass that is not captured."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    total, left = torch.ones(16, 16, device=device), torch.full((16, 16), 0.5, device=device, dtype=dtype)
+    try:
+        _add_product_to_fp32(total, left, left, 2.0)
+        _add_product_to_fp32(total[None], left[None], left[None], 2.0)
+    except (RuntimeError, TypeError):  # torch before 2.8, or built for something else
+        return False
+    return bool((total == 17.0).all())
 
 
 def _conv_gradients(

@@ -24,7 +24,7 @@ from .identity import allowed_changes, doubtful_changes, identity_of, refused_ch
 from .job import Job, announce, look
 from .kernels import choose_kernels
 from .latents import encode_set
-from .lora import ADAPTER, Trained, attach, component_of, num_parameters, recompute_activations
+from .lora import ADAPTER, Trained, attach, component_of, laid_out, num_parameters, recompute_activations
 from .machine import Interrupts, device_may_fail
 from .memory import TooLarge, unless_too_large
 from .models import Base, load_waiting, place_unet, resting_place, take_fewer_bits
@@ -152,7 +152,7 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
 
     # 2. What is optimised, and how; then as the state that is gone on from.
     rated = [
-        (plan.rates[part.name], [p for module in trained if module.part == part.name for p in module.tensors.values()])
+        (plan.rates[part.name], laid_out(module for module in trained if module.part == part.name))
         for part in plan.parts
     ]
     named = {f"{module.key}.{slot}": p for module in trained for slot, p in module.tensors.items()}

@@ -45,7 +45,7 @@ from scumble.trainer.cuda_graphs import own_stream
 from scumble.trainer.flat import Flat
 from scumble.trainer.kernels import choose_kernels
 from scumble.trainer.latents import Latents
-from scumble.trainer.lora import ADAPTER, Part, attach, recompute_unet
+from scumble.trainer.lora import ADAPTER, Part, attach, laid_out, recompute_unet
 from scumble.trainer.memory import TooLarge
 from scumble.trainer.models import BASES, Base
 from scumble.trainer.optimizers import grouped, make_optimizer
@@ -141,12 +141,12 @@ class Bench:
 
     def ours(
         self,
-        without: str = "",
+        without: Sequence[str] = (),
         only_shallow: bool | None = None,
         unet: UNet2DConditionModel | None = None,
         optimizer: str = "adamw",
     ) -> Step:
-        """One optimiser step of scumble, `without` one of its techniques; with activations recomputed where
+        """One optimiser step of scumble, `without` some of its techniques; with activations recomputed where
         `only_shallow` is not None, in shallow blocks or in all. `unet` is taken as it is, else a copy is."""
         as_torch_has_it()
         unet, size = unet or copy.deepcopy(self.unet), Size(self.layout.side_px, self.layout.side_px)
@@ -160,12 +160,12 @@ class Bench:
         trained = attach(base, Network(), [Part("unet", RANK, RANK)], seed=0)
         if only_shallow is not None:
             recompute_unet(unet, only_shallow)
-        if without != "kernels":
-            choose_kernels(unet, "sdpa", size, self.layout.latent_px, packs=without != "packing")
+        if "kernels" not in without:
+            choose_kernels(unet, "sdpa", size, self.layout.latent_px, packs="packing" not in without)
         named = {f"{one.key}.{slot}": p for one in trained for slot, p in one.tensors.items()}
-        groups = grouped([(1e-4, list(named.values()))])
+        groups = grouped([(1e-4, laid_out(trained))])
         flat = Flat([group["params"] for group in groups], self.dtype)
-        fast = without != "product" and speed_up([one.layer for one in trained], ADAPTER, flat.lowered)
+        fast = "product" not in without and speed_up([one.layer for one in trained], ADAPTER, flat.lowered)
         crop = Crop(size, size, 0, 0, size)
         examples = [Example(Path(f"{index}.png"), "a", 1) for index in range(NUM_PICTURES)]
         objectives = Objectives(
@@ -174,13 +174,13 @@ class Bench:
         )  # fmt: skip
         objectives.encodings["a"] = self.text
         accelerator = accelerator_for(self.device, self.dtype)
-        capture = None if without == "captured" else capture_for(self.device, flat.gradients, [*flat.low, *flat.values])
+        capture = None if "captured" in without else capture_for(self.device, flat.gradients, [*flat.low, *flat.values])
         passes = Passes(
             objectives, flat, accelerator.backward, nullcontext if fast else accelerator.autocast, capture, print
         )
-        moves = make_optimizer(optimizer, groups, 0.01, None if without == "flat" else flat)
+        moves = make_optimizer(optimizer, groups, 0.01, None if "flat" in without else flat)
         update = Update(accelerator, passes, named, flat, moves, 1.0, 0.0, print, looks_per_step=self.batch)
-        if without == "ahead":
+        if "ahead" in without:
             update.ahead = 0
 
         def step(number: int) -> None:
@@ -326,7 +326,7 @@ def compared(
     """The plain loop, ours, and ours without each of the techniques; on CUDA also with activations recomputed."""
     makers: dict[str, Callable[[], Step]] = {"plain": bench.plain, "ours": bench.ours}
     here = [name for name in techniques if ONLY_ON.get(name, bench.device.type) == bench.device.type]
-    makers |= {f"without {name}": lambda name=name: bench.ours(name) for name in here}
+    makers |= {f"without {name}": lambda name=name: bench.ours([name]) for name in here}
     if bench.device.type == "cuda":
         makers |= {name: lambda shallow=shallow: bench.ours("", shallow) for name, shallow in RECOMPUTED.items()}
         return one_by_one(makers, turns, steps, bench.device, until)
