@@ -67,6 +67,15 @@ def test_a_preview_that_does_not_fit_is_refused_in_one_line(tmp_path: Path):
     assert code == 75 and "Traceback" not in output and "the memory of the cuda device is full" in output
 
 
+def test_a_step_launches_fewer_kernels_than_a_plain_loops_and_stock_ones(tmp_path: Path):
+    table = tmp_path / "table.md"
+    code, output, _ = played("tests/benchmarks/launches.py", "--layouts", "sketch", "--out", str(table))
+    assert code == 0, output
+    rows = [line.strip("| ").split(" | ") for line in table.read_text().splitlines() if line.startswith("| sketch")]
+    count = {row[1]: int(row[-1].replace(",", "")) for row in rows}
+    assert count["ours"] < 0.9 * count["ours with stock kernels"] < 0.7 * count["plain loop"]
+
+
 def test_what_needs_a_card_but_no_numbers_holds():
     wanted = "nothing_waits or second_shape or does_not_fit or fewer_bits"
     code, output, counts = played("pytest", "tests/test_gpu.py", "-k", wanted)

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -90,6 +91,14 @@ def counts() -> dict[str, int]:
     return dict(zip(COUNTS, found, strict=True))
 
 
+def launches() -> dict[str, int]:
+    """How often each kernel was launched, or captured, since this was last asked; copies and memsets, too."""
+    with NamedTemporaryFile("r") as file:
+        ctypes.CDLL(os.environ["LD_PRELOAD"]).played_write_launches(file.name.encode())
+        pairs = (line.split(" ", 1) for line in file.read().splitlines())
+        return {name: int(count) for count, name in pairs}
+
+
 def go_past_numbers() -> None:
     """What looks at numbers finds them good, and samplers, which look into tables by them, keep the picture."""
     import torch
@@ -124,7 +133,7 @@ def run(command: str) -> int:
 
         return int(pytest.main(sys.argv[1:]))
     else:
-        sys.path.insert(0, str(Path(command).parent))
+        sys.path[:0] = [str(Path(command).parent), str(HERE.parent)]
         runpy.run_path(command, run_name="__main__")
     return 0
 

@@ -36,6 +36,8 @@ std::set<Stream*> streams;
 std::map<long, Graph*> captures;  // those under way
 std::map<char*, size_t> on_card, pinned;
 std::map<void*, cudaStream_t> stream_of;  // handles of cuBLAS and cuDNN
+std::map<const void*, std::string> names;  // of kernels
+std::map<std::string, long> launches;  // of each kernel, copies and memsets too, since they were last told
 size_t used = 0;
 long num_captures = 0;
 thread_local cudaError_t last = cudaSuccess;
@@ -82,9 +84,10 @@ void queued(cudaStream_t stream, const char* what) {
     if (!captures.empty()) say(std::string(what) + " beside a capture, in which it is missing");
 }
 
-void launched(cudaStream_t stream) {
+void launched(cudaStream_t stream, const std::string& name) {
     std::lock_guard guard(lock);
     queued(stream, "a kernel");
+    launches[name]++;
     played_counts[capture_of(stream) ? CAPTURED_KERNELS : KERNELS]++;
 }
 
@@ -103,6 +106,7 @@ char* taken(size_t size) {
 cudaError_t copied(void* to, const void* from, size_t size, cudaStream_t stream) {
     std::lock_guard guard(lock);
     queued(stream, "a copy");
+    launches["memcpy"]++;
     auto is_known = [](const void* address) { return lies_in(on_card, address) || lies_in(pinned, address); };
     if (!capture_of(stream)) memcpy(to, from, size);
     else if (!is_known(from) || !is_known(to))
@@ -243,6 +247,7 @@ cudaError_t cudaMemcpy2DAsync(
 cudaError_t cudaMemsetAsync(void* address, int value, size_t size, cudaStream_t stream) {
     std::lock_guard guard(lock);
     queued(stream, "a memset");
+    launches["memset"]++;
     if (!capture_of(stream) && value) memset(address, value, size);  // zeros would take room
     return cudaSuccess;
 }
@@ -372,6 +377,17 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void*
 }
 
 // Kernels
+void __cudaRegisterFunction(
+    void**, const char* function, char*, const char* name, int, void*, void*, void*, void*, int*) {
+    names[function] = name;
+}
+void played_write_launches(const char* path) {
+    std::lock_guard guard(lock);
+    FILE* file = fopen(path, "w");
+    for (auto& [name, count] : launches) fprintf(file, "%ld %s\n", count, name.c_str());
+    fclose(file);
+    launches.clear();
+}
 struct Launch { dim3 grid, block; size_t shared; void* stream; };
 static thread_local Launch launch;
 void** __cudaRegisterFatBinary(void*) { static void* none[4]; return none; }
@@ -391,12 +407,12 @@ cudaError_t __cudaGetKernel(cudaKernel_t* found, const void* function) {
     *found = (cudaKernel_t)function;
     return cudaSuccess;
 }
-cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t stream) {
-    launched(stream);
+cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3, dim3, void**, size_t, cudaStream_t stream) {
+    launched(stream, names[kernel]);
     return cudaSuccess;
 }
-cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void*, void**) {
-    launched(how->stream);
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void* function, void**) {
+    launched(how->stream, names[function]);
     return cudaSuccess;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, const void*) {
@@ -428,7 +444,7 @@ int cublasSetStream_v2(void* handle, cudaStream_t stream) {
 }
 int cublasGetMathMode(void*, int* found) { *found = 0; return 0; }
 int cublasGetPointerMode_v2(void*, int* found) { *found = 0; return 0; }
-#define PRODUCT(name) int name(void* handle) { launched(stream_of[handle]); return 0; }
+#define PRODUCT(name) int name(void* handle) { launched(stream_of[handle], #name); return 0; }
 PRODUCT(cublasGemmEx) PRODUCT(cublasGemmStridedBatchedEx) PRODUCT(cublasSgemm_v2) PRODUCT(cublasSgemmStridedBatched)
 PRODUCT(cublasSgemv_v2) PRODUCT(cublasSgemmEx) PRODUCT(cublasSdot_v2) PRODUCT(cublasDotEx)
 #define DESCRIPTOR(name) int name(void** made) { *made = calloc(1, 256); return 0; }
@@ -443,7 +459,7 @@ int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, voi
 int cublasLtMatmul(
     void*, void*, const void*, const void*, void*, const void*, void*, const void*, const void*, void*, void*, void*,
     const void*, void*, size_t, cudaStream_t stream) {
-    launched(stream);
+    launched(stream, "cublasLtMatmul");
     return 0;
 }
 
@@ -460,7 +476,7 @@ int cudnnBackendGetAttribute(void*, int name, int type, long, long* count, void*
     if (found && type == INT64) *(long*)found = 0;
     return 0;
 }
-int cudnnBackendExecute(void* handle, void*, void*) { launched(stream_of[handle]); return 0; }
+int cudnnBackendExecute(void* handle, void*, void*) { launched(stream_of[handle], "cudnnBackendExecute"); return 0; }
 DESCRIPTOR(cudnnCreateConvolutionDescriptor) DESCRIPTOR(cudnnCreateTensorDescriptor)
 DESCRIPTOR(cudnnCreateFilterDescriptor) DESCRIPTOR(cudnnCreateActivationDescriptor)
 }
