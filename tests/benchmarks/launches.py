@@ -22,7 +22,7 @@ KINDS = {  # by what is in a kernel's name; the first that fits
     "products": r"cublas",
     "convolutions": r"cudnn",
     "attention": r"flash|fmha|splitkv",
-    "norms": r"[Nn]orm|Moments|FusedParams|InternalGradients",
+    "norms": r"[Nn]orm|[Mm]oments|FusedParams|InternalGradients|^_sums|^_gradients",
     "copies": r"direct_copy|CatArray|memcpy|memset|FillFunctor",
     "sums": r"CUDAFunctor_add|CUDAFunctorOnSelf_add|CUDAFunctorOnOther_add",
     "others": r"",
