@@ -19,6 +19,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from scumble.configs.errors import Refused
 from scumble.datasets.images import Size
 
+from .fused import fuse
 from .packing import pack_convolutions
 from .product import together
 
@@ -26,12 +27,18 @@ FEW_LATENTS = 1024  # more, and attention that keeps its whole matrix takes too 
 
 
 def choose_kernels(
-    unet: UNet2DConditionModel, attention: str, largest: Size, latent_px: int, packs: bool = True
+    unet: UNet2DConditionModel,
+    attention: str,
+    largest: Size,
+    latent_px: int,
+    packs: bool = True,
+    say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Settle attention, memory layout and the search for convolutions, for pictures of up to `largest`.
 
     In bf16 on a CPU, torch's flash attention takes up to three times as long for few tokens as plain products do
-    (tests/benchmarks/LOG.md). xformers is taken where `attention` says so. Raises `Refused` (69) where it fails.
+    (tests/benchmarks/LOG.md). xformers is taken where `attention` says so. Raises `Refused` (69) where it fails. `say`
+    is told where our own kernels for CUDA are not taken, and why.
     """
     if attention == "xformers":
         try_xformers(unet.device, unet.dtype)
@@ -46,6 +53,8 @@ def choose_kernels(
     if unet.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)
         torch.backends.cudnn.benchmark = True
+        if reason := fuse(unet):
+            say(f"norms and gates by torch's own kernels, which take more memory: {reason}")
         if unet.dtype != torch.float32:
             torch.set_float32_matmul_precision("high")
 

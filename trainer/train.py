@@ -146,7 +146,7 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
     place_unet_that_fits(job, base, kept.state.bits if kept else 16, say)
     trained = attach(base, options.network, plan.parts, options.output.seed)
     largest = max(job.buckets, key=lambda size: size.width * size.height)
-    choose_kernels(base.unet, options.machine.attention, largest, job.source.latent_px)
+    choose_kernels(base.unet, options.machine.attention, largest, job.source.latent_px, say=say)
     count = num_parameters(trained)
     say(f"{count:,} trainable parameters in {len(trained)} layers, {count / base.num_weights:.2%} of the base")
 

@@ -1,0 +1,75 @@
+"""Our own kernels: right by Triton's interpreter, compiled for cards that are not there, left out where they fail."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_kernels import unet
+
+from scumble.trainer import fused
+
+HERE = Path(__file__).parent
+COMPILED = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from scumble.trainer import triton_kernels as kernels
+
+KINDS = {"partial": "*fp32", "moments": "*fp32", "eps": "fp32", **dict.fromkeys((*kernels.SIZES, "width"), "i32")}
+sizes = {}
+for capability in map(int, sys.argv[1:]):
+    for name in ("_moments", "_normalized", "_sums", "_gradients", "_geglu", "_geglu_gradients"):
+        function = getattr(kernels, name)
+        constants = {one: getattr(kernels, one, True) for one in function.arg_names if one.isupper()}
+        kinds = {one: "constexpr" if one in constants else KINDS.get(one, "*bf16") for one in function.arg_names}
+        made = triton.compile(ASTSource(function, kinds, constants), target=GPUTarget("cuda", capability, 32))
+        sizes[f"{name} {capability}"] = len(made.asm["cubin"])
+print(json.dumps(sizes))
+"""
+
+
+@pytest.mark.slow
+def test_kernels_give_what_torch_and_diffusers_do_by_tritons_interpreter():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", str(HERE / "interpreted_kernels.py"), "-p", "no:cacheprovider"]
+    surroundings = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=surroundings, cwd=HERE.parent)
+    assert done.returncode == 0 and re.search(r"\d{2,} passed", done.stdout), done.stdout[-4000:]
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_cards_that_are_not_here(tmp_path: Path):
+    pytest.importorskip("triton")
+    surroundings = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED, "80", "90"], capture_output=True, text=True, env=surroundings
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    sizes = json.loads(done.stdout)
+    assert len(sizes) == 12 and min(sizes.values()) > 1000
+
+
+@pytest.mark.parametrize("error", [ImportError("no"), RuntimeError("Failed to find C compiler.\nmore")])
+def test_where_kernels_cannot_be_had_the_unet_stays_and_the_reason_is_told(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+):
+    def failing(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(fused, "import_module", failing)
+    fused.why_not.cache_clear()
+    try:
+        reason = fused.fuse(model := unet())
+    finally:
+        fused.why_not.cache_clear()
+    assert reason == (
+        "there is no Triton" if isinstance(error, ImportError) else "RuntimeError: Failed to find C compiler."
+    )
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.isfinite(model(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 7, 24)).sample).all()
