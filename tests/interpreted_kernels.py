@@ -145,10 +145,25 @@ def test_norms_that_learn_are_left_to_torch():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_trial_finds_kernels_right_and_wrong(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+def test_the_trial_finds_kernels_right(dtype: torch.dtype):
     assert fused._is_right(CPU, dtype)
+
+
+@pytest.mark.parametrize("kernel", ["group_norm_backward", "geglu", "geglu_backward"])
+def test_the_trial_finds_kernels_wrong(kernel: str, monkeypatch: pytest.MonkeyPatch):
     kernels = fused._kernels()
-    right = kernels.geglu_backward
-    monkeypatch.setattr(kernels, "geglu_backward", lambda gradient, joint: 1.5 * right(gradient, joint))
-    assert not fused._is_right(CPU, dtype)
-    assert fused.why_not.__wrapped__(CPU, dtype) == "they give other numbers than torch's"
+    right = getattr(kernels, kernel)
+    monkeypatch.setattr(kernels, kernel, lambda *given: 1.5 * right(*given))
+    assert fused.why_not.__wrapped__(CPU, torch.float32) == "they give other numbers than torch's"
+
+
+@pytest.mark.parametrize("what", ["shift", "silu"])
+def test_the_trial_finds_a_variant_wrong(what: str, monkeypatch: pytest.MonkeyPatch):
+    kernels = fused._kernels()
+    right = kernels.group_norm
+
+    def wrong(x: Any, shift: Any, groups: int, weight: Any, bias: Any, eps: float, silu: bool) -> Any:
+        return right(x, None if what == "shift" else shift, groups, weight, bias, eps, silu or what == "silu")
+
+    monkeypatch.setattr(kernels, "group_norm", wrong)
+    assert not fused._is_right(CPU, torch.float32)

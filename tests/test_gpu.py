@@ -12,6 +12,7 @@ from tiny import tiny_base
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model
+from scumble.trainer import fused
 from scumble.trainer import train as recipe
 from scumble.trainer.adapters.files import read_tensors
 from scumble.trainer.cuda_graphs import CudaGraphs
@@ -19,7 +20,7 @@ from scumble.trainer.flat import Flat
 from scumble.trainer.models import Base, load, place_unet, recognise
 from scumble.trainer.painting import SAMPLERS, paint
 from scumble.trainer.preflight import try_out
-from scumble.trainer.product import _given
+from scumble.trainer.product import _adds_to_fp32, _given
 from scumble.trainer.prompts import Shot
 from scumble.trainer.step import Batch, Objectives
 from scumble.trainer.update import Update
@@ -178,6 +179,8 @@ def test_a_second_shape_is_captured_in_the_memory_of_the_first():
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_gradients_of_factors_are_added_up_in_fp32(num_layers: int):
+    if not _adds_to_fp32(torch.device("cuda"), torch.bfloat16):
+        pytest.skip("this torch, before 2.8, cannot")
     left, right = (torch.randn(num_layers, 64, 64, device="cuda").bfloat16() for _ in range(2))
     if num_layers == 1:
         left, right = left[0], right[0]
@@ -187,6 +190,12 @@ def test_gradients_of_factors_are_added_up_in_fp32(num_layers: int):
     assert not any(one is not None for one in _given(parameters, left, right, 0.5))
     wanted = 1 + 0.5 * (left.double() @ right.double())
     torch.testing.assert_close(flat.gradients[0].double(), wanted.flatten(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_our_kernels_give_what_torchs_do(dtype: torch.dtype):
+    pytest.importorskip("triton")
+    assert fused.why_not(torch.device("cuda:0"), dtype) == ""
 
 
 def test_fewer_bits_take_less_of_the_card():

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from test_train import ran
 
+from scumble.trainer import product
 from scumble.trainer import train as recipe
 from scumble.trainer.adapters.files import read_tensors
 from scumble.trainer.captured import Capture, Replay
@@ -188,6 +189,24 @@ def test_layers_together_let_go_of_weights_when_a_base_is_quantised():
     for layer in model.layers:
         layer.base_layer = QuantizedLinear(layer.get_base_layer(), 8, torch.device("cpu"))
     assert together(model.layers, x) is None and [one() for one in held] == [None] * 3
+
+
+def test_where_products_are_not_added_up_in_fp32_that_is_found_out_but_not_where_memory_is_full(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    cpu = torch.device("cpu")  # for which torch has no such product
+    assert not product._adds_to_fp32.__wrapped__(cpu, torch.bfloat16)
+    monkeypatch.setattr(product, "_add_product_to_fp32", lambda *given: None)
+    assert not product._adds_to_fp32.__wrapped__(cpu, torch.bfloat16)  # one that adds nothing
+
+    def full(*given: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(product, "_add_product_to_fp32", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        product._adds_to_fp32.__wrapped__(cpu, torch.bfloat16)
+    monkeypatch.setattr(product, "_add_product_to_fp32", lambda total, left, right, scale: total.add_(left @ right * 2))
+    assert product._adds_to_fp32.__wrapped__(cpu, torch.bfloat16)
 
 
 def test_no_gradient_is_made_for_what_wants_none():

@@ -67,8 +67,8 @@ def fingerprints_of(examples: Sequence[Example], crops: Sequence[Sequence[Crop]]
 
 def refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What a run cannot change on its way: the adapter and its optimiser would be others."""
-    is_older = before.get("layout") != now["layout"]
-    lines = ["the layout of the optimiser's state: the run has an older one"] if is_older else []
+    is_other = before.get("layout") != now["layout"]
+    lines = ["the layout of the optimiser's state: the run has that of another scumble"] if is_other else []
     return lines + [
         f"{flag_of(key)} {new}: the run has {old}"
         for key, old, new in _changed(before, now)

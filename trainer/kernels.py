@@ -45,7 +45,7 @@ def choose_kernels(
         unet.set_attn_processor(XFormersAttnProcessor())
     elif (unet.device.type, unet.dtype) == ("cpu", torch.bfloat16) and num_latents(largest, latent_px) <= FEW_LATENTS:
         attend_by_products(unet)
-    else:
+    elif unet.device.type != "mps":  # which up to macOS 14 does not write products into parts of a tensor
         attend_jointly(unet)
     project_tokens(unet)
     if packs and unet.device.type == "cpu":

@@ -269,6 +269,8 @@ def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         _add_product_to_fp32(total, left, left, 2.0)
         _add_product_to_fp32(total[None], left[None], left[None], 2.0)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError):  # torch before 2.8, or built for something else
         return False
     return bool((total == 17.0).all())
