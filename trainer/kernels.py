@@ -32,6 +32,7 @@ def choose_kernels(
     largest: Size,
     latent_px: int,
     packs: bool = True,
+    fuses: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Settle attention, memory layout and the search for convolutions, for pictures of up to `largest`.
@@ -53,7 +54,7 @@ def choose_kernels(
     if unet.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)
         torch.backends.cudnn.benchmark = True
-        if reason := fuse(unet):
+        if fuses and (reason := fuse(unet)):
             say(f"norms and gates by torch's own kernels, which take more memory: {reason}")
         if unet.dtype != torch.float32:
             torch.set_float32_matmul_precision("high")

@@ -30,6 +30,7 @@ KINDS = {  # by what is in a kernel's name; the first that fits
 VARIANTS = {
     "plain": "plain loop",
     "kernels": "ours with stock kernels",
+    "fused": "ours with torch's norms and gates",
     "product": "ours with PEFT's forward",
     "": "ours",
 }

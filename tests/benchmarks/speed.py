@@ -64,10 +64,11 @@ TECHNIQUES = {
     "packing": "torch's own convolutions",
     "flat": "an update of each tensor",
     "kernels": "stock kernels",
+    "fused": "torch's norms and gates",
     "captured": "passes not captured",
     "ahead": "the loss read before the next step",
 }
-ONLY_ON = {"packing": "cpu", "ahead": "cuda"}
+ONLY_ON = {"packing": "cpu", "fused": "cuda", "ahead": "cuda"}
 RECOMPUTED = {"some recomputed": True, "all recomputed": False}
 PHASES = {
     "plan": "start: Python, torch, diffusers, transformers, peft; read the pictures",
@@ -161,7 +162,8 @@ class Bench:
         if only_shallow is not None:
             recompute_unet(unet, only_shallow)
         if "kernels" not in without:
-            choose_kernels(unet, "sdpa", size, self.layout.latent_px, packs="packing" not in without)
+            packs, fuses = "packing" not in without, "fused" not in without
+            choose_kernels(unet, "sdpa", size, self.layout.latent_px, packs, fuses, print)
         named = {f"{one.key}.{slot}": p for one in trained for slot, p in one.tensors.items()}
         groups = grouped([(1e-4, laid_out(trained))])
         flat = Flat([group["params"] for group in groups], self.dtype)
