@@ -123,8 +123,8 @@ def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
     picture, by = (one.contiguous(memory_format=torch.channels_last) for one in (picture, by))
     for is_ours in (True, False):
         x, both = picture.clone().requires_grad_(True), joint.clone().requires_grad_(True)
-        gates = _Geglu.apply(both) if is_ours else both.chunk(2, -1)[0] * F.gelu(both.chunk(2, -1)[1])
-        outs = [gates]
+        hidden, gate = both.chunk(2, -1)
+        outs = [_Geglu.apply(both) if is_ours else hidden * F.gelu(gate)]
         for shift, silu in ((by[:, :, 0, 0], True), (None, True), (None, False)):
             if is_ours:
                 outs.append(normalized(norm, x, shift, silu))
