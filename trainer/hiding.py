@@ -6,19 +6,17 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-from .mending import mended
-
 
 @contextmanager
 def quick_imports() -> Generator[None]:
     """Within the block what imports make is not searched for garbage, of which there is little; nor is it later.
 
-    They do not find bitsandbytes, whose own import takes long, and are `mended`.
+    They do not find bitsandbytes, whose own import takes long.
     """
     was_on = gc.isenabled()
     gc.disable()
     try:
-        with hidden("bitsandbytes"), mended():
+        with hidden("bitsandbytes"):
             yield
     finally:
         gc.freeze()
