@@ -7,9 +7,9 @@ from cyclopts import Parameter
 
 from scumble.configs.errors import Refused
 
+from .captioners.request import Device, Existing, Precision
 from .commands_edit import Folder, take_back
 from .flags import Wanted
-from .request import Device, Existing, Precision
 
 DEFAULTS = Wanted()
 

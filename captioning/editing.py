@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scumble.datasets.sidecars import decoded
+from scumble.datasets.reading.sidecars import decoded
 
 from .changes import Change
 from .edits import Edit

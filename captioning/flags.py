@@ -7,7 +7,7 @@ from cyclopts import Parameter
 
 from scumble.configs.errors import Refused
 
-from .request import Category, Detail, Device, Precision, Request, Subject
+from .captioners.request import Category, Detail, Device, Precision, Request, Subject
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Wanted:
 
     def request(self, device: Device | None, precision: Precision | None) -> Request:
         """What is asked of the captioner. Raises `Refused` for a value out of range or a flag that is not for it."""
-        from .captioner import request_for
+        from .captioners.captioner import request_for
 
         if self.max_tokens is not None and self.max_tokens < 1:
             raise Refused(f"--max-tokens {self.max_tokens}: must be a whole number above 0")

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from scumble.configs.errors import Refused
 from scumble.datasets.captions import tags_of, with_trigger
-from scumble.datasets.places import LeftOut
+from scumble.datasets.reading.discovery import LeftOut
 
-from .captioner import KINDS, make
+from .captioners.captioner import KINDS, make
+from .captioners.picture import Picture
+from .captioners.request import Existing, Request
+from .captioners.wording import cleaned
 from .changes import Change, Origin, hashed
 from .edits import adding, without
-from .picture import Picture
-from .request import Existing, Request
 from .texts import Text, check_writable, read_texts
-from .wording import cleaned
 
 Tell = Callable[[int, int, Path, str], None]  # done, of how many, picture, its caption
 

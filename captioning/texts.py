@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from scumble.configs.errors import Refused
-from scumble.datasets.folder import Example, PictureSet, read_set
-from scumble.datasets.places import TABLES
-from scumble.datasets.sidecars import folded, lines_of, read_text
+from scumble.datasets.reading.discovery import TABLES
+from scumble.datasets.reading.folder import Example, PictureSet, read_set
+from scumble.datasets.reading.sidecars import folded, lines_of, read_text
 
 from .changes import Origin, hashed, written_in
 

@@ -1,11 +1,11 @@
 """Tokens of a caption by CLIP's own tokenizer, which Stable Diffusion 1, 2 and XL share."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from scumble.datasets.tokens import read_window
+from scumble.configs.files import BASES
+from scumble.datasets.checkup.token_window import read_window
 
-TOKENIZER = Path(__file__).parent.parent.resolve() / "configs" / "bases" / "sd15" / "tokenizer"
+TOKENIZER = BASES / "sd15/tokenizer"
 WINDOW = 75  # 77 with the marks of begin and end
 
 

@@ -16,6 +16,7 @@ from .errors import Refused, nearest
 from .options import Declared, Options, Section, declared
 
 PRESETS = Path(__file__).parent / "presets"
+BASES = Path(__file__).parent / "bases"
 
 Layer = dict[str, dict[str, Any]]
 

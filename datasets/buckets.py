@@ -7,7 +7,7 @@ from itertools import chain
 
 from scumble.configs.errors import Refused
 
-from .images import Size
+from .reading.images import Size
 
 MAX_ASPECT = 3.0
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .images import Size
-from .views import View
+from .crops import View
+from .reading.images import Size
 
 LITTLE = 0.01
 MUCH = 0.2  # of a picture's pixels cut: the eye misses what was there

@@ -9,8 +9,8 @@ from scumble.configs.options import Data
 from .buckets import Buckets, make_buckets
 from .captions import ruled
 from .focus import best_share, focus_map
-from .folder import Example
-from .images import Crop, Size, crop_at, read_size
+from .reading.folder import Example
+from .reading.images import Crop, Size, crop_at, read_size
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from PIL import Image
 
 from scumble.configs.errors import Refused
 
-from .images import Size, read_rgb
-from .masks import read_mask
+from .reading.images import Size, read_rgb
+from .reading.masks import read_mask
 
 MAP_PX = 64  # Hou and Zhang's scale: of an object, not of its texture
 FLAT = 1 / 255

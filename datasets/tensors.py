@@ -9,9 +9,9 @@ from PIL import Image
 
 from scumble.configs.errors import Refused
 
-from .images import ENOUGH, Crop, Size, read_rgb, resized
-from .masks import read_mask
-from .views import View
+from .crops import View
+from .reading.images import ENOUGH, Crop, Size, read_rgb, resized
+from .reading.masks import read_mask
 
 
 def cropped(path: Path, crop: Crop) -> torch.Tensor:

@@ -7,23 +7,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_train import ran
+from runs import ran
 from tiny import tiny_base
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model
-from scumble.trainer import fused
 from scumble.trainer import train as recipe
 from scumble.trainer.adapters.files import read_tensors
-from scumble.trainer.cuda_graphs import CudaGraphs
-from scumble.trainer.flat import Flat
-from scumble.trainer.models import Base, load, place_unet, recognise
-from scumble.trainer.painting import SAMPLERS, paint
+from scumble.trainer.base_model.load import Base, load, place_unet, recognise
+from scumble.trainer.kernels import fused_norms
+from scumble.trainer.kernels.cuda_graphs import CudaGraphs
+from scumble.trainer.kernels.lora_matmul import _adds_to_fp32, _given
 from scumble.trainer.preflight import try_out
-from scumble.trainer.product import _adds_to_fp32, _given
-from scumble.trainer.prompts import Shot
-from scumble.trainer.step import Batch, Objectives
-from scumble.trainer.update import Update
+from scumble.trainer.previews.prompts import Shot
+from scumble.trainer.previews.sampling import SAMPLERS, paint
+from scumble.trainer.training.flat_parameters import Flat
+from scumble.trainer.training.objective import Batch, Objectives
+from scumble.trainer.training.optimizer_step import Update
 
 pytestmark = [
     pytest.mark.gpu,
@@ -195,7 +195,7 @@ def test_gradients_of_factors_are_added_up_in_fp32(num_layers: int):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_our_kernels_give_what_torchs_do(dtype: torch.dtype):
     pytest.importorskip("triton")
-    assert fused.why_not(torch.device("cuda:0"), dtype) == ""
+    assert fused_norms.why_not(torch.device("cuda:0"), dtype) == ""
 
 
 def test_fewer_bits_take_less_of_the_card():

@@ -12,16 +12,23 @@ from pathlib import Path
 
 import pytest
 from cyclopts import App
+from paths import CHECKOUT
 
 from scumble.trainer.cli import app
 
-CHECKOUT = Path(__file__).parent.parent
-ROOMS = ["configs", "datasets", "captioning", "trainer"]
+FOLDERS = ["configs", "datasets", "captioning", "trainer"]
+ROOMS = {  # of each folder, lowest first: what may import what; "" is what is in the folder itself
+    "datasets": [["reading"], [""], ["checkup"]],
+    "trainer": [
+        ["system"], ["base_model"], ["adapters"], ["kernels"], ["training"], ["run"], ["previews"], ["plan"],
+        ["artifacts", "preflight"], ["commands"], ["train"], ["cli"],
+    ],
+}  # fmt: skip
 
 
 def files_of_rooms() -> list[Path]:
     listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *ROOMS],
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *FOLDERS],
         cwd=CHECKOUT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return [Path(line) for line in listed.stdout.splitlines() if (CHECKOUT / line).is_file()]
@@ -113,8 +120,25 @@ def modules() -> dict[str, Path]:
 def test_imports_go_one_way_from_trainer_down_to_configs():
     for name, path in modules().items():
         for target in imports(path):
-            upper, lower = ROOMS.index(name.split(".")[0]), ROOMS.index(target.split(".")[0])
+            upper, lower = FOLDERS.index(name.split(".")[0]), FOLDERS.index(target.split(".")[0])
             assert lower <= upper, f"{path} imports {target}"
+
+
+def floor(module: str) -> int:
+    """How high a module is in its folder; 0 where its folder has no order."""
+    folder, *rest = module.split(".")
+    floors = ROOMS.get(folder, [])
+    found = [number for number, rooms in enumerate(floors) if rest and rest[0] in rooms]
+    return found[0] if found else next((number for number, rooms in enumerate(floors) if "" in rooms), 0)
+
+
+def test_imports_between_rooms_go_one_way():
+    found = {name.split(".")[1] for name in modules() if name.startswith("trainer.")}
+    assert found == {room for rooms in ROOMS["trainer"] for room in rooms}
+    for name, path in modules().items():
+        for target in imports(path):
+            if name.split(".")[0] == target.split(".")[0] and target != "trainer":
+                assert floor(target) <= floor(name), f"{path} imports {target}"
 
 
 def test_there_are_no_import_cycles():

@@ -6,11 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from paths import CHECKOUT
 from tiny import tiny_base
 
 from scumble.trainer import cli
 
-CHECKOUT = Path(__file__).parent.parent
 README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 TREE = README.split("```")[1]
 

@@ -9,9 +9,10 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from paths import CHECKOUT
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-CONFIGS = Path(__file__).parent.parent / "configs/bases"
+CONFIGS = CHECKOUT / "configs/bases"
 SCHEDULE = {
     "beta_start": 0.00085,
     "beta_end": 0.012,

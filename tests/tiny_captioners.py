@@ -113,7 +113,7 @@ def tiny_qwen(folder: Path) -> Path:
     model.generation_config.update(bos_token_id=2, eos_token_id=3, pad_token_id=0)
     model.save_pretrained(folder)  # so that the processor can be read for teaching
 
-    from scumble.captioning.vlm import processor_in
+    from scumble.captioning.captioners.vlm import processor_in
 
     processor = processor_in(folder)
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe"}]}]

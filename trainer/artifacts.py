@@ -7,21 +7,22 @@ from math import ceil
 from pathlib import Path
 from statistics import fmean
 
-from .events import Events
-from .export import Progress, export, metadata_of
-from .job import Job
-from .keeping import surplus
-from .lora import Trained
-from .machine import DTYPES, free_unused, memory_mb
-from .memory import Found, TooLarge, unless_too_large
-from .models import Base
-from .preview import Gallery, write_picture
-from .report import loss_curve
-from .run_folder import RunFolder
-from .sizes import in_words
-from .state import State, save_state
-from .update import Outcome, Update
-from .validation import Validation
+from .base_model.load import Base
+from .plan.job import Job
+from .previews.gallery import Gallery
+from .previews.grid import write_picture
+from .run.events import Events
+from .run.folder import RunFolder
+from .run.loss_plot import loss_curve
+from .run.retention import surplus
+from .run.state import State, save_state
+from .system.device import DTYPES, free_unused, memory_mb
+from .system.formatting import in_words
+from .system.out_of_memory import Found, TooLarge, unless_too_large
+from .training.export import Progress, export, metadata_of
+from .training.lora import Trained
+from .training.optimizer_step import Outcome, Update
+from .training.validation import Validation
 
 
 class Artifacts:

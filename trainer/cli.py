@@ -20,13 +20,13 @@ from scumble.configs import files, reference
 from scumble.configs.errors import Refused, nearest, printable
 from scumble.configs.options import Model, Options, Previews, section
 
-from . import check
-from .adapters.commands import adapter
-from .cache_commands import cache
-from .hiding import quick_imports
-from .outputs import check_out
-from .run_commands import register
-from .run_folder import OPTIONS, is_run, name_of_set, status_of
+from .commands import check
+from .commands.adapter import adapter
+from .commands.cache import cache
+from .commands.run_control import register
+from .run.folder import OPTIONS, is_run, name_of_set, status_of
+from .system.fast_imports import quick_imports
+from .system.output_paths import check_out
 
 app = App(
     name="scumble",
@@ -97,7 +97,8 @@ def train(
     else:
         resolved = files.resolve(Path(source) if source.endswith(".toml") else None, preset, flags)
     with quick_imports():
-        from .events import Terminal, json_reader, while_it_lasts
+        from .run.events import json_reader, while_it_lasts
+        from .run.terminal import Terminal
         from .train import train as run
 
     with nullcontext(json_reader) if json else Terminal() as reader:
@@ -135,8 +136,8 @@ def preview(
         if prompt.endswith(".safetensors"):
             raise Refused(f"--prompts {prompt}: is a file, not a prompt; name adapter files before --prompts")
     with quick_imports():
-        from .compare import STRENGTHS, compare, strengths_of
-        from .preview import preview_base
+        from .previews.compare import STRENGTHS, compare, strengths_of
+        from .previews.gallery import preview_base
 
     if adapters:
         compare(adapters, options.model, options.previews, strengths_of(strengths or STRENGTHS), out)
@@ -221,7 +222,7 @@ def flags_of(group: App) -> list[str]:
 
 def _lists_folders(path: Path) -> bool:
     """Whether a TOML file lists folders of pictures rather than options; imported here, since it needs Pillow."""
-    from scumble.datasets.dataset_toml import is_list_of_folders
+    from scumble.datasets.reading.dataset_toml import is_list_of_folders
 
     return is_list_of_folders(path)
 

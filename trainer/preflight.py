@@ -6,18 +6,18 @@ from itertools import count
 from pathlib import Path
 
 from scumble.configs.words import counted
-from scumble.datasets.images import Size
-from scumble.datasets.order import epoch_batches
+from scumble.datasets.batches import epoch_batches
+from scumble.datasets.reading.images import Size
 
-from .compiling import PAYS_S, compile_blocks
-from .events import Events
-from .job import Job
-from .keeping import check_disk, disk_needed
-from .machine import DTYPES, total_memory_mb
-from .memory import Measured, duration, measure, timed
-from .models import Base
-from .sizes import in_words
-from .update import Update
+from .base_model.load import Base
+from .kernels.compile import PAYS_S, compile_blocks
+from .plan.job import Job
+from .run.events import Events
+from .run.retention import check_disk, disk_needed
+from .system.device import DTYPES, total_memory_mb
+from .system.formatting import duration, in_words
+from .system.out_of_memory import Measured, measure, timed
+from .training.optimizer_step import Update
 
 
 def try_out(

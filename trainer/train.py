@@ -12,36 +12,38 @@ from typing import Any
 from scumble.configs import files
 from scumble.configs.errors import Refused
 from scumble.configs.options import Optimization, Options
+from scumble.datasets.batches import epoch_batches
 from scumble.datasets.cache import cache_in
-from scumble.datasets.order import epoch_batches
 
 from .artifacts import Artifacts
-from .captured import capture_for
-from .cuda_graphs import own_stream
-from .events import Events, Reader, file_reader
-from .flat import Flat
-from .identity import allowed_changes, doubtful_changes, identity_of, refused_changes
-from .job import Job, announce, look
-from .kernels import choose_kernels
-from .latents import encode_set
-from .lora import ADAPTER, Trained, attach, component_of, laid_out, num_parameters, recompute_activations
-from .machine import Interrupts, device_may_fail
-from .memory import TooLarge, unless_too_large
-from .models import Base, load_waiting, place_unet, resting_place, take_fewer_bits
-from .optimizers import grouped, make_optimizer
-from .pace import Pace
-from .parking import at_hand, fetch
-from .passes import Passes
-from .plan import Plan
+from .base_model.latents import encode_set
+from .base_model.load import Base, load_waiting, place_unet, resting_place, take_fewer_bits
+from .base_model.offload import at_hand, fetch
+from .base_model.quantize import BITS, fewer_bits
+from .kernels.attention import choose_kernels
+from .kernels.capture import capture_for
+from .kernels.cuda_graphs import own_stream
+from .kernels.lora_matmul import speed_up
+from .plan.job import Job, announce, look
+from .plan.plan import Plan
 from .preflight import try_out
-from .product import speed_up
-from .quantize import BITS, fewer_bits
-from .run_folder import EVENTS, OPTIONS, STOPPED, Cut, RunFolder, TakenOver, is_run, status_of, write_text
-from .schedules import rate_share
-from .state import Kept, State, newest_state
-from .step import Look, Objectives
-from .update import STOPPED_AFTER, Update, looks_of
-from .validation import Validation
+from .run.events import Events, Reader, file_reader
+from .run.fingerprint import allowed_changes, doubtful_changes, identity_of, refused_changes
+from .run.folder import EVENTS, OPTIONS, RunFolder, TakenOver, is_run, status_of, write_text
+from .run.slowdown import Pace
+from .run.state import Kept, State, newest_state
+from .system.device import device_may_fail
+from .system.out_of_memory import TooLarge, unless_too_large
+from .system.signals import STOPPED, Cut, Interrupts
+from .training.checkpointing import recompute_activations
+from .training.flat_parameters import Flat
+from .training.forward_backward import Passes
+from .training.lora import ADAPTER, Trained, attach, component_of, laid_out, num_parameters
+from .training.lr_schedules import rate_share
+from .training.objective import Look, Objectives
+from .training.optimizer_step import STOPPED_AFTER, Update, looks_of
+from .training.optimizers import grouped, make_optimizer
+from .training.validation import Validation
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from scumble.datasets.images import read_rgb
+from scumble.datasets.reading.images import read_rgb
 
 
 @dataclass(frozen=True)

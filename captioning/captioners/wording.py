@@ -9,7 +9,7 @@ import re
 
 from scumble.datasets.captions import tags_of
 
-from .edits import tidy
+from ..edits import tidy
 from .request import Detail, Subject
 
 LENGTHS: dict[Detail, str] = {

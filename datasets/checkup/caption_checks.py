@@ -8,8 +8,8 @@ from textwrap import shorten
 
 from scumble.configs.words import counted
 
-from .look import Look
-from .material import Found, Material, details, others
+from .evidence import Found, Material, details, others
+from .measure import Look
 
 TAG_WORDS = 4  # a longer part between commas is a sentence
 TAGGED = 4  # median tags of a caption from which a set is taken to be tagged

@@ -10,15 +10,15 @@ from typing import Literal
 
 from scumble.configs.words import counted
 
+from ..crop_loss import BucketUse, bucket_uses
+from ..crops import View
+from ..reading.folder import Example, PictureSet
 from . import caption_checks, picture_checks
-from .folder import Example, PictureSet
-from .likeness import nearest
-from .look import Look, Subject, looks_at
-from .material import Found, Material, Severity
-from .stamp import Corners
-from .tokens import Window
-from .views import View
-from .waste import BucketUse, bucket_uses
+from .duplicates import nearest
+from .evidence import Found, Material, Severity
+from .measure import Look, Subject, looks_at
+from .token_window import Window
+from .watermarks import Corners
 
 FEW = 1000  # pictures of which thumbs and corners are kept: about 45 MB
 SEVERITIES: tuple[Severity, ...] = ("serious", "warning", "note")

@@ -6,10 +6,10 @@ from math import ceil, sqrt
 
 from PIL import Image, ImageDraw, ImageOps
 
+from ..fonts import Font, lettered
 from .checkup import Checkup, Finding, verdict
-from .lettering import Font, lettered
-from .look import Look, thumb_of
-from .page import Frame, frames_of, shown_of, tint_of
+from .html_page import Frame, frames_of, shown_of, tint_of
+from .measure import Look, thumb_of
 
 SHOWN = 120
 MOST_FINDINGS = 8

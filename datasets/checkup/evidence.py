@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
-from .folder import Remark
-from .likeness import look_alike, same_picture
-from .look import Look
-from .places import LeftOut
-from .tokens import Heard, Window
+from ..reading.discovery import LeftOut
+from ..reading.folder import Remark
+from .duplicates import look_alike, same_picture
+from .measure import Look
+from .token_window import Heard, Window
 
 Severity = Literal["serious", "warning", "note"]
 LEARNED = 1 / 3  # what more than this share of the pictures show is learned

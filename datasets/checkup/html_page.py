@@ -15,9 +15,9 @@ from PIL import Image
 
 from scumble.configs.words import counted
 
+from ..reading.images import Crop
 from .checkup import OF_FILES, SEVERITIES, Checkup, Finding, verdict
-from .images import Crop
-from .look import Look, Thumb, thumb_of
+from .measure import Look, Thumb, thumb_of
 
 TEMPLATE = Path(__file__).with_name("page.html")
 SHOWN = 500  # pictures on a page, those with findings first: about 15 MB

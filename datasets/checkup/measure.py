@@ -19,15 +19,15 @@ from PIL import Image
 
 from scumble.configs.errors import Refused
 
-from .borders import Borders, borders_of
+from ..reading.folder import Example
+from ..reading.images import ENOUGH, Crop, Size, read_rgb
+from ..reading.masks import read_mask
+from .duplicates import Likeness, likeness_of
 from .exposure import Exposure, exposure_of
-from .folder import Example
-from .images import ENOUGH, Crop, Size, read_rgb
 from .jpeg import block_steps, quality_of
-from .likeness import Likeness, likeness_of
-from .masks import read_mask
+from .letterbox import Borders, borders_of
 from .sharpness import edge_blur
-from .stamp import Corners, corners_of
+from .watermarks import Corners, corners_of
 
 THUMB_PX = 400  # longer side
 THUMB_QUALITY = 82

@@ -7,9 +7,9 @@ from statistics import median
 
 from scumble.configs.words import counted
 
-from .look import Look
-from .material import Found, Material, details, others
-from .stamp import stamps_in
+from .evidence import Found, Material, details, others
+from .measure import Look
+from .watermarks import stamps_in
 
 ENOUGH = {"style": (5, 10), "character": (3, 8)}  # fewer are serious, worth a warning
 ENLARGED = 1.1, 1.5  # from here a note, a warning

@@ -23,8 +23,8 @@ from typing import Any
 from scumble.configs import files
 from scumble.configs.errors import Refused, nearest
 
-from .metadata import read_kohyas
-from .places import Place
+from .caption_tables import read_kohyas
+from .discovery import Place
 from .sidecars import CAPTION_SUFFIXES, decoded
 
 RULES = (

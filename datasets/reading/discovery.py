@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .caption_tables import Table
 from .images import SUFFIXES
 from .masks import MASK_ENDING
-from .metadata import Table
 from .sidecars import CAPTION_SUFFIXES
 
 KOHYA_FOLDER = re.compile(r"(\d{1,3})_(.+)")  # more digits are a year or a date

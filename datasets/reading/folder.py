@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 from scumble.configs.errors import Refused
 
+from .caption_tables import Table, read_table
 from .dataset_toml import read_list
+from .discovery import LeftOut, Listing, Place, listings, own_name
 from .images import SUFFIXES, check_pixels
 from .masks import MaskFiles, hides
-from .metadata import Table, read_table
-from .places import LeftOut, Listing, Place, listings, own_name
 from .sidecars import Sidecars, lines_of, read_text
 
 Masks = Literal["auto", "alpha", "off"]

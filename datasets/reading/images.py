@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 
 from scumble.configs.errors import Refused
 
-from .colour import alpha_of, to_rgb
+from .color import alpha_of, to_rgb
 
 HEIC_SUFFIXES = {".heic", ".heif", ".hif"}
 SUFFIXES = HEIC_SUFFIXES | {

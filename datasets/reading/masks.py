@@ -11,7 +11,7 @@ from PIL import Image
 
 from scumble.configs.errors import Refused
 
-from .colour import to_rgb
+from .color import to_rgb
 from .images import read_alpha, read_picture, read_size
 from .sidecars import folded
 

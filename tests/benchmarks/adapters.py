@@ -27,7 +27,7 @@ from scumble.configs.options import Model
 from scumble.trainer.adapters.adapter import Adapter, read_adapter, to_tensors
 from scumble.trainer.adapters.bake import Dose, bake
 from scumble.trainer.adapters.files import write_adapter
-from scumble.trainer.adapters.header import Entry, header_bytes
+from scumble.trainer.adapters.forward_check import tried_by_layers
 from scumble.trainer.adapters.inspect import inspect
 from scumble.trainer.adapters.keys import Place, sgm_path
 from scumble.trainer.adapters.lowrank import Rule, svd_of_factors
@@ -35,10 +35,10 @@ from scumble.trainer.adapters.merge import Input, Recipe, merge
 from scumble.trainer.adapters.module import Module
 from scumble.trainer.adapters.provenance import write_result
 from scumble.trainer.adapters.resize import resize
-from scumble.trainer.adapters.trial import tried_by_layers
+from scumble.trainer.adapters.targets import FULL
 from scumble.trainer.adapters.weights import Weights, find_weights
-from scumble.trainer.bases import recognise
-from scumble.trainer.lora import FULL
+from scumble.trainer.base_model.detect import recognise
+from scumble.trainer.system.safetensors_header import Entry, header_bytes
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent.parent / "configs/bases/sdxl"

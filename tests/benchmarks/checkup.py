@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
-from scumble.datasets.borders import borders_of
-from scumble.datasets.exposure import exposure_of
-from scumble.datasets.images import SUFFIXES, read_rgb
-from scumble.datasets.jpeg import block_steps
-from scumble.datasets.likeness import Likeness, likeness_of, same_picture
-from scumble.datasets.picture_checks import DARK, HIGH_STEPS, LIGHT, SOFT_PX
-from scumble.datasets.sharpness import edge_blur
-from scumble.datasets.stamp import corners_of, stamps_in
+from scumble.datasets.checkup.duplicates import Likeness, likeness_of, same_picture
+from scumble.datasets.checkup.exposure import exposure_of
+from scumble.datasets.checkup.jpeg import block_steps
+from scumble.datasets.checkup.letterbox import borders_of
+from scumble.datasets.checkup.picture_checks import DARK, HIGH_STEPS, LIGHT, SOFT_PX
+from scumble.datasets.checkup.sharpness import edge_blur
+from scumble.datasets.checkup.watermarks import corners_of, stamps_in
+from scumble.datasets.reading.images import SUFFIXES, read_rgb
 
 Damage = Callable[[Image.Image], Image.Image]
 NOISE = np.random.default_rng(0)

@@ -19,7 +19,7 @@ from plain_loop import Pictures, Timed, train_plainly
 
 from scumble.configs import files
 from scumble.datasets.samples.fetch_held_out import fetch, prepare, write
-from scumble.trainer.models import EMBEDDED, Pipeline
+from scumble.trainer.base_model.load import EMBEDDED, Pipeline
 from scumble.trainer.train import train
 
 HERE = Path(__file__).parent

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from scumble.datasets.images import read_rgb
+from scumble.datasets.reading.images import read_rgb
 
 SAMPLES = Path(__file__).parent.parent.parent / "datasets/samples"
 SUFFIXES = ("jpg", "jpg", "png", "webp")

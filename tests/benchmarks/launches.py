@@ -12,11 +12,11 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from played_card.card import launches
+from simulated_card.card import launches
 from speed import HERE, LAYOUTS, RANK, Bench, Layout, unet_of
 
-from scumble.trainer.cuda_graphs import own_stream
-from scumble.trainer.placing import place_together
+from scumble.trainer.base_model.one_block import place_together
+from scumble.trainer.kernels.cuda_graphs import own_stream
 
 KINDS = {  # by what is in a kernel's name; the first that fits
     "products": r"cublas",

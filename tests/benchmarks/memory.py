@@ -30,13 +30,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from scumble.trainer.bases import BASES
-from scumble.trainer.cuda_graphs import own_stream
-from scumble.trainer.flat import Flat
-from scumble.trainer.lora import ADAPTER, ATTENTION, recompute_unet
-from scumble.trainer.placing import place_together
-from scumble.trainer.product import speed_up
-from scumble.trainer.quantize import PACKINGS, quantize
+from scumble.trainer.adapters.targets import ATTENTION
+from scumble.trainer.base_model.detect import BASES
+from scumble.trainer.base_model.one_block import place_together
+from scumble.trainer.base_model.quantize import PACKINGS, quantize
+from scumble.trainer.kernels.cuda_graphs import own_stream
+from scumble.trainer.kernels.lora_matmul import speed_up
+from scumble.trainer.training.checkpointing import recompute_unet
+from scumble.trainer.training.flat_parameters import Flat
+from scumble.trainer.training.lora import ADAPTER
 
 BLOCK, STEPS = 512, 4
 CPU = torch.device("cpu")

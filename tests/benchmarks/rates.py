@@ -16,9 +16,9 @@ from plain_loop import Pictures
 from scumble.configs import files
 from scumble.configs.options import Model
 from scumble.trainer.adapters.adapter import read_adapter
-from scumble.trainer.adapters.wear import worn
-from scumble.trainer.models import load, recognise
-from scumble.trainer.plan import DEFAULTS
+from scumble.trainer.adapters.applied import worn
+from scumble.trainer.base_model.load import load, recognise
+from scumble.trainer.plan.plan import DEFAULTS
 from scumble.trainer.train import train
 
 MULTIPLES = {

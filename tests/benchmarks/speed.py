@@ -37,23 +37,25 @@ from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
 
 from scumble.configs.options import Data, Network, Objective
-from scumble.datasets.folder import Example
-from scumble.datasets.images import Crop, Size
-from scumble.trainer.bases import EMBEDDED, FAMILIES, Source
-from scumble.trainer.captured import capture_for
-from scumble.trainer.cuda_graphs import own_stream
-from scumble.trainer.flat import Flat
-from scumble.trainer.kernels import choose_kernels
-from scumble.trainer.latents import Latents
-from scumble.trainer.lora import ADAPTER, Part, attach, laid_out, recompute_unet
-from scumble.trainer.memory import TooLarge
-from scumble.trainer.models import BASES, Base
-from scumble.trainer.optimizers import grouped, make_optimizer
-from scumble.trainer.passes import Passes
-from scumble.trainer.product import speed_up
-from scumble.trainer.step import Objectives
-from scumble.trainer.text import Conditioning
-from scumble.trainer.update import Update
+from scumble.datasets.reading.folder import Example
+from scumble.datasets.reading.images import Crop, Size
+from scumble.trainer.adapters.targets import Part
+from scumble.trainer.base_model.detect import EMBEDDED, FAMILIES, Source
+from scumble.trainer.base_model.latents import Latents
+from scumble.trainer.base_model.load import BASES, Base
+from scumble.trainer.base_model.text_encoding import Conditioning
+from scumble.trainer.kernels.attention import choose_kernels
+from scumble.trainer.kernels.capture import capture_for
+from scumble.trainer.kernels.cuda_graphs import own_stream
+from scumble.trainer.kernels.lora_matmul import speed_up
+from scumble.trainer.system.out_of_memory import TooLarge
+from scumble.trainer.training.checkpointing import recompute_unet
+from scumble.trainer.training.flat_parameters import Flat
+from scumble.trainer.training.forward_backward import Passes
+from scumble.trainer.training.lora import ADAPTER, attach, laid_out
+from scumble.trainer.training.objective import Objectives
+from scumble.trainer.training.optimizer_step import Update
+from scumble.trainer.training.optimizers import grouped, make_optimizer
 
 HERE = Path(__file__).parent
 SAMPLES = HERE.parent.parent / "datasets/samples/clay-style"

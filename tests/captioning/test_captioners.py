@@ -12,9 +12,9 @@ from PIL import Image
 from tiny_captioners import ASKED, CAPTIONS, colour, tiny_blip, tiny_florence, tiny_qwen, tiny_tagger
 from transformers import AutoProcessor, BlipForConditionalGeneration
 
-from scumble.captioning.captioner import KINDS, make, request_for
-from scumble.captioning.picture import Picture, in_halves, within
-from scumble.captioning.tagger import Rules, Tag, chosen, prepared, spaced
+from scumble.captioning.captioners.captioner import KINDS, make, request_for
+from scumble.captioning.captioners.picture import Picture, in_halves, within
+from scumble.captioning.captioners.tagger import Rules, Tag, chosen, prepared, spaced
 from scumble.configs.errors import Refused
 from scumble.trainer import cli
 

@@ -6,13 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from paths import CHECKOUT
 from PIL import Image
 
 from scumble.captioning import recipe
-from scumble.captioning.captioner import KINDS, request_for
-from scumble.captioning.filename import words_of
-from scumble.captioning.request import Existing, Subject
-from scumble.captioning.wording import TEMPLATES, asked, belongs, cleaned
+from scumble.captioning.captioners.captioner import KINDS, request_for
+from scumble.captioning.captioners.filename import words_of
+from scumble.captioning.captioners.request import Existing, Subject
+from scumble.captioning.captioners.wording import TEMPLATES, asked, belongs, cleaned
 from scumble.configs.errors import Refused
 from scumble.trainer import cli
 
@@ -220,7 +221,7 @@ def test_ctrl_c_leaves_the_captions_so_far_and_exit_code_130(
 
 
 def test_commands_of_the_explanation_run(photos: Path, monkeypatch: pytest.MonkeyPatch):
-    page = (Path(__file__).parent.parent / "captioning/README.md").read_text(encoding="utf-8")
+    page = (CHECKOUT / "captioning/README.md").read_text(encoding="utf-8")
     commands = re.findall(r"^    scumble ([^#\n]+)", page, flags=re.MULTILINE)
     assert len(commands) > 10
     (photos / "blue-cup.txt").write_text("grey cat, simple background, moon, moon\n")
@@ -313,7 +314,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(
 
 
 def test_a_missing_package_is_named_with_what_installs_it(photos: Path, monkeypatch: pytest.MonkeyPatch):
-    from scumble.captioning import checkpoint
+    from scumble.captioning.captioners import checkpoint
 
     with pytest.raises(Refused, match=r'onnxruntme is not installed; pip install "scumble\[captions\]"') as refused:
         checkpoint.check_packages("wd-tagger", ["onnxruntme"])

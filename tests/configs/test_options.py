@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import CHECKOUT
 
 from scumble.configs import files
 from scumble.configs.errors import Refused
 from scumble.configs.options import Options, declared
 from scumble.configs.reference import reference
 from scumble.trainer import cli
-
-CHECKOUT = Path(__file__).parent.parent
 
 
 def toml(folder: Path, text: str) -> Path:

@@ -1,11 +1,11 @@
 """The embedded base: stock diffusers loads it, text steers it, its README's figures are what it gives."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from paths import CHECKOUT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -15,8 +15,8 @@ from scumble.configs.bases.sketch.recipe.denoiser import Denoiser, Latents, held
 from scumble.configs.bases.sketch.recipe.judge import paint_latents, share_nearest
 from scumble.configs.bases.sketch.recipe.pictures import JUDGED
 
-BASE = Path(__file__).parent.parent / "configs/bases/sketch"
-SAMPLES = Path(__file__).parent.parent / "datasets/samples"
+BASE = CHECKOUT / "configs/bases/sketch"
+SAMPLES = CHECKOUT / "datasets/samples"
 FIGURES = json.loads((BASE / "figures.json").read_text())
 STYLES = ["shaded style", "flat style"]
 

@@ -9,11 +9,11 @@ from PIL import Image
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Captions
+from scumble.datasets.batches import batches_per_epoch, epoch_batches
 from scumble.datasets.buckets import bucket_sizes, nearest_bucket
 from scumble.datasets.captions import said, with_trigger
-from scumble.datasets.folder import read_set
-from scumble.datasets.images import Size, centre_crop, read_rgb, read_size
-from scumble.datasets.order import batches_per_epoch, epoch_batches
+from scumble.datasets.reading.folder import read_set
+from scumble.datasets.reading.images import Size, centre_crop, read_rgb, read_size
 from scumble.datasets.tensors import cropped
 
 

@@ -7,27 +7,29 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageDraw
-from test_train import CPU, SAMPLES, ran
+from runs import SAMPLES, ran
+from small_parts import CPU
 from tiny import tiny_base
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Data, Model, Objective, Options
 from scumble.datasets import focus
+from scumble.datasets.batches import batch_sizes, even, told_batches
 from scumble.datasets.buckets import make_buckets, nearest_bucket
+from scumble.datasets.crop_loss import bucket_uses, told_waste
+from scumble.datasets.crops import spread, tables, views_of
 from scumble.datasets.focus import best_share, focus_map, saliency
-from scumble.datasets.folder import read_set
-from scumble.datasets.images import Crop, Size, centre_crop, crop_at, read_size
-from scumble.datasets.order import batch_sizes, even, told_batches
-from scumble.datasets.views import spread, tables, views_of
-from scumble.datasets.waste import bucket_uses, told_waste
-from scumble.trainer.flat import Flat
-from scumble.trainer.latents import encode_set
-from scumble.trainer.lora import Part, attach
-from scumble.trainer.models import load, recognise
-from scumble.trainer.optimizers import grouped, make_optimizer
-from scumble.trainer.passes import Passes
-from scumble.trainer.step import Look, Objectives
-from scumble.trainer.update import Update
+from scumble.datasets.reading.folder import read_set
+from scumble.datasets.reading.images import Crop, Size, centre_crop, crop_at, read_size
+from scumble.trainer.adapters.targets import Part
+from scumble.trainer.base_model.latents import encode_set
+from scumble.trainer.base_model.load import load, recognise
+from scumble.trainer.training.flat_parameters import Flat
+from scumble.trainer.training.forward_backward import Passes
+from scumble.trainer.training.lora import attach
+from scumble.trainer.training.objective import Look, Objectives
+from scumble.trainer.training.optimizer_step import Update
+from scumble.trainer.training.optimizers import grouped, make_optimizer
 
 SHAPES = [
     (50, 300),

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageOps
-from test_train import SAMPLES, ran
+from runs import SAMPLES, ran
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model
 from scumble.datasets.cache import Cache
-from scumble.datasets.images import Crop, Size, centre_crop, read_size
+from scumble.datasets.reading.images import Crop, Size, centre_crop, read_size
 from scumble.trainer import cli
-from scumble.trainer.latents import MAX_RESIDENT_BYTES, Latents, encode_set
-from scumble.trainer.models import Base, load, recognise
+from scumble.trainer.base_model.latents import MAX_RESIDENT_BYTES, Latents, encode_set
+from scumble.trainer.base_model.load import Base, load, recognise
 
 View = tuple[Path, Sequence[Crop]]
 

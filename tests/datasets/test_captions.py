@@ -4,19 +4,19 @@ import random
 from collections import Counter
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
+from paths import CHECKOUT
 
 from scumble.configs.options import Captions, Model, Objective, Options
 from scumble.datasets.captions import said
-from scumble.datasets.folder import read_set
-from scumble.datasets.images import Size, centre_crop, read_size
+from scumble.datasets.reading.folder import read_set
+from scumble.datasets.reading.images import Size, centre_crop, read_size
 from scumble.datasets.wildcards import chosen
-from scumble.trainer import step
-from scumble.trainer.latents import encode_set
-from scumble.trainer.models import load, recognise
+from scumble.trainer.base_model.latents import encode_set
+from scumble.trainer.base_model.load import load, recognise
+from scumble.trainer.training import objective
 
 DRAWS = 3000
 
@@ -144,18 +144,18 @@ def test_training_hears_the_rules_regularisation_pictures_without_the_trigger_an
     monkeypatch: pytest.MonkeyPatch,
 ):
     base = load(Model(), recognise(Model()), torch.device("cpu"), torch.float32)
-    samples = read_set(Path(__file__).parent.parent / "datasets/samples/clay-style").examples[:2]
+    samples = read_set(CHECKOUT / "datasets/samples/clay-style").examples[:2]
     examples = [replace(samples[0], lines=("{red|blue} cat", "dog")), replace(samples[1], lines=("owl",), prior=True)]
     crops = [[centre_crop(read_size(example.image), Size(64, 64))] for example in examples]
     latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)])
     rules = {"caption_dropout": 0.0, "trigger": "zwx", "prefix": "p", "caption_lines": "pick"}
     data = Options().data.model_copy(update=rules)
-    objectives = step.Objectives(base, examples, crops, latents, data, Objective(), seed=0, text_is_trained=False)
+    objectives = objective.Objectives(base, examples, crops, latents, data, Objective(), seed=0, text_is_trained=False)
     heard = set()
-    monkeypatch.setattr(step, "MAX_ENCODINGS", 3)
+    monkeypatch.setattr(objective, "MAX_ENCODINGS", 3)
     for number in range(24):
         with torch.no_grad():
-            losses = objectives.losses([step.Look(0, number, 0), step.Look(1, number, 1)])
+            losses = objectives.losses([objective.Look(0, number, 0), objective.Look(1, number, 1)])
         assert losses.isfinite().all() and len(objectives.encodings) <= 3
         heard |= set(objectives.encodings)
     assert heard == {"p zwx, red cat", "p zwx, blue cat", "p zwx, dog", "owl"}

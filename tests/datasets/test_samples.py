@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 from hatchling.builders.wheel import WheelBuilder
+from paths import CHECKOUT
 from PIL import Image
 
 from scumble.configs.errors import Refused
 from scumble.datasets.samples import fetch_held_out as held
 
-ROOT = Path(__file__).parent.parent
+ROOT = CHECKOUT
 SAMPLES = ROOT / "datasets" / "samples"
 SETS = ("clay-style", "clay-cat")
 DEMONSTRATED = {"tiger", "rocket", "princess", "castle", "red apple"}

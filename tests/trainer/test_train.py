@@ -4,10 +4,8 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,59 +13,29 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
+from runs import CPU, SAMPLES, Run, ran
 from tiny import tiny_base
 
 from scumble.configs import files
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Objective, Options
-from scumble.datasets.folder import read_set
-from scumble.datasets.images import Size, centre_crop, read_size
-from scumble.datasets.order import epoch_batches
+from scumble.datasets.batches import epoch_batches
+from scumble.datasets.reading.folder import read_set
+from scumble.datasets.reading.images import Size, centre_crop, read_size
 from scumble.datasets.tensors import cropped
 from scumble.trainer import cli
 from scumble.trainer.adapters.adapter import read_adapter
 from scumble.trainer.adapters.files import read_tensors
+from scumble.trainer.adapters.targets import Part
 from scumble.trainer.artifacts import share_of_previews
-from scumble.trainer.events import Event, Reader
-from scumble.trainer.latents import encode_set
-from scumble.trainer.lora import Part, attach
-from scumble.trainer.models import EMBEDDED, load, recognise
-from scumble.trainer.plan import DEFAULTS
-from scumble.trainer.state import ADAPTER, NUMBERS, OPTIMIZER
-from scumble.trainer.step import Look, Objectives, generator_for
+from scumble.trainer.base_model.latents import encode_set
+from scumble.trainer.base_model.load import EMBEDDED, load, recognise
+from scumble.trainer.plan.plan import DEFAULTS
+from scumble.trainer.run.events import Event
+from scumble.trainer.run.state import ADAPTER, NUMBERS, OPTIMIZER
 from scumble.trainer.train import steps_of, train
-
-SAMPLES = Path(__file__).parent.parent / "datasets/samples/clay-style"
-CPU = torch.device("cpu")
-
-
-@dataclass
-class Run:
-    folder: Path
-    events: list[Event]
-
-    def of(self, kind: str) -> list[Event]:
-        return [event for event in self.events if event["kind"] == kind]
-
-    @property
-    def losses(self) -> list[float]:
-        return [event["loss"] for event in self.of("step")]
-
-
-def ran(folder: Path, dry_run: bool = False, readers: Sequence[Reader] = (), **tables: Any) -> Run:
-    """Train on the clay style with few, cheap steps unless `tables` say otherwise."""
-    flags: dict[str, dict] = {
-        "data": {"images": str(SAMPLES)},
-        "optimization": {"steps": 3},
-        "machine": {"device": "cpu", "precision": "fp32"},
-        "previews": {"prompts": ("owl, clay style", "red apple, flat style"), "preview_steps": 2},
-        "output": {"runs": str(folder / "runs"), "name": "clay"},
-    }
-    for table, keys in tables.items():
-        flags[table] = flags.get(table, {}) | keys
-    events: list[Event] = []
-    result = train(files.resolve(flags=flags), [events.append, *readers], dry_run=dry_run)
-    return Run(result.adapter.parent if result else folder, events)
+from scumble.trainer.training.lora import attach
+from scumble.trainer.training.objective import Look, Objectives, generator_for
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ import torch
 
 from scumble.configs.errors import Refused
 
-from .detection import FAMILY_OF_CONTEXT, FAMILY_OF_VERSION
+from .base_tags import FAMILY_OF_CONTEXT, FAMILY_OF_VERSION
 from .files import read_tensors
 from .keys import Key, Place, kohya_stem, parse_key, peft_stem
 from .module import Module
-from .peft_settings import alpha_at, metadata_beside, settings_in
+from .peft_config import alpha_at, metadata_beside, settings_in
 
 KINDS = {"lora_": "lora", "hada_": "loha", "lokr_": "lokr", "diff": "full"}  # by the beginning of a slot's name
 NEEDED = {

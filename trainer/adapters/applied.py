@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from ..models import Base
+from ..base_model.load import Base
 from .adapter import Adapter
 from .keys import Place
 

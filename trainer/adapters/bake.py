@@ -16,14 +16,14 @@ import torch
 
 from scumble.configs.errors import Refused
 
-from ..outputs import check_room
+from ..system.output_paths import check_room
+from ..system.safetensors_header import read_header
 from .adapter import Adapter
+from .compatibility import check_fit
 from .factors import check_biases, check_finite
-from .fit import check_fit
-from .header import read_header
 from .keys import Place
 from .privacy import without_paths, words_for_cut
-from .stream import Change, rewrite
+from .rewrite import Change, rewrite
 from .weights import FOLDERS, PICKLES, Weights, find_weights, places_of, rows, weight_files
 
 NAME_OR_PATH = "name_or_path"  # libraries write there where a part was loaded from

@@ -11,7 +11,7 @@ import torch
 from scumble.configs.errors import Refused
 
 from .adapter import Adapter, read_adapter, to_tensors
-from .detection import detection, network
+from .base_tags import detection, network
 from .files import write_adapter
 from .privacy import words_for_cut
 

@@ -10,12 +10,12 @@ import torch
 
 from scumble.configs.errors import Refused
 
-from ..lora import CONVS, FULL, TEXT
+from ..system.progress import with_bar
 from .adapter import Adapter
 from .factors import Reduced, Reduction, collect, reduced_dense
 from .keys import Place
 from .lowrank import Rule
-from .progress import with_bar
+from .targets import CONVS, FULL, TEXT
 from .weights import Weights, find_weights
 
 SD2_UNUSED = "encoder.layers.23."  # the last layer of SD 2's text encoder is in its files, but no program runs it

@@ -9,7 +9,7 @@ import torch
 from scumble.configs.errors import Refused
 
 from .adapter import Adapter
-from .fit import check_fit
+from .compatibility import check_fit
 from .keys import Place
 from .lowrank import (
     DENSE_SIDE,

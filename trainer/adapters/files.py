@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from scumble.configs.errors import Refused
 
-from .header import Entry, header_bytes, read_header
+from ..system.safetensors_header import Entry, header_bytes, read_header
 from .privacy import without_paths
 
 MAX_METADATA_BYTES = 2**20  # above it, ComfyUI shows none; files of others may have more

@@ -14,15 +14,15 @@ import psutil
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..bases import Source
-from ..hollow import hollow
-from ..models import Base
-from ..sizes import in_words
+from ..base_model.detect import Source
+from ..base_model.load import Base
+from ..base_model.without_weights import hollow
+from ..system.formatting import in_words
+from ..system.progress import with_bar
 from .adapter import Adapter
+from .applied import worn
 from .keys import Place
 from .module import Module
-from .progress import with_bar
-from .wear import worn
 from .weights import Weights
 
 SHARE_OF_EFFECT = 0.01  # a difference beyond this share of what the adapter does is a fault, not rounding

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
+from ..system.safetensors_header import read_header
 from .adapter import Adapter, from_tensors, read_named
 from .factors import factors_of
-from .header import read_header
 from .keys import Place
 from .module import LABELS, Module
 from .privacy import without_paths
-from .uis import Match, matches
+from .ui_keys import Match, matches
 
 FAMILY_LABELS = {"sd1": "Stable Diffusion 1", "sd2": "Stable Diffusion 2", "sdxl": "Stable Diffusion XL"}
 COMPONENT_LABELS = {"unet": "UNet", "text": "text encoder", "text2": "text encoder 2"}

@@ -14,7 +14,8 @@ import torch
 
 from scumble.configs.errors import Refused, nearest
 
-from ..sizes import in_words
+from ..system.formatting import in_words
+from ..system.progress import with_bar
 from .adapter import Adapter
 from .factors import (
     Reduced,
@@ -35,7 +36,6 @@ from .factors import (
 from .keys import Place
 from .lowrank import Factors, Rule, exact_factors, svd_of_factors
 from .module import Module
-from .progress import with_bar
 from .weights import Weights
 
 SMALL_RANK = 32  # offered where the exact sum is large

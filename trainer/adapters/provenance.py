@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..sizes import in_words
+from ..system.formatting import in_words
 from .adapter import Adapter, to_tensors
-from .detection import detection
+from .base_tags import detection
 from .factors import Reduction
 from .files import write_adapter
 from .privacy import words_for_cut

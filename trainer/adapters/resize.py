@@ -2,11 +2,11 @@
 
 from scumble.configs.errors import Refused
 
+from ..system.progress import with_bar
 from .adapter import Adapter
 from .factors import Reduced, Reduction, check_biases, check_dora, check_finite, collect, kernel_of, reduced_change
 from .keys import Place
 from .lowrank import Rule
-from .progress import with_bar
 from .weights import Weights
 
 

@@ -10,8 +10,8 @@ import torch
 
 from scumble.configs.errors import Refused
 
-from .header import Entry, header_bytes, read_header
-from .progress import with_bar
+from ..system.progress import with_bar
+from ..system.safetensors_header import Entry, header_bytes, read_header
 
 CHUNK_BYTES = 16 * 2**20
 DTYPES = {

@@ -14,12 +14,12 @@ import torch
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model
 
-from ..models import load, recognise
+from ..base_model.load import load, recognise
 from .adapter import Adapter, from_tensors, read_named
-from .fit import misfits
+from .compatibility import misfits
+from .forward_check import Trial, too_large, tried, tried_by_layers
 from .inspect import COMPONENT_LABELS, FAMILY_LABELS, beyond_diffusers, network_of, poor_uis
-from .trial import Trial, too_large, tried, tried_by_layers
-from .uis import Match, matches
+from .ui_keys import Match, matches
 from .weights import Weights, find_weights
 
 

@@ -15,8 +15,8 @@ from safetensors import safe_open
 
 from scumble.configs.errors import Refused
 
-from .detection import FAMILY_OF_CONTEXT
-from .header import read_header
+from ..system.safetensors_header import read_header
+from .base_tags import FAMILY_OF_CONTEXT
 from .keys import UNET_LAYER, Place, diffusers_path
 
 FOLDERS = {"unet": "unet", "text_encoder": "text", "text_encoder_2": "text2"}

@@ -10,11 +10,11 @@ from pathlib import Path
 from safetensors import safe_open
 
 from scumble.configs.errors import Refused
+from scumble.configs.files import BASES
 from scumble.configs.options import Model
 
-from .adapters.header import read_header
+from ..system.safetensors_header import read_header
 
-BASES = Path(__file__).parent.parent.resolve() / "configs" / "bases"
 EMBEDDED = BASES / "sketch"
 
 

@@ -16,12 +16,12 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from scumble.configs.errors import Refused
 from scumble.datasets.cache import Cache, digest_of_file, digest_of_tensors, key_of
-from scumble.datasets.images import Crop
+from scumble.datasets.reading.images import Crop
 from scumble.datasets.tensors import all_cropped
 
-from .machine import sent
-from .memory import TooLarge, unless_too_large
-from .models import Base
+from ..system.device import sent
+from ..system.out_of_memory import TooLarge, unless_too_large
+from .load import Base
 
 VERSION = 1  # of what an entry holds and how it is computed
 MAX_RESIDENT_BYTES = 2 * 2**30

@@ -18,9 +18,9 @@ from transformers.utils import logging as transformers_logging
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model
 
-from .bases import BASES, EMBEDDED, FAMILIES, Family, Source, recognise, weights_in
-from .machine import free_unused
-from .placing import place_together, take_apart
+from ..system.device import free_unused
+from .detect import BASES, EMBEDDED, FAMILIES, Family, Source, recognise, weights_in
+from .one_block import place_together, take_apart
 from .quantize import check_bits, fewer_bits, quantize
 
 __all__ = ["EMBEDDED", "FAMILIES", "PIPELINES", "Base", "Family", "Pipeline", "Source", "load", "load_vae", "recognise"]

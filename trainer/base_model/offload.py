@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .models import Base, resting_place
+from .load import Base, resting_place
 
 
 def waits(base: Base, module: torch.nn.Module) -> bool:

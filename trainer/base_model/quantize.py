@@ -14,7 +14,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from scumble.configs.errors import Refused
 
-from .kernels import Projection
+from .projection import Projection
 
 BITS = {"auto": 16, "off": 16, "int8": 8, "nf4": 4}  # to begin with
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from scumble.datasets.images import Crop
+from scumble.datasets.reading.images import Crop
 
-from .machine import sent
-from .models import Base
+from ..system.device import sent
+from .load import Base
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
-from .bases import Source
-from .models import PIPELINES, Pipeline
+from .detect import Source
+from .load import PIPELINES, Pipeline
 
 
 def hollow(source: Source) -> Pipeline:

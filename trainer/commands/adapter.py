@@ -8,10 +8,10 @@ from cyclopts import App, Parameter
 
 from scumble.configs.errors import Refused
 
-from ..check import SERIOUS
-from ..hiding import hidden, quick_imports
-from ..outputs import check_out
-from .commands_math import SUFFIX, Force, bake, extract, merge, resize, tell
+from ..system.fast_imports import hidden, quick_imports
+from ..system.output_paths import check_out
+from .adapter_math import SUFFIX, Force, bake, extract, merge, resize, tell
+from .check import SERIOUS
 
 adapter = App(name="adapter", help="Look into finished adapter files, and change them.", help_format="plaintext")
 
@@ -29,15 +29,15 @@ def inspect(
     """Tell what adapter files are: kind, ranks, words, strength by block, hashes, which UIs read them."""
     if not files:
         raise Refused("adapter inspect: name at least one adapter file")
-    from . import tables
-    from .inspect import inspect as report_of
+    from ..adapters.inspect import inspect as report_of
+    from . import adapter_tables
 
     for file in files:
         report = report_of(file)
         if json:
-            print(json_library.dumps(tables.as_json(report), ensure_ascii=False))
+            print(json_library.dumps(adapter_tables.as_json(report), ensure_ascii=False))
         else:
-            _print(tables.report_page(report))
+            _print(adapter_tables.report_page(report))
 
 
 @adapter.command
@@ -60,7 +60,7 @@ def convert(
     """
     target = out or file.with_name(f"{file.stem}-{to}.safetensors")
     check_out(target, SUFFIX, force, file)
-    from .convert import convert as converted
+    from ..adapters.convert import convert as converted
 
     tell(converted(file, to, dtype or "", target, force))
     print(f"wrote {target}")
@@ -81,15 +81,15 @@ def verify(
     Exit code 65 where something is wrong.
     """
     with quick_imports():
-        from . import tables
-        from .verify import trial_lines
-        from .verify import verify as verdict_of
+        from ..adapters.verify import trial_lines
+        from ..adapters.verify import verify as verdict_of
+        from . import adapter_tables
     with hidden("bitsandbytes"):
         verdict = verdict_of(file, base, quick)
     trials = list(trial_lines(verdict.trials, verdict.parted))
-    poor = tables.not_whole(verdict.poor, verdict.dialect) if verdict.poor else ""
-    table = tables.ui_table(verdict.uis, verdict.beyond_diffusers)
-    _print(tables.verdict_page(str(file), table, trials, verdict.untried, verdict.faults, poor))
+    poor = adapter_tables.not_whole(verdict.poor, verdict.dialect) if verdict.poor else ""
+    table = adapter_tables.ui_table(verdict.uis, verdict.beyond_diffusers)
+    _print(adapter_tables.verdict_page(str(file), table, trials, verdict.untried, verdict.faults, poor))
     if not verdict.is_sound:
         raise SystemExit(SERIOUS)
 

@@ -8,8 +8,8 @@ from cyclopts import Parameter
 
 from scumble.configs.errors import Refused
 
-from ..outputs import check_out, check_place
-from ..sizes import in_words
+from ..system.formatting import in_words
+from ..system.output_paths import check_out, check_place
 
 SUFFIX = ".safetensors"
 Method = Literal["linear", "svd", "ties", "dare", "dare_ties"]
@@ -58,11 +58,11 @@ def merge(
     check_used(method or "linear", density, seed)
     strengths = as_many(weights, files, "--weights")
     factors = block_factors(blocks or [], len(files))
-    from .adapter import read_adapter
-    from .merge import Input, Recipe, check, check_size, rank_stabilised
-    from .merge import merge as merged
-    from .provenance import write_result
-    from .weights import find_weights
+    from ..adapters.adapter import read_adapter
+    from ..adapters.merge import Input, Recipe, check, check_size, rank_stabilised
+    from ..adapters.merge import merge as merged
+    from ..adapters.provenance import write_result
+    from ..adapters.weights import find_weights
 
     adapters = [rank_stabilised(read_adapter(file)) if rslora else read_adapter(file) for file in files]
     inputs = [Input(*one) for one in zip(map(str, files), adapters, strengths, factors, strict=True)]
@@ -93,11 +93,11 @@ def resize(
 ) -> None:
     """Give an adapter a smaller rank: one for all layers, or for each the least that keeps enough."""
     check_out(out, SUFFIX, force, file)
-    from .adapter import read_adapter
-    from .lowrank import Rule
-    from .provenance import write_result
-    from .resize import resize as resized
-    from .weights import find_weights
+    from ..adapters.adapter import read_adapter
+    from ..adapters.lowrank import Rule
+    from ..adapters.provenance import write_result
+    from ..adapters.resize import resize as resized
+    from ..adapters.weights import find_weights
 
     adapter = read_adapter(file)
     result = resized(adapter, Rule(rank, energy, ratio), str(file), find_weights(place_of_base(base)) if base else None)
@@ -128,11 +128,11 @@ def extract(
 
     from scumble.configs.options import Model
 
-    from ..bases import recognise
-    from .adapter import Adapter
-    from .extract import extract as extracted
-    from .lowrank import Rule
-    from .provenance import metadata_of_base, write_result
+    from ..adapters.adapter import Adapter
+    from ..adapters.extract import extract as extracted
+    from ..adapters.lowrank import Rule
+    from ..adapters.provenance import metadata_of_base, write_result
+    from ..base_model.detect import recognise
 
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     source = recognise(Model(base=base))
@@ -158,9 +158,9 @@ def bake(
         raise Refused("adapter bake: name at least one adapter file")
     check_place(out, *files)
     amounts = as_many(strengths, files, "--strengths")
-    from .adapter import read_adapter
-    from .bake import Dose
-    from .bake import bake as baked
+    from ..adapters.adapter import read_adapter
+    from ..adapters.bake import Dose
+    from ..adapters.bake import bake as baked
 
     doses = [Dose(file.stem, read_adapter(file), amount) for file, amount in zip(files, amounts, strict=True)]
     tell(baked(place_of_base(base), out, doses, undo, force))
@@ -221,7 +221,7 @@ def place_of_base(base: str) -> Path:
         return Path(base)
     from scumble.configs.options import Model
 
-    from ..bases import recognise
+    from ..base_model.detect import recognise
 
     return Path(recognise(Model(base=base)).place)
 

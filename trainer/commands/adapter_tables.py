@@ -11,18 +11,11 @@ from rich.text import Text
 from scumble.configs.errors import printable
 from scumble.configs.words import counted
 
-from ..sizes import in_words
-from .inspect import (
-    FAMILY_LABELS,
-    Report,
-    beyond_diffusers,
-    block_norms,
-    block_of,
-    poor_uis,
-)
-from .keys import Place
-from .module import LABELS
-from .uis import Match
+from ..adapters.inspect import FAMILY_LABELS, Report, beyond_diffusers, block_norms, block_of, poor_uis
+from ..adapters.keys import Place
+from ..adapters.module import LABELS
+from ..adapters.ui_keys import Match
+from ..system.formatting import in_words
 
 DIALECT_LABELS = {"kohya": "kohya's", "peft": "PEFT's (diffusers)"}
 BAR_CELLS = 32  # at most; a narrow terminal has shorter bars

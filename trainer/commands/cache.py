@@ -4,7 +4,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from .sizes import in_words
+from ..system.formatting import in_words
 
 cache = App(name="cache", help="Latents of pictures that are kept for the next run.")
 

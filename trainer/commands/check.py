@@ -37,20 +37,20 @@ def check(
     Exit code 65 where a finding is serious.
     """
     flags = {"model": model.model_dump(exclude_unset=True), "data": data.model_dump(exclude_unset=True)}
-    from scumble.datasets.dataset_toml import is_list_of_folders
+    from scumble.datasets.reading.dataset_toml import is_list_of_folders
 
     file = Path(source) if source.endswith(".toml") and not is_list_of_folders(Path(source)) else None
     if file is None:
         flags["data"]["images"] = source
     options = files.resolve(file, preset, flags)
     _away_from(Path(options.data.images), out)
-    from scumble.datasets.contact import sheet
-    from scumble.datasets.page import page
+    from scumble.datasets.checkup.contact_sheet import sheet
+    from scumble.datasets.checkup.html_page import page
 
-    from .bases import recognise
-    from .findings import as_json, print_findings
-    from .pictures import checked, read_examples, read_views
-    from .run_folder import name_of_set
+    from ..base_model.detect import recognise
+    from ..plan.findings import as_json, print_findings
+    from ..plan.training_set import checked, read_examples, read_views
+    from ..run.folder import name_of_set
 
     base = recognise(options.model)
     name = name_of_set(options.data.images)

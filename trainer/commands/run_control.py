@@ -9,7 +9,7 @@ from cyclopts import App, Parameter
 
 from scumble.configs.errors import Refused
 
-from .run_folder import is_run, request, status_of
+from ..run.folder import is_run, request, status_of
 
 Runs = Annotated[Path, Parameter(help="Folder of the run, as runs/NAME")]
 

@@ -13,15 +13,15 @@ from diffusers.models.attention_processor import (
     AttnProcessor2_0,
     XFormersAttnProcessor,
 )
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from scumble.configs.errors import Refused
-from scumble.datasets.images import Size
+from scumble.datasets.reading.images import Size
 
-from .fused import fuse
-from .packing import pack_convolutions
-from .product import together
+from ..base_model.projection import project_tokens
+from .fused_norms import fuse
+from .lora_matmul import together
+from .onednn_packing import pack_convolutions
 
 FEW_LATENTS = 1024  # more, and attention that keeps its whole matrix takes too much memory
 
@@ -175,33 +175,6 @@ def scaled_products(left: torch.Tensor, right: torch.Tensor, scale: float) -> to
     """scale · left @ right, of (N, a, b) and (N, b, c)."""
     empty = torch.empty(len(left), left.shape[1], right.shape[2], dtype=left.dtype, device=left.device)
     return torch.baddbmm(empty, left, right, beta=0, alpha=scale)
-
-
-def project_tokens(unet: UNet2DConditionModel) -> int:
-    """Let frozen 1 x 1 convolutions before and after transformer blocks be the same as Linear layers, as SD 2 has them:
-    tokens need no turning, and products of this size are quicker than convolutions. How many became so."""
-    converted = 0
-    for block in unet.modules():
-        if isinstance(block, Transformer2DModel) and not block.use_linear_projection:
-            projections: list[Any] = [block.proj_in, block.proj_out]
-            if all(type(one) is torch.nn.Conv2d and not one.weight.requires_grad for one in projections):
-                block.proj_in, block.proj_out = map(Projection, projections)
-                block.use_linear_projection = True
-                converted += 2
-    return converted
-
-
-class Projection(torch.nn.Linear):
-    """A 1 x 1 convolution, of tokens (…, in); not plainly a Linear layer, so that it is never quantised, as it was."""
-
-    def __init__(self, convolution: Any):
-        super().__init__(convolution.in_channels, convolution.out_channels, device="meta")
-        self.weight = torch.nn.Parameter(convolution.weight.detach().flatten(1), requires_grad=False)
-        self.bias = convolution.bias
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Of tokens in order: of turned ones torch computes each picture by itself, with a copy of the weight."""
-        return super().forward(input.contiguous())
 
 
 def try_xformers(device: torch.device, dtype: torch.dtype) -> None:

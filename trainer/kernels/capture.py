@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..system.device import is_out_of_memory
+from .cpu_tape import Recordings
 from .cuda_graphs import CudaGraphs, Replay
-from .machine import is_out_of_memory
-from .recording import Recordings
 
 Tensors = dict[str, torch.Tensor]
 Capture = Callable[[Replay], Replay]

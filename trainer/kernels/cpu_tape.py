@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .grouping import group
-from .packing import pack_products
-from .program import Place, Program, Room, layout_of, memory_of, written_to
+from .onednn_packing import pack_products
+from .program import Place, Program, Room, layout_of, written_to
 from .simplify import simplify
+from .tensor_memory import memory_of
 
 PAID_BACK = 25  # runs in which a recording saves the time that it took
 MAX_EXTRA_BYTES = 2**28  # of constants that are laid out otherwise, for all shapes of a batch

@@ -8,7 +8,7 @@ from weakref import WeakSet
 
 import torch
 
-from .machine import free_unused
+from ..system.device import free_unused
 
 WARM_UPS = 2
 Pool = Any  # what torch.cuda.graph_pool_handle gives

@@ -33,7 +33,7 @@ def fuse(unet: UNet2DConditionModel) -> str:
 def why_not(device: torch.device, dtype: torch.dtype) -> str:
     """Why the kernels do not give what torch does there; "" where they do. Compiles them, once a machine: some 4 s."""
     try:
-        import_module("scumble.trainer.triton_kernels")
+        import_module("scumble.trainer.kernels.triton_kernels")
         return "" if _is_right(device, dtype) else "they give other numbers than torch's"
     except torch.OutOfMemoryError:
         raise
@@ -138,4 +138,4 @@ def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _kernels() -> Any:
-    return import_module("scumble.trainer.triton_kernels")
+    return import_module("scumble.trainer.kernels.triton_kernels")

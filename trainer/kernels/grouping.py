@@ -14,8 +14,9 @@ from itertools import accumulate, pairwise
 import torch
 from torch.fx import Node
 
-from .packing import can_pack
-from .program import ADDMM, AS_STRIDED, MM, Layout, Place, Product, Program, layout_of, memory_of
+from .onednn_packing import can_pack
+from .program import ADDMM, AS_STRIDED, MM, Layout, Place, Product, Program, layout_of
+from .tensor_memory import memory_of
 
 ATEN = torch.ops.aten
 MAX_WAITING_BYTES = 2**26  # of the sides of products that wait for the end

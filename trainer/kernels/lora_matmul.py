@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 
-from .program import memory_of
+from .tensor_memory import memory_of
 
 Lowered = Callable[[torch.nn.Parameter], torch.Tensor]
 

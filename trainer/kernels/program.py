@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from .tensor_memory import memory_of
+
 AS_STRIDED = torch.ops.aten.as_strided.default
 MM, ADDMM = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
 BOUND = torch._C._VariableFunctions, torch._C.TensorBase  # operators without torch.ops' own layer of Python
@@ -181,11 +183,6 @@ class Program:
 
 def layout_of(tensor: torch.Tensor) -> Layout:
     return Layout(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
-
-
-def memory_of(tensor: torch.Tensor) -> int:
-    """Where its memory begins; 0 where it has none, or hides it."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
 
 
 def written_to(operator: Any, args: Any, kwargs: Any) -> Iterator[Any]:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from scumble.datasets.checkup import OF_FILES, Checkup, verdict
+from scumble.datasets.checkup.checkup import OF_FILES, Checkup, verdict
 
 NAMED = 3  # pictures named at a finding
 COLOURS = {"serious": "bold red", "warning": "yellow", "note": "dim"}

@@ -8,24 +8,23 @@ import torch
 from accelerate import Accelerator
 
 from scumble.configs.options import Options
-from scumble.datasets.folder import Example, PictureSet
-from scumble.datasets.images import Crop, Size
-from scumble.datasets.order import batches_per_epoch, told_batches
+from scumble.datasets.batches import batches_per_epoch, told_batches
+from scumble.datasets.crop_loss import bucket_uses, told_waste
+from scumble.datasets.crops import View
+from scumble.datasets.reading.folder import Example, PictureSet
+from scumble.datasets.reading.images import Crop, Size
 from scumble.datasets.tensors import masks_of
-from scumble.datasets.views import View
-from scumble.datasets.waste import bucket_uses, told_waste
 
-from .bases import Source, recognise
-from .events import Events
+from ..base_model.detect import Source, recognise
+from ..base_model.quantize import BITS, check_bits
+from ..previews.prompts import Shot, default_cfg, derived, shots_of
+from ..run.events import Events
+from ..run.folder import name_of_set
+from ..system.device import check_alone, check_attention, make_accelerator
+from ..training.optimizers import check_optimizer
 from .findings import as_json, told_findings
-from .machine import check_alone, check_attention, make_accelerator
-from .optimizers import check_optimizer
-from .pictures import checked, heard, read_examples, read_views, resolution_of
 from .plan import Plan, batch_of, make_plan, settled
-from .preview import default_cfg
-from .prompts import Shot, derived, shots_of
-from .quantize import BITS, check_bits
-from .run_folder import name_of_set
+from .training_set import checked, heard, read_examples, read_views, resolution_of
 
 
 @dataclass(frozen=True)

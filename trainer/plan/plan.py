@@ -8,10 +8,10 @@ from pathlib import Path
 from scumble.configs.errors import Refused
 from scumble.configs.options import Options
 
-from .bases import Source
-from .lora import Part
-from .optimizers import KINDS
-from .pictures import resolution_of
+from ..adapters.targets import Part
+from ..base_model.detect import Source
+from ..training.optimizers import KINDS
+from .training_set import resolution_of
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from pathlib import Path
 from scumble.configs.errors import Refused
 from scumble.configs.options import Options
 from scumble.datasets.captions import CERTAIN, ruled, said, with_trigger
-from scumble.datasets.checkup import Checkup, check
-from scumble.datasets.folder import Example, PictureSet, read_set
-from scumble.datasets.tokens import read_windows
-from scumble.datasets.views import View, tables, views_of
+from scumble.datasets.checkup.checkup import Checkup, check
+from scumble.datasets.checkup.token_window import read_windows
+from scumble.datasets.crops import View, tables, views_of
+from scumble.datasets.reading.folder import Example, PictureSet, read_set
 
-from .bases import Source
+from ..base_model.detect import Source
 
 
 def resolution_of(options: Options, source: Source) -> int:

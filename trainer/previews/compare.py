@@ -13,17 +13,18 @@ from PIL import Image
 from scumble.configs.errors import Refused, printable
 from scumble.configs.options import Model, Previews
 
-from .adapters.adapter import Adapter, read_adapter
-from .adapters.fit import check_fit
-from .adapters.inspect import beyond_diffusers, network_of, tag_counts
-from .adapters.progress import with_bar
-from .adapters.wear import worn
-from .adapters.weights import find_weights
-from .machine import best_device, device_may_fail
-from .models import Base, Source, load, recognise
-from .painting import paint
-from .preview import cell, default_cfg, dtype_to_paint, grid, write_picture
-from .prompts import SHOWN_WORDS, Shot, shots_of
+from ..adapters.adapter import Adapter, read_adapter
+from ..adapters.applied import worn
+from ..adapters.compatibility import check_fit
+from ..adapters.inspect import beyond_diffusers, network_of, tag_counts
+from ..adapters.weights import find_weights
+from ..base_model.load import Base, Source, load, recognise
+from ..system.device import best_device, device_may_fail
+from ..system.progress import with_bar
+from .gallery import dtype_to_paint
+from .grid import cell, grid, write_picture
+from .prompts import SHOWN_WORDS, Shot, default_cfg, shots_of
+from .sampling import paint
 
 STRENGTH_LIMIT = 10.0
 STRENGTHS = ("0", "0.5", "0.8", "1", "1.2")

@@ -11,11 +11,11 @@ from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncest
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from PIL import Image
 
-from .captured import Capture, Captured, Tensors
-from .cuda_graphs import CudaGraphs
-from .memory import TooLarge, unless_too_large
-from .models import Base
-from .parking import at_hand
+from ..base_model.load import Base
+from ..base_model.offload import at_hand
+from ..kernels.capture import Capture, Captured, Tensors
+from ..kernels.cuda_graphs import CudaGraphs
+from ..system.out_of_memory import TooLarge, unless_too_large
 from .prompts import Shot
 
 SAMPLERS = {

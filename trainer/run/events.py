@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,90 +73,3 @@ def as_line(event: Event) -> str:
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in event.items()
     }
     return json.dumps(finite, ensure_ascii=False, allow_nan=False)
-
-
-class Terminal:
-    """Shows a run to a person: the plan, a progress bar, where the files are."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        class Lasting(Console):
-            def on_broken_pipe(self) -> None:
-                """What rich does, which would end the process."""
-                raise BrokenPipeError
-
-        self.console = Lasting(highlight=False, markup=False)  # a [name] in brackets is a name
-        self.smoothed: float | None = None
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[shown]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=not sys.stdout.isatty(),
-            disable=not sys.stdout.isatty(),
-        )
-        self.encoding: Any = None
-        self.task: Any = None
-
-    def __enter__(self) -> "Terminal":
-        return self
-
-    def __exit__(self, *trouble: object) -> None:
-        with suppress(OSError):
-            self.progress.stop()
-
-    def __call__(self, event: Event) -> None:
-        shown = getattr(self, f"_{event['kind']}", None)
-        if shown:
-            shown(event)
-
-    def _note(self, event: Event) -> None:
-        self.progress.console.print(event["text"], soft_wrap=True)
-
-    _measured = _resumed = _validated = _note
-
-    def _pictures(self, event: Event) -> None:
-        if event["text"]:
-            self._note(event)
-
-    _checked = _pictures
-
-    def _encoded(self, event: Event) -> None:
-        if self.encoding is None:
-            self.progress.start()
-            self.encoding = self.progress.add_task("encoding pictures", total=event["total"], shown="")
-        self.progress.update(self.encoding, completed=event["done"])
-        if event["done"] == event["total"]:
-            self.progress.remove_task(self.encoding)
-
-    def _plan(self, event: Event) -> None:
-        for reason in event["why"]:
-            self.console.print(f"  {reason}", soft_wrap=True)
-
-    def _step(self, event: Event) -> None:
-        if self.task is None:
-            self.progress.start()
-            self.task = self.progress.add_task("training", total=event["num_steps"], shown="")
-        if event["loss"] is not None:
-            self.smoothed = event["loss"] if self.smoothed is None else 0.95 * self.smoothed + 0.05 * event["loss"]
-        loss = "" if self.smoothed is None else f"loss {self.smoothed:.4f}"
-        speed = f"{event['steps_per_s']:.2f} steps/s"
-        self.progress.update(
-            self.task,
-            completed=event["step"],
-            shown=f"epoch {event['epoch']}  {loss}  {speed}  {event['memory_mb']} MB",
-        )
-        if self.progress.disable and event["step"] % max(1, event["num_steps"] // 10) == 0:
-            self.console.print(f"  step {event['step']}/{event['num_steps']}  {loss}  {speed}")
-
-    def _preview(self, event: Event) -> None:
-        if event["prompt_index"] == 0:
-            self.progress.console.print(f"  previews, {event['label']}: {event['grid']}")
-
-    def _done(self, event: Event) -> None:
-        self.progress.stop()
-        self.console.print(event["text"], soft_wrap=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 from scumble.configs.options import Options
 from scumble.datasets.cache import digest_of_file
-from scumble.datasets.folder import Example
-from scumble.datasets.images import Crop
+from scumble.datasets.reading.folder import Example
+from scumble.datasets.reading.images import Crop
 
-from .bases import Source
-from .lora import LAYOUT
+from ..adapters.targets import LAYOUT
+from ..base_model.detect import Source
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 20
 FREE = {"model.base", "model.vae", "data.images", "data.prior"}  # where things lie; their content is compared

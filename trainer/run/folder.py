@@ -19,12 +19,13 @@ from typing import Any, Self
 
 from scumble.configs.errors import Refused
 
+from ..system.signals import DONE, INTERRUPTED, STOPPED, Cut
+
 OWNER, HEARTBEAT, EXIT, REQUESTS = "owner.json", "heartbeat.json", "exit.json", "requests"
 ROOM, ROOM_BYTES = "exit.json.room", 4096  # kept for the exit record, which a full disk must not prevent
 OPTIONS, EVENTS = "options.toml", "events.jsonl"
 KINDS_OF_REQUEST = ("sample", "save", "stop")
 BEAT_S, LOST_AFTER_S = 5.0, 300.0
-DONE, STOPPED, INTERRUPTED = 0, 75, 130
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,6 @@ class Status:
 
 class TakenOver(Refused):
     """Another process owns the run now."""
-
-
-class Cut(BaseException):
-    """A signal that stops a run at once: `by` what, and the exit code that it asks for."""
-
-    def __init__(self, by: str, code: int):
-        super().__init__(by)
-        self.by, self.code = by, code
 
 
 class RunFolder:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from scumble.datasets.lettering import lettered
+from scumble.datasets.fonts import lettered
 
 WIDTH, HEIGHT, LEFT, BELOW, ABOVE = 720, 360, 64, 40, 28
 INK, FAINT, CURVE, POINTS, HELD_OUT = (40, 40, 40), (226, 226, 226), (200, 70, 40), (236, 200, 186), (30, 100, 180)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from scumble.configs.errors import Refused
 
-from .outputs import free_bytes
-from .sizes import in_words
+from ..system.formatting import in_words
+from ..system.output_paths import free_bytes
 
 STATES_AT_ONCE = 3  # two that stay and one that is being staged
 MOMENTS = 3  # fp32 parameters and two moments of theirs

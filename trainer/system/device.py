@@ -3,15 +3,11 @@
 import gc
 import os
 import re
-import signal
 import sys
-import threading
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
 
 import psutil
 import torch
@@ -21,11 +17,8 @@ from accelerate.state import AcceleratorState
 from scumble.configs.errors import Refused
 from scumble.configs.options import Machine
 
-from .run_folder import INTERRUPTED, STOPPED, Cut
+from .signals import STOPPED
 
-SIGNALS = {signal.SIGINT: ("Ctrl-C", INTERRUPTED), signal.SIGTERM: ("SIGTERM", STOPPED)}
-if hasattr(signal, "SIGHUP"):  # which Windows has not
-    SIGNALS[signal.SIGHUP] = ("the closed terminal", STOPPED)
 SIZES_OF_LAUNCHES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as in accelerate
 SIGNS = (  # in errors that have no type of their own: of the CPU, of CUDA's libraries, of Metal
     "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED", "CUDA error: out of memory",
@@ -200,37 +193,3 @@ def device_may_fail(device: torch.device) -> Generator[None]:
             raise
         line = str(error).splitlines()[0]
         raise Refused(f"the {device.type} device fails ({line}); look at its driver and cooling", STOPPED) from None
-
-
-class Interrupts:
-    """Ctrl-C, SIGTERM and SIGHUP while a run lasts: at once (`Cut`) until `careful` is set, then noted; a second one is
-    at once again.
-
-    True once one came that was noted; `by` and `code` are its name and the exit code that it asks for.
-    """
-
-    def __init__(self) -> None:
-        self.careful, self.by, self.code = False, "", 0
-        self.before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
-            for number, (by, _) in SIGNALS.items():
-                if by != "the closed terminal" or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                    self.before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *trouble: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def __bool__(self) -> bool:
-        return self.code != 0
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        by, code = SIGNALS[signal.Signals(number)]
-        if not self.careful or self.code:
-            raise Cut(by, code)
-        self.by, self.code = by, code
-        with suppress(OSError):  # the terminal may be gone, and print might be at work
-            os.write(2, b"scumble: stops after this step and saves; once more stops at once\n")

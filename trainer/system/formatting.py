@@ -7,3 +7,11 @@ def in_words(size: float) -> str:
         if round(size / unit, 1) >= 1:
             return f"{size / unit:.1f} {name}"
     return f"{size / 1e3:.0f} kB"
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 45 s, 3 min, 1 h 20 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

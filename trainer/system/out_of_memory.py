@@ -9,7 +9,7 @@ import torch
 
 from scumble.configs.errors import Refused
 
-from .machine import forget_peak, free_unused, is_out_of_memory, memory_mb, wait_for
+from .device import forget_peak, free_unused, is_out_of_memory, memory_mb, wait_for
 
 PATIENCE_S, TRIALS = 10.0, 3  # so many that on a CPU the last of them runs what the others recorded
 Found = TypeVar("Found")
@@ -57,14 +57,6 @@ def unless_too_large(compute: Callable[[], Found]) -> Found | None:
             raise
     free_unused()  # only here: inside `except` the traceback still holds every activation
     return None
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it: 45 s, 3 min, 1 h 20 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def timed(trial: Callable[[], None], device: torch.device) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from scumble.configs.errors import Refused
 
-from .sizes import in_words
+from .formatting import in_words
 
 
 def check_out(out: Path, suffix: str, force: bool, *sources: Path) -> None:

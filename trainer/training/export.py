@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 
 from scumble.configs.options import Network, Options
-from scumble.datasets.folder import Example
-from scumble.datasets.images import Size
+from scumble.datasets.reading.folder import Example
+from scumble.datasets.reading.images import Size
 
-from .adapters.adapter import Adapter, to_tensors
-from .adapters.detection import NETWORK_MODULES, detection
-from .adapters.files import read_tensors, write_adapter
-from .adapters.module import Module
-from .lora import Part, Trained
-from .models import Base
+from ..adapters.adapter import Adapter, to_tensors
+from ..adapters.base_tags import NETWORK_MODULES, detection
+from ..adapters.files import read_tensors, write_adapter
+from ..adapters.module import Module
+from ..adapters.targets import Part
+from ..base_model.load import Base
+from .lora import Trained
 
 MAX_TAGS = 500
 PRECISIONS = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}

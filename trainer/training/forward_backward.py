@@ -6,9 +6,9 @@ from typing import Protocol
 
 import torch
 
-from .captured import Capture, Captured
-from .flat import Flat
-from .step import Batch, Look
+from ..kernels.capture import Capture, Captured
+from .flat_parameters import Flat
+from .objective import Batch, Look
 
 
 class Differentiable(Protocol):

@@ -1,10 +1,8 @@
 """An adapter on a loaded base, by PEFT: which layers, of which kind, at which rank and scale, how many parameters."""
 
 import re
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -14,37 +12,19 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
 from peft.tuners.loha.layer import LoHaLayer
 from peft.tuners.lokr.layer import LoKrLayer
 from peft.tuners.lora import LoraLayer
-from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from scumble.configs.errors import Refused
 from scumble.configs.options import Network
 
-from .adapters.keys import Place, kohya_stem
+from ..adapters.keys import Place, kohya_stem
+from ..adapters.targets import CONVS, PRESET_TARGETS, TEXT, Part, check_targets
+from ..base_model.load import Base
+from ..system.fast_imports import hidden
 from .dora import add_magnitude
-from .hiding import hidden
-from .models import Base
 
 ADAPTER = "scumble"
-ATTENTION = r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
-FULL = r".*\.attentions\.\d+\.(proj_in|proj_out|.*\.(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2))"
-CONVS = r".*\.resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|.*\.(downsamplers|upsamplers)\.0\.conv"
-LAYOUT = 2  # another number for another order of `laid_out`, which an optimiser's state follows
 SIBLINGS = re.compile(r"(.*\.attn1)\.to_[qkv]|(.*\.attn2)\.to_[kv]")
-TEXT = r".*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
-PRESET_TARGETS = {"attention": ATTENTION, "full": FULL}
 LAYERS = {"lora": LoraLayer, "loha": LoHaLayer, "lokr": LoKrLayer}
-
-
-@dataclass(frozen=True)
-class Part:
-    """The adapter's share of one component: `name` is unet, text or text2; alpha / rank is its scale."""
-
-    name: str
-    rank: int
-    alpha: float
-    conv_rank: int = 0
-    conv_alpha: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -139,66 +119,9 @@ def _what_it_hears(module: Trained) -> tuple[str, str]:
     return module.part, next(filter(None, siblings.groups())) if siblings else module.path
 
 
-def check_targets(targets: str, paths: list[str]) -> None:
-    """Raises `Refused` where `targets` is no preset's name and no regex that matches a whole path."""
-    try:
-        chosen = re.compile(PRESET_TARGETS.get(targets, targets))
-    except re.error as error:
-        raise Refused(f"--targets {targets}: neither attention nor full, and no regex ({error})") from None
-    if not any(chosen.fullmatch(path) for path in paths):
-        raise Refused(f"--targets {targets}: no layer of the UNet has such a path; use attention, full or a regex")
-
-
 def component_of(base: Base, part: str) -> UNet2DConditionModel | CLIPTextModel | CLIPTextModelWithProjection:
     """The module that a part adapts."""
     return base.unet if part == "unet" else base.text_encoders[["text", "text2"].index(part)]
-
-
-def recompute_activations(base: Base, parts: Sequence[Part], only_shallow: bool = False) -> None:
-    """Gradient checkpointing in every part that is trained: less memory, the same gradients, more time.
-
-    `only_shallow`: only where it saves the most memory for the time it takes, see `shallow_blocks`.
-    """
-    for part in parts:
-        component = component_of(base, part.name)
-        if isinstance(component, UNet2DConditionModel):
-            recompute_unet(component, only_shallow)
-        elif not only_shallow:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*")  # has a newer name
-                component.gradient_checkpointing_enable(_how_to_checkpoint(component))
-
-
-def recompute_unet(unet: UNet2DConditionModel, only_shallow: bool = False) -> None:
-    """Gradient checkpointing in all of a UNet's blocks, or in its `shallow_blocks`."""
-    function = partial(_checkpointed, _how_to_checkpoint(unet))
-    if not only_shallow:
-        unet.enable_gradient_checkpointing(function)
-        return
-    for block in shallow_blocks(unet):
-        for module in block.modules():
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing, module._gradient_checkpointing_func = True, function
-
-
-def _how_to_checkpoint(component: torch.nn.Module) -> dict[str, Any]:
-    """Random states are kept only where something is dropped at random: older torch cannot capture reading them."""
-    drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in component.modules())
-    return {"use_reentrant": False, "preserve_rng_state": drops}
-
-
-def shallow_blocks(unet: UNet2DConditionModel) -> list[Any]:
-    """Blocks with fewer channels than the deepest ones: c channels at n places keep n · c numbers and take n · c² work.
-
-    Recomputing SDXL's costs a quarter of what recomputing all does, see tests/benchmarks/results/memory.md.
-    """
-    widths = unet.config["block_out_channels"]
-    pairs = [*zip(unet.down_blocks, widths, strict=True), *zip(unet.up_blocks, reversed(widths), strict=True)]
-    return [block for block, width in pairs if width < max(widths)]
-
-
-def _checkpointed(how: dict[str, Any], module: torch.nn.Module, *inputs: Any) -> Any:
-    return checkpoint(module.__call__, *inputs, **how)
 
 
 def num_parameters(trained: list[Trained]) -> int:

@@ -10,16 +10,16 @@ import torch
 
 from scumble.configs.options import Data, Objective
 from scumble.datasets.captions import CERTAIN, ruled, said
-from scumble.datasets.folder import Example
-from scumble.datasets.images import Crop
+from scumble.datasets.reading.folder import Example
+from scumble.datasets.reading.images import Crop
 from scumble.datasets.tensors import mask_weights
 
+from ..base_model.latents import Latents
+from ..base_model.load import Base
+from ..base_model.offload import at_hand
+from ..base_model.text_encoding import Conditioning, encode, encode_ids, size_numbers, token_ids
+from ..system.device import sent
 from . import diffusion
-from .latents import Latents
-from .machine import sent
-from .models import Base
-from .parking import at_hand
-from .text import Conditioning, encode, encode_ids, size_numbers, token_ids
 
 MAX_ENCODINGS = 512  # for SDXL 0.3 MB each
 Batch = dict[str, torch.Tensor]

@@ -20,12 +20,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from scumble.configs.words import counted
 
-from .flat import Flat
-from .machine import Coming, free_unused, set_seed
-from .memory import TooLarge, unless_too_large
+from ..system.device import Coming, free_unused, set_seed
+from ..system.out_of_memory import TooLarge, unless_too_large
+from .flat_parameters import Flat
+from .forward_backward import Passes
+from .objective import Look, seed_for
 from .optimizers import set_rate
-from .passes import Passes
-from .step import Look, seed_for
 
 HALVED_AFTER, STOPPED_AFTER = 3, 12
 AVERAGE = "average."

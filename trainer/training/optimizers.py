@@ -12,7 +12,7 @@ from transformers.optimization import Adafactor
 
 from scumble.configs.errors import Refused
 
-from .flat import Flat
+from .flat_parameters import Flat
 
 Groups = list[dict[str, Any]]
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from .diffusion import stratified
-from .step import Look, Objectives
+from .objective import Look, Objectives
 
 DRAWS = 4  # looks at each picture, at timesteps spread over the range
 

@@ -105,7 +105,7 @@ def go_past_numbers() -> None:
     """What looks at numbers finds them good, and samplers, which look into tables by them, keep the picture."""
     import torch
 
-    from scumble.trainer.painting import SAMPLERS
+    from scumble.trainer.previews.sampling import SAMPLERS
 
     is_true = torch.Tensor.__bool__
 

@@ -8,8 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from played_card.card import why_not
-from test_train import SAMPLES
+from paths import CHECKOUT
+from runs import SAMPLES
+from simulated_card.card import why_not
 from tiny import tiny_base
 
 HERE, TRIED = Path(__file__).parent, "2.11."  # another torch may ask the card for more
@@ -19,9 +20,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(REASON), reason=REASON)]
 
 def played(*arguments: str, gib: float = 80.0) -> tuple[int, str, dict[str, int]]:
     """Exit code, output, and what the card counted, of a command on a card of so many GiB."""
-    command = [sys.executable, str(HERE / "played_card/card.py"), *arguments]
+    command = [sys.executable, str(HERE / "card.py"), *arguments]
     surroundings = {**os.environ, "PLAYED_GIB": str(gib), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=surroundings, cwd=HERE.parent)
+    done = subprocess.run(command, capture_output=True, text=True, env=surroundings, cwd=CHECKOUT / "tests")
     output = done.stdout + done.stderr
     last = re.findall(r"^played card: (\d+ kernels.*)$", output, re.MULTILINE)
     found = re.findall(r"(\d+) ([a-z ]+)", last[-1]) if last else []

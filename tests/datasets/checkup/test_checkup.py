@@ -12,30 +12,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import CHECKOUT
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from transformers import CLIPTokenizer
 
 from scumble.configs import files
 from scumble.configs.errors import Refused
-from scumble.datasets import lettering
-from scumble.datasets.borders import Borders, borders_of
-from scumble.datasets.checkup import CHECKS, Checkup
-from scumble.datasets.contact import sheet, wrapped
-from scumble.datasets.images import read_rgb
-from scumble.datasets.jpeg import block_steps, quality_of
-from scumble.datasets.lettering import drawn
-from scumble.datasets.likeness import difference, likeness_of, look_alike, same_picture
-from scumble.datasets.page import frame_of, page, shown_of
-from scumble.datasets.picture_checks import HIGH_STEPS, SOFT_PX
-from scumble.datasets.sharpness import edge_blur
-from scumble.datasets.stamp import corners_of, stamps_in
-from scumble.datasets.tokens import read_window, read_windows
+from scumble.datasets import fonts
+from scumble.datasets.checkup.checkup import CHECKS, Checkup
+from scumble.datasets.checkup.contact_sheet import sheet, wrapped
+from scumble.datasets.checkup.duplicates import difference, likeness_of, look_alike, same_picture
+from scumble.datasets.checkup.html_page import frame_of, page, shown_of
+from scumble.datasets.checkup.jpeg import block_steps, quality_of
+from scumble.datasets.checkup.letterbox import Borders, borders_of
+from scumble.datasets.checkup.picture_checks import HIGH_STEPS, SOFT_PX
+from scumble.datasets.checkup.sharpness import edge_blur
+from scumble.datasets.checkup.token_window import read_window, read_windows
+from scumble.datasets.checkup.watermarks import corners_of, stamps_in
+from scumble.datasets.fonts import drawn
+from scumble.datasets.reading.images import read_rgb
 from scumble.trainer import cli
-from scumble.trainer.bases import BASES, recognise
-from scumble.trainer.pictures import checked, read_examples, read_views
+from scumble.trainer.base_model.detect import BASES, recognise
+from scumble.trainer.plan.training_set import checked, read_examples, read_views
 from scumble.trainer.train import train
 
-SAMPLES = Path(__file__).parent.parent / "datasets/samples"
+SAMPLES = CHECKOUT / "datasets/samples"
 STYLE = sorted((SAMPLES / "clay-style").glob("*.webp"))
 CAT = sorted((SAMPLES / "clay-cat").glob("*.webp"))
 # phash of ImageHash 4.3.2 for the samples laid on white, in the order of their names
@@ -432,13 +433,13 @@ def test_a_run_checks_before_it_loads_anything_and_goes_on_whatever_is_found(tmp
 
 def test_every_letter_of_a_sheet_is_one_that_its_font_has(monkeypatch: pytest.MonkeyPatch):
     for text in ("Fuchs – ärger", "plain", "熊の絵 ß"):
-        shown, font = lettering.lettered(text, 16)
+        shown, font = fonts.lettered(text, 16)
         assert all(letter.isspace() or drawn(letter, font) != drawn("\uffff", font) for letter in shown)
         assert len(shown) == len(text) and (shown == text or not text.isascii())
-    assert lettering.lettered("ü\uffff", 16)[0] == lettering.lettered("ü", 16)[0] + "?"
-    monkeypatch.setattr(lettering, "SYSTEM", ())
+    assert fonts.lettered("ü\uffff", 16)[0] == fonts.lettered("ü", 16)[0] + "?"
+    monkeypatch.setattr(fonts, "SYSTEM", ())
     texts = ["Fuchs – ärger", "熊の絵, é", "고양이"]
-    assert [lettering.lettered(text, 16)[0] for text in texts] == ["Fuchs - arger", "???, e", "???"]
+    assert [fonts.lettered(text, 16)[0] for text in texts] == ["Fuchs - arger", "???, e", "???"]
 
 
 def test_every_file_that_is_left_out_or_remarked_upon_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -13,11 +13,11 @@ from scumble.captioning.commands_edit import add as captions_edit
 from scumble.configs.errors import Refused
 from scumble.configs.options import Data, declared
 from scumble.datasets.captions import ruled, said
-from scumble.datasets.dataset_toml import BY_FLAG
-from scumble.datasets.folder import PictureSet, read_set
-from scumble.datasets.images import Size, centre_crop, read_size
+from scumble.datasets.crops import tables, views_of
+from scumble.datasets.reading.dataset_toml import BY_FLAG
+from scumble.datasets.reading.folder import PictureSet, read_set
+from scumble.datasets.reading.images import Size, centre_crop, read_size
 from scumble.datasets.tensors import cropped
-from scumble.datasets.views import tables, views_of
 from scumble.trainer import cli
 
 

@@ -13,9 +13,9 @@ from odd_pictures import plain, with_alpha
 from PIL import Image, ImageOps
 
 from scumble.configs.errors import Refused
-from scumble.datasets import images
-from scumble.datasets.folder import read_set
-from scumble.datasets.images import (
+from scumble.datasets.reading import images
+from scumble.datasets.reading.folder import read_set
+from scumble.datasets.reading.images import (  # fmt: skip
     Crop,
     Size,
     centre_crop,
@@ -24,7 +24,7 @@ from scumble.datasets.images import (
     read_alpha,
     read_rgb,
     read_size,
-)  # fmt: skip
+)
 from scumble.datasets.tensors import cropped
 
 ORIENTATION = 0x0112

@@ -7,18 +7,19 @@ import pytest
 import torch
 from odd_pictures import plain
 from PIL import Image
-from test_train import CPU, SAMPLES, ran
+from runs import SAMPLES, ran
+from small_parts import CPU
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Data, Model, Objective
-from scumble.datasets.folder import Masks, read_set
-from scumble.datasets.images import Size, centre_crop, crop_at, read_size
-from scumble.datasets.masks import read_mask
+from scumble.datasets.crops import tables, views_of
+from scumble.datasets.reading.folder import Masks, read_set
+from scumble.datasets.reading.images import Size, centre_crop, crop_at, read_size
+from scumble.datasets.reading.masks import read_mask
 from scumble.datasets.tensors import cropped_masks, mask_weights, masks_of
-from scumble.datasets.views import tables, views_of
-from scumble.trainer.latents import encode_set
-from scumble.trainer.models import load, recognise
-from scumble.trainer.step import Look, Objectives, generator_for
+from scumble.trainer.base_model.latents import encode_set
+from scumble.trainer.base_model.load import load, recognise
+from scumble.trainer.training.objective import Look, Objectives, generator_for
 
 
 def halves(size: tuple[int, int] = (40, 28)) -> Image.Image:

@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_bases_one_file import PIPELINES, narrow, one_file, parameters_of, random_parts
+from single_files import PIPELINES, narrow, one_file, parameters_of, random_parts
 from tiny import tiny_base
 
 from scumble.configs.errors import Refused
@@ -28,7 +28,7 @@ from scumble.trainer.adapters.bake import Dose, bake
 from scumble.trainer.adapters.files import write_adapter
 from scumble.trainer.adapters.keys import Place
 from scumble.trainer.adapters.weights import find_weights
-from scumble.trainer.models import EMBEDDED
+from scumble.trainer.base_model.load import EMBEDDED
 
 VERSIONS = {"sketch": "sd_v1", "sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 FAMILIES = {"sketch": "sd1", "sd15": "sd1", "sd21": "sd2", "sd1": "sd1", "sd2": "sd2", "sdxl": "sdxl"}

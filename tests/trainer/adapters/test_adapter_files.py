@@ -23,12 +23,12 @@ from scumble.configs.errors import Refused
 from scumble.trainer.adapters.adapter import Adapter, Module, from_tensors, read_adapter, to_tensors
 from scumble.trainer.adapters.convert import convert
 from scumble.trainer.adapters.files import write_adapter
-from scumble.trainer.adapters.header import read_header
 from scumble.trainer.adapters.inspect import inspect
 from scumble.trainer.adapters.keys import Place
 from scumble.trainer.adapters.lowrank import Rule
 from scumble.trainer.adapters.resize import resize
-from scumble.trainer.models import EMBEDDED
+from scumble.trainer.base_model.load import EMBEDDED
+from scumble.trainer.system.safetensors_header import read_header
 
 TARGETS = r".*\.attn[12]\.to_[qv]|.*\.resnets\.\d+\.conv[12]"
 

@@ -12,11 +12,11 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from scumble.trainer import cli
-from scumble.trainer.adapters import tables
 from scumble.trainer.adapters.adapter import Module
 from scumble.trainer.adapters.files import write_adapter
 from scumble.trainer.adapters.inspect import block_norms, block_of, inspect, norm
 from scumble.trainer.adapters.keys import Place
+from scumble.trainer.commands import adapter_tables
 
 ATTN = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 CONV = "lora_unet_up_blocks_1_resnets_0_conv1"
@@ -47,7 +47,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 def shown(path: Path, width: int = 100) -> str:
     console = Console(width=width, record=True, file=Path("/dev/null").open("w"))  # noqa: SIM115
-    console.print(tables.report_page(inspect(path)))
+    console.print(adapter_tables.report_page(inspect(path)))
     return console.export_text()
 
 

@@ -6,14 +6,12 @@ import re
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from layouts import LAYOUTS, OTHERS
 from tiny import CONFIGS
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from scumble.trainer.adapters.keys import Place, diffusers_path, kohya_stem, parse_key, peft_stem, sgm_path, unflattened
-from scumble.trainer.lora import CONVS, FULL, TEXT
-
-LAYOUTS = {"sd1": "sd15", "sd2": "sd21", "sdxl": "sdxl"}
-OTHERS = r"(conv_in|conv_out|(time|add)_embedding\.linear_[12])"
+from scumble.trainer.adapters.targets import CONVS, FULL, TEXT
 
 
 def unet_paths(family: str, pattern: str) -> list[str]:

@@ -10,21 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from paths import CHECKOUT
 from tiny import tiny_base
 
 from scumble.configs.options import Data, Model, Network, Objective
-from scumble.datasets.folder import Example, read_set
-from scumble.datasets.images import Crop, Size, centre_crop, read_size
+from scumble.datasets.reading.folder import Example, read_set
+from scumble.datasets.reading.images import Crop, Size, centre_crop, read_size
 from scumble.trainer.adapters.adapter import read_adapter
 from scumble.trainer.adapters.module import Module
-from scumble.trainer.export import export
-from scumble.trainer.latents import Latents, encode_set
-from scumble.trainer.lora import Part, Trained, attach, component_of
-from scumble.trainer.models import EMBEDDED, PIPELINES, Base, Pipeline, load, recognise
-from scumble.trainer.optimizers import grouped, make_optimizer
-from scumble.trainer.step import Look, Objectives
+from scumble.trainer.adapters.targets import Part
+from scumble.trainer.base_model.latents import Latents, encode_set
+from scumble.trainer.base_model.load import EMBEDDED, PIPELINES, Base, Pipeline, load, recognise
+from scumble.trainer.training.export import export
+from scumble.trainer.training.lora import Trained, attach, component_of
+from scumble.trainer.training.objective import Look, Objectives
+from scumble.trainer.training.optimizers import grouped, make_optimizer
 
-SAMPLES = Path(__file__).parent.parent / "datasets/samples/clay-style"
+SAMPLES = CHECKOUT / "datasets/samples/clay-style"
 NETWORKS = {
     "lora": Network(),
     "rslora": Network(rslora=True),

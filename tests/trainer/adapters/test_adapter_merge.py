@@ -11,10 +11,10 @@ from peft.utils import merge_utils
 from scumble.configs.errors import Refused
 from scumble.trainer.adapters.adapter import Adapter, Module, from_tensors, to_tensors
 from scumble.trainer.adapters.factors import Reduction
-from scumble.trainer.adapters.header import read_header
 from scumble.trainer.adapters.keys import Place
 from scumble.trainer.adapters.merge import METHODS, Input, Recipe, fused, merge, rank_stabilised, seed_at
 from scumble.trainer.adapters.provenance import metadata_of_result, write_result
+from scumble.trainer.system.safetensors_header import read_header
 
 TO_K = Place("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k")
 CONV = Place("unet", "up_blocks.0.resnets.1.conv1")

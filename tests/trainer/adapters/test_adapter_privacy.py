@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from scumble.trainer import cli
 from scumble.trainer.adapters.files import write_adapter
-from scumble.trainer.adapters.header import read_header
 from scumble.trainer.adapters.privacy import without_paths
+from scumble.trainer.system.safetensors_header import read_header
 
 STEM = "lora_unet_mid_block_attentions_0_proj_in"
 TENSORS = {f"{STEM}.lora_down.weight": torch.ones(2, 8), f"{STEM}.lora_up.weight": torch.ones(8, 2)}

@@ -14,24 +14,25 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
+from layouts import LAYOUTS, OTHERS
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
-from test_adapter_keys import LAYOUTS, OTHERS
 from tiny import CONFIGS, tiny_base
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from scumble.configs.options import Model, Network
 from scumble.trainer import cli
 from scumble.trainer.adapters.adapter import from_tensors, to_tensors
+from scumble.trainer.adapters.forward_check import output_of
 from scumble.trainer.adapters.keys import Place, kohya_stem
-from scumble.trainer.adapters.trial import output_of
-from scumble.trainer.adapters.uis import matches
+from scumble.trainer.adapters.targets import ATTENTION, CONVS, FULL, TEXT, Part
+from scumble.trainer.adapters.ui_keys import matches
 from scumble.trainer.adapters.verify import verify
 from scumble.trainer.adapters.weights import find_weights
-from scumble.trainer.export import export
-from scumble.trainer.lora import ATTENTION, CONVS, FULL, TEXT, Part, attach
-from scumble.trainer.models import EMBEDDED, load, recognise
+from scumble.trainer.base_model.load import EMBEDDED, load, recognise
+from scumble.trainer.training.export import export
+from scumble.trainer.training.lora import attach
 
 SLOTS = ("lora_down.weight", "lora_up.weight", "alpha")
 

@@ -12,10 +12,11 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from paths import CHECKOUT
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-BASES = Path(__file__).parent.parent / "configs" / "bases"
+BASES = CHECKOUT / "configs" / "bases"
 BETAS = (0.00085, 0.012, "scaled_linear")
 END = 49407  # <|endoftext|>
 PADDING = {

@@ -12,15 +12,17 @@ import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from paths import CHECKOUT
 from safetensors.torch import save_file
-from test_bases_one_file import BASES, one_file, random_parts
+from single_files import BASES, one_file, random_parts
 from tiny import tiny_base
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Network
-from scumble.trainer.export import export
-from scumble.trainer.lora import Part, attach
-from scumble.trainer.models import load, recognise
+from scumble.trainer.adapters.targets import Part
+from scumble.trainer.base_model.load import load, recognise
+from scumble.trainer.training.export import export
+from scumble.trainer.training.lora import attach
 
 CPU = torch.device("cpu")
 HUB_ID = "someone/tiny"
@@ -35,7 +37,7 @@ def hub_cache(home: Path) -> Path:
 
 
 def dry_run(base: str, home: Path) -> subprocess.CompletedProcess[str]:
-    samples = Path(__file__).parent.parent / "datasets/samples/clay-cat"
+    samples = CHECKOUT / "datasets/samples/clay-cat"
     command = [sys.executable, "-m", "scumble.trainer.cli", "train", str(samples), "--base", base, "--dry-run"]
     environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=home)

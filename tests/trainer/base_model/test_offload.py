@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import ran
+from runs import ran
 from tiny import tiny_base
 
 from scumble.configs.options import Model
-from scumble.trainer import parking, step
 from scumble.trainer import train as recipe
 from scumble.trainer.adapters.files import read_tensors
-from scumble.trainer.bases import Source
-from scumble.trainer.models import Base, load_waiting, place_unet, recognise
-from scumble.trainer.parking import at_hand, fetch
-from scumble.trainer.step import Batch, Objectives
+from scumble.trainer.base_model import offload
+from scumble.trainer.base_model.detect import Source
+from scumble.trainer.base_model.load import Base, load_waiting, place_unet, recognise
+from scumble.trainer.base_model.offload import at_hand, fetch
+from scumble.trainer.training import objective
+from scumble.trainer.training.objective import Batch, Objectives
 
 ELSEWHERE = torch.device("meta")  # no more than a name of another place
 
@@ -61,9 +62,9 @@ def places(monkeypatch: pytest.MonkeyPatch) -> Places:
         return losses(self, batch)
 
     losses = Objectives.losses_of
-    monkeypatch.setattr(parking, "send", places.send)
-    monkeypatch.setattr(parking, "waits", lambda base, module: places.waiting[module])
-    for module in (parking, recipe):
+    monkeypatch.setattr(offload, "send", places.send)
+    monkeypatch.setattr(offload, "waits", lambda base, module: places.waiting[module])
+    for module in (offload, recipe):
         monkeypatch.setattr(module, "resting_place", lambda device: ELSEWHERE)
     monkeypatch.setattr(recipe, "load_waiting", loaded)
     monkeypatch.setattr(recipe, "place_unet", placed)
@@ -107,7 +108,7 @@ def test_a_text_encoder_that_learns_stays(tmp_path: Path, places: Places):
 def test_text_encoders_stay_where_there_are_more_captions_than_are_kept(
     tmp_path: Path, places: Places, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(step, "MAX_ENCODINGS", 2)
+    monkeypatch.setattr(objective, "MAX_ENCODINGS", 2)
     ran(tmp_path, **options(tmp_path, "sd1"))
     assert all(seen == {"unet": False, "vae": True, "text": False} for seen in places.in_passes)
 

@@ -7,16 +7,17 @@ import torch
 from tiny import tiny_base
 
 from scumble.configs.options import Model, Network
-from scumble.trainer import placing
-from scumble.trainer.lora import Part, attach
-from scumble.trainer.models import load, recognise
-from scumble.trainer.placing import ALIGNED_BYTES, place_together, take_apart
+from scumble.trainer.adapters.targets import Part
+from scumble.trainer.base_model import one_block
+from scumble.trainer.base_model.load import load, recognise
+from scumble.trainer.base_model.one_block import ALIGNED_BYTES, place_together, take_apart
+from scumble.trainer.training.lora import attach
 
 
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """A device whose memory is the CPU's."""
-    monkeypatch.setattr(placing, "_block", lambda size, device: torch.empty(size, dtype=torch.uint8))
+    monkeypatch.setattr(one_block, "_block", lambda size, device: torch.empty(size, dtype=torch.uint8))
     return torch.device("meta")
 
 

@@ -12,19 +12,18 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import Linear as PeftLora
 from peft.tuners.lora import LoraConfig
 from peft.tuners.lora.bnb import Linear4bit as PeftLora4bit
-from test_memory import PARTS, loss_of
-from test_resume import adapter_of, assert_same, begun, go_on
-from test_train import ran
+from runs import adapter_of, assert_same, begun, go_on, ran
+from small_parts import PARTS, loss_of
 from tiny import tiny_base
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Network
-from scumble.trainer import quantize
-from scumble.trainer.lora import attach
-from scumble.trainer.models import EMBEDDED, Base, load, place_unet, recognise, take_fewer_bits
-from scumble.trainer.quantize import QuantizedLinear, check_bits, fewer_bits
-from scumble.trainer.state import newest_state
-from scumble.trainer.step import Batch, Objectives
+from scumble.trainer.base_model import quantize
+from scumble.trainer.base_model.load import EMBEDDED, Base, load, place_unet, recognise, take_fewer_bits
+from scumble.trainer.base_model.quantize import QuantizedLinear, check_bits, fewer_bits
+from scumble.trainer.run.state import newest_state
+from scumble.trainer.training.lora import attach
+from scumble.trainer.training.objective import Batch, Objectives
 
 CPU = torch.device("cpu")
 SKETCH = Model(base=str(EMBEDDED))

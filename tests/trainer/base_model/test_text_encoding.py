@@ -8,9 +8,9 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 from tiny import tiny_base
 
 from scumble.configs.options import Model
-from scumble.datasets.images import Size, centre_crop
-from scumble.trainer.models import load, recognise
-from scumble.trainer.text import encode, size_numbers
+from scumble.datasets.reading.images import Size, centre_crop
+from scumble.trainer.base_model.load import load, recognise
+from scumble.trainer.base_model.text_encoding import encode, size_numbers
 
 PROMPTS = ["a photo of a cat", "", "a " + "very " * 100 + "long prompt"]
 

@@ -11,15 +11,15 @@ from cyclopts import App, CycloptsError
 from safetensors import safe_open
 
 from scumble.configs.errors import Refused
-from scumble.trainer.adapters import commands_math
 from scumble.trainer.adapters.adapter import Adapter, Module, read_adapter, to_tensors
 from scumble.trainer.adapters.files import write_adapter
 from scumble.trainer.adapters.keys import Place
 from scumble.trainer.adapters.weights import find_weights
-from scumble.trainer.models import EMBEDDED
+from scumble.trainer.base_model.load import EMBEDDED
+from scumble.trainer.commands import adapter_math
 
 app = App()
-for command in (commands_math.merge, commands_math.resize, commands_math.extract, commands_math.bake):
+for command in (adapter_math.merge, adapter_math.resize, adapter_math.extract, adapter_math.bake):
     app.command(command)
 
 
@@ -165,7 +165,7 @@ def test_what_is_told_wrongly_is_one_line_before_a_file_is_read(arguments: list[
 
 def test_factors_of_one_file_go_before_those_of_all_in_any_order():
     for told in (["2:text=0", "text=0.5", "mid_block=2"], ["text=0.5,2:text=0,mid_block=2"]):
-        assert commands_math.block_factors(told, 2) == [{"text": 0.5, "mid_block": 2}, {"text": 0, "mid_block": 2}]
+        assert adapter_math.block_factors(told, 2) == [{"text": 0.5, "mid_block": 2}, {"text": 0, "mid_block": 2}]
 
 
 def test_a_flag_without_its_numbers_is_refused(folder: Path):
@@ -184,5 +184,5 @@ def test_files_are_worked_on_without_diffusers(folder: Path):
 
 
 def test_the_commands_are_there_without_torch():
-    script = "import sys, scumble.trainer.adapters.commands_math; sys.exit('torch' in sys.modules)"
+    script = "import sys, scumble.trainer.commands.adapter_math; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

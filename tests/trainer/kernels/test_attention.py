@@ -10,22 +10,15 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from small_parts import unet
 from torch.profiler import ProfilerActivity, profile
 
-from scumble.trainer import kernels
-from scumble.trainer.flat import Flat
-from scumble.trainer.kernels import attend_by_products, attend_jointly, project_tokens
-from scumble.trainer.lora import ADAPTER, Trained, laid_out
-from scumble.trainer.product import is_plain, speed_up, together
-
-
-def unet(linear: bool = False) -> Any:
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1, cross_attention_dim=24,
-        attention_head_dim=4, norm_num_groups=8, use_linear_projection=linear,
-    ).requires_grad_(False)  # fmt: skip
+from scumble.trainer.base_model.projection import project_tokens
+from scumble.trainer.kernels import attention
+from scumble.trainer.kernels.attention import attend_by_products, attend_jointly
+from scumble.trainer.kernels.lora_matmul import is_plain, speed_up, together
+from scumble.trainer.training.flat_parameters import Flat
+from scumble.trainer.training.lora import ADAPTER, Trained, laid_out
 
 
 def passed(model: Any, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -88,8 +81,8 @@ def test_scores_and_their_gradients_are_those_of_diffusers(dtype: torch.dtype):
 @pytest.mark.parametrize("where", ["a mask", "upcast_softmax", "upcast_attention", "nothing"])
 def test_scores_behind_a_mask_or_in_fp32_are_left_to_diffusers(where: str, monkeypatch: pytest.MonkeyPatch):
     taken: list[bool] = []
-    apply = kernels._Scores.apply
-    monkeypatch.setattr(kernels._Scores, "apply", lambda *given: taken.append(True) or apply(*given))
+    apply = attention._Scores.apply
+    monkeypatch.setattr(attention._Scores, "apply", lambda *given: taken.append(True) or apply(*given))
     torch.manual_seed(0)
     ours, theirs = unet(), unet()
     attend_by_products(ours)
@@ -116,7 +109,7 @@ def test_attention_of_adapted_layers_is_that_of_diffusers_and_peft(
         joined.add((len(layers), found is not None))
         return found
 
-    monkeypatch.setattr(kernels, "together", noted)
+    monkeypatch.setattr(attention, "together", noted)
     names = ["to_q", "to_k", "to_v", "to_out.0"] if targets == "attention" else ["to_v"]
     found = []
     for is_ours in (False, True):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from scumble.trainer.compiling import compile_blocks
+from scumble.trainer.kernels.compile import compile_blocks
 
 
 class Unet(torch.nn.Module):

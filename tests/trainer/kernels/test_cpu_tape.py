@@ -7,31 +7,31 @@ from typing import Any
 
 import pytest
 import torch
-from test_train import Run, ran
+from runs import Run, ran
 
-from scumble.trainer import recording
 from scumble.trainer import train as recipe
 from scumble.trainer.adapters.files import read_tensors
-from scumble.trainer.captured import Captured, Tensors
-from scumble.trainer.program import Program
-from scumble.trainer.recording import Recordings
-from scumble.trainer.update import Update
+from scumble.trainer.kernels import cpu_tape
+from scumble.trainer.kernels.capture import Captured, Tensors
+from scumble.trainer.kernels.cpu_tape import Recordings
+from scumble.trainer.kernels.program import Program
+from scumble.trainer.training.optimizer_step import Update
 
 ARRAY = torch.zeros(3)  # numpy has it too, and tells torch nothing of what it does there
 
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recording, "PAID_BACK", 1)
+    monkeypatch.setattr(cpu_tape, "PAID_BACK", 1)
 
 
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of operators of what was replayed, one for each time."""
     found: list[int] = []
-    finished = recording.Recorder.finished
+    finished = cpu_tape.Recorder.finished
 
-    def counted(self: recording.Recorder, result: torch.Tensor, grouped: bool) -> Callable[[], torch.Tensor]:
+    def counted(self: cpu_tape.Recorder, result: torch.Tensor, grouped: bool) -> Callable[[], torch.Tensor]:
         replay = finished(self, result, grouped)
 
         def run() -> torch.Tensor:
@@ -40,7 +40,7 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return run
 
-    monkeypatch.setattr(recording.Recorder, "finished", counted)
+    monkeypatch.setattr(cpu_tape.Recorder, "finished", counted)
     return found
 
 
@@ -158,7 +158,7 @@ def test_products_that_cannot_be_grouped_are_recorded_apart(
             raise ValueError("no such shape")
         program.calls[-1].kwargs = {"alpha": 2}
 
-    monkeypatch.setattr(recording, "group", spoil)
+    monkeypatch.setattr(cpu_tape, "group", spoil)
     ran_both(lambda tensors, total: total.add_(tensors["x"]).sum() + tensors["x"][0], times=7)
     assert len(replays) == 6  # to prove it once, and what is right from then on
 
@@ -171,7 +171,7 @@ def test_a_recording_is_proved_on_factors_that_are_not_zero(replays: list[int], 
             if node.target is torch.ops.aten.add_.Tensor:
                 node.kwargs = {"alpha": 2}
 
-    monkeypatch.setattr(recording, "group", spoil)
+    monkeypatch.setattr(cpu_tape, "group", spoil)
     factor, total, right = torch.zeros(3), torch.zeros(3), torch.zeros(3)
 
     def run(tensors: Tensors) -> torch.Tensor:
@@ -196,9 +196,9 @@ def test_a_recording_that_fails_is_not_used(monkeypatch: pytest.MonkeyPatch):
         total += torch.rand(3)
         return tensors["x"] * 2
 
-    monkeypatch.setattr(recording.Recorder, "finished", lambda self, result, grouped: failed)
+    monkeypatch.setattr(cpu_tape.Recorder, "finished", lambda self, result, grouped: failed)
     ran_both(function)
-    monkeypatch.setattr(recording.Recorder, "finished", lambda self, result, grouped: failed())
+    monkeypatch.setattr(cpu_tape.Recorder, "finished", lambda self, result, grouped: failed())
     ran_both(function)
 
 
@@ -230,13 +230,13 @@ def recorded_after(times: int, recordings: Recordings, replays: list[int]) -> in
 
 
 def test_what_is_run_often_is_recorded_soon(replays: list[int], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(recording, "PAID_BACK", 4)
+    monkeypatch.setattr(cpu_tape, "PAID_BACK", 4)
     assert recorded_after(9, Recordings(runs=8), replays) == 0
     assert recorded_after(9, Recordings(runs=7), replays) == 4  # it would have paid
 
 
 def test_what_is_run_seldom_is_recorded_late(replays: list[int], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(recording, "PAID_BACK", 4)
+    monkeypatch.setattr(cpu_tape, "PAID_BACK", 4)
     recordings = Recordings(runs=20)
     assert recorded_after(9, recordings, replays) == 0
     assert recorded_after(9, recordings, replays) == 4  # 1 of 10, 2 of 11, 3 of 12: by that of 20 not 8
@@ -246,7 +246,7 @@ def test_room_is_free_again_where_a_recording_is_not_used_any_more(monkeypatch: 
     def take(program: Program) -> None:
         assert program.room.takes(100)
 
-    monkeypatch.setattr(recording, "group", take)
+    monkeypatch.setattr(cpu_tape, "group", take)
     recordings = Recordings()
     function, other = (recordings(lambda: torch.ones(3) * 2) for _ in range(2))
     before = recordings.room.bytes_left
@@ -295,7 +295,7 @@ def test_trials_begin_anew_where_one_does_not_fit(fails: int, tmp_path: Path, mo
 
 def test_what_never_proves_anything_is_not_tried_for_ever(replays: list[int]):
     ran_both(lambda tensors, total: tensors["x"] * math.nan, times=30, equal=False)
-    assert len(replays) == recording.PROOFS + 1
+    assert len(replays) == cpu_tape.PROOFS + 1
 
 
 def test_too_little_memory_to_record_is_met_and_too_little_to_run_is_told():
@@ -315,7 +315,7 @@ def test_too_little_memory_to_record_is_met_and_too_little_to_run_is_told():
 
 
 def test_what_takes_long_is_not_recorded(replays: list[int], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(recording, "PAYS_BELOW_S", 0.0)
+    monkeypatch.setattr(cpu_tape, "PAYS_BELOW_S", 0.0)
     ran_both(lambda tensors, total: tensors["x"] * 2)
     assert not replays
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kernels import unet
+from paths import CHECKOUT
+from small_parts import unet
 
-from scumble.trainer import fused
+from scumble.trainer.kernels import fused_norms
 
-HERE = Path(__file__).parent
 COMPILED = """
 import json, sys
 from itertools import product
@@ -39,9 +39,16 @@ print(json.dumps(sizes))
 @pytest.mark.slow
 def test_kernels_give_what_torch_and_diffusers_do_by_tritons_interpreter():
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", str(HERE / "interpreted_kernels.py"), "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(CHECKOUT / "tests/trainer/kernels/interpreted_kernels.py"),
+        "-p",
+        "no:cacheprovider",
+    ]
     surroundings = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=surroundings, cwd=HERE.parent)
+    done = subprocess.run(command, capture_output=True, text=True, env=surroundings, cwd=CHECKOUT)
     assert done.returncode == 0 and re.search(r"\d{2,} passed", done.stdout), done.stdout[-4000:]
 
 
@@ -64,12 +71,12 @@ def test_where_kernels_cannot_be_had_the_unet_stays_and_the_reason_is_told(
     def failing(name: str) -> None:
         raise error
 
-    monkeypatch.setattr(fused, "import_module", failing)
-    fused.why_not.cache_clear()
+    monkeypatch.setattr(fused_norms, "import_module", failing)
+    fused_norms.why_not.cache_clear()
     try:
-        reason = fused.fuse(model := unet())
+        reason = fused_norms.fuse(model := unet())
     finally:
-        fused.why_not.cache_clear()
+        fused_norms.why_not.cache_clear()
     assert reason == (
         "there is no Triton" if isinstance(error, ImportError) else "RuntimeError: Failed to find C compiler."
     )

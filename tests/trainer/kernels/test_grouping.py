@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from scumble.trainer import grouping
-from scumble.trainer.packing import can_pack
-from scumble.trainer.program import Program, Room
-from scumble.trainer.recording import Recorder
+from scumble.trainer.kernels import grouping
+from scumble.trainer.kernels.cpu_tape import Recorder
+from scumble.trainer.kernels.onednn_packing import can_pack
+from scumble.trainer.kernels.program import Program, Room
 
 ROWS, IN, OUT, RANK = 5, 4, 6, 2
 

@@ -8,18 +8,19 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from test_train import ran
+from runs import ran
+from small_parts import recorded
 
-from scumble.trainer import product
 from scumble.trainer import train as recipe
 from scumble.trainer.adapters.files import read_tensors
-from scumble.trainer.captured import Capture, Replay
-from scumble.trainer.flat import Flat
-from scumble.trainer.optimizers import KINDS, grouped, make_optimizer
-from scumble.trainer.passes import Passes
-from scumble.trainer.product import is_plain, speed_up, together
-from scumble.trainer.quantize import QuantizedLinear
-from scumble.trainer.step import Batch, Look
+from scumble.trainer.base_model.quantize import QuantizedLinear
+from scumble.trainer.kernels import lora_matmul
+from scumble.trainer.kernels.capture import Capture, Replay
+from scumble.trainer.kernels.lora_matmul import is_plain, speed_up, together
+from scumble.trainer.training.flat_parameters import Flat
+from scumble.trainer.training.forward_backward import Passes
+from scumble.trainer.training.objective import Batch, Look
+from scumble.trainer.training.optimizers import KINDS, grouped, make_optimizer
 
 
 class Two(torch.nn.Module):
@@ -195,18 +196,20 @@ def test_where_products_are_not_added_up_in_fp32_that_is_found_out_but_not_where
     monkeypatch: pytest.MonkeyPatch,
 ):
     cpu = torch.device("cpu")  # for which torch has no such product
-    assert not product._adds_to_fp32.__wrapped__(cpu, torch.bfloat16)
-    monkeypatch.setattr(product, "_add_product_to_fp32", lambda *given: None)
-    assert not product._adds_to_fp32.__wrapped__(cpu, torch.bfloat16)  # one that adds nothing
+    assert not lora_matmul._adds_to_fp32.__wrapped__(cpu, torch.bfloat16)
+    monkeypatch.setattr(lora_matmul, "_add_product_to_fp32", lambda *given: None)
+    assert not lora_matmul._adds_to_fp32.__wrapped__(cpu, torch.bfloat16)  # one that adds nothing
 
     def full(*given: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(product, "_add_product_to_fp32", full)
+    monkeypatch.setattr(lora_matmul, "_add_product_to_fp32", full)
     with pytest.raises(torch.OutOfMemoryError):
-        product._adds_to_fp32.__wrapped__(cpu, torch.bfloat16)
-    monkeypatch.setattr(product, "_add_product_to_fp32", lambda total, left, right, scale: total.add_(left @ right * 2))
-    assert product._adds_to_fp32.__wrapped__(cpu, torch.bfloat16)
+        lora_matmul._adds_to_fp32.__wrapped__(cpu, torch.bfloat16)
+    monkeypatch.setattr(
+        lora_matmul, "_add_product_to_fp32", lambda total, left, right, scale: total.add_(left @ right * 2)
+    )
+    assert lora_matmul._adds_to_fp32.__wrapped__(cpu, torch.bfloat16)
 
 
 def test_no_gradient_is_made_for_what_wants_none():
@@ -309,12 +312,6 @@ class Squares:
     def losses_of(self, batch: Batch) -> torch.Tensor:
         self.computed += 1
         return (self.weight * batch["x"] - 1).square()
-
-
-def recorded(run: Replay) -> Replay:
-    """What a CUDA graph does, on any device: a warm-up, then the same work on the same tensors each time."""
-    run()
-    return run
 
 
 def passes_with(capture: Capture | None) -> tuple[Passes, Squares, Flat, list[str]]:

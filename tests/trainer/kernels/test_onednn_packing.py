@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from scumble.trainer import packing
-from scumble.trainer.packing import pack_convolutions
+from scumble.trainer.kernels import onednn_packing
+from scumble.trainer.kernels.onednn_packing import pack_convolutions
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -20,14 +20,14 @@ def convolution(side: int = 3, pad: int = 1, bias: bool = True) -> torch.nn.Conv
 def laid_out(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """The shapes of what was laid out, in order."""
     shapes: list[torch.Size] = []
-    own = packing.laid_out
+    own = onednn_packing.laid_out
 
     def counted(weight: torch.Tensor, pad: list[int], shape: torch.Size) -> torch.Tensor:
         shapes.append(weight.shape)
         return own(weight, pad, shape)
 
-    packing.is_there()  # which lays something out the first time
-    monkeypatch.setattr(packing, "laid_out", counted)
+    onednn_packing.is_there()  # which lays something out the first time
+    monkeypatch.setattr(onednn_packing, "laid_out", counted)
     return shapes
 
 
@@ -37,7 +37,7 @@ def laid_out(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 def test_outputs_and_gradients_are_torchs(
     dtype: torch.dtype, side: int, pad: int, bias: bool, laid_out: list[torch.Size], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(packing, "WEIGHTS_PER_INPUT", 0)
+    monkeypatch.setattr(onednn_packing, "WEIGHTS_PER_INPUT", 0)
     theirs = convolution(side, pad, bias).to(dtype)
     ours = copy.deepcopy(theirs)
     assert pack_convolutions(torch.nn.Sequential(ours)) == 1
@@ -79,16 +79,16 @@ def test_a_convolution_that_learns_is_not_packed():
 
 def test_no_more_memory_is_taken_than_is_allowed(monkeypatch: pytest.MonkeyPatch):
     layer = convolution()
-    monkeypatch.setattr(packing, "MAX_EXTRA_BYTES", 2 * layer.weight.nbytes - 1)
+    monkeypatch.setattr(onednn_packing, "MAX_EXTRA_BYTES", 2 * layer.weight.nbytes - 1)
     assert pack_convolutions(torch.nn.Sequential(layer)) == 0
-    monkeypatch.setattr(packing, "MAX_EXTRA_BYTES", 2 * layer.weight.nbytes)
+    monkeypatch.setattr(onednn_packing, "MAX_EXTRA_BYTES", 2 * layer.weight.nbytes)
     assert pack_convolutions(torch.nn.Sequential(layer)) == 1
 
 
 def test_where_torch_has_no_such_operators_its_own_convolution_computes(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(packing, "laid_out", lambda *args: torch.ops.mkldnn.there_is_none(*args))
-    packing.is_there.cache_clear()
+    monkeypatch.setattr(onednn_packing, "laid_out", lambda *args: torch.ops.mkldnn.there_is_none(*args))
+    onednn_packing.is_there.cache_clear()
     try:
         assert pack_convolutions(torch.nn.Sequential(convolution())) == 0
     finally:
-        packing.is_there.cache_clear()
+        onednn_packing.is_there.cache_clear()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from scumble.trainer.recording import Recorder
+from scumble.trainer.kernels.cpu_tape import Recorder
 
 Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 

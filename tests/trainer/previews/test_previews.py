@@ -13,17 +13,19 @@ from tiny import tiny_base
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Network, Previews
-from scumble.trainer import cli, compare, preview
+from scumble.trainer import cli
 from scumble.trainer.adapters.adapter import Adapter, read_adapter
+from scumble.trainer.adapters.applied import worn
 from scumble.trainer.adapters.files import write_adapter
 from scumble.trainer.adapters.keys import text_key, unet_key
-from scumble.trainer.adapters.wear import worn
-from scumble.trainer.captured import Replay
-from scumble.trainer.export import export
-from scumble.trainer.lora import Part, attach
-from scumble.trainer.models import EMBEDDED, Base, load, recognise
-from scumble.trainer.painting import SAMPLERS, paint
-from scumble.trainer.prompts import Shot, derived, shots_of
+from scumble.trainer.adapters.targets import Part
+from scumble.trainer.base_model.load import EMBEDDED, Base, load, recognise
+from scumble.trainer.kernels.capture import Replay
+from scumble.trainer.previews import compare, grid
+from scumble.trainer.previews.prompts import Shot, derived, shots_of
+from scumble.trainer.previews.sampling import SAMPLERS, paint
+from scumble.trainer.training.export import export
+from scumble.trainer.training.lora import attach
 
 SHOTS_OF_THREE_SHAPES = ("cat", 64, 4.0), ("dog", 64, 4.0), ("cat", 96, 4.0), ("cat", 64, 1.0)
 SHOT = Shot("owl, flat style", "", None, None, seed=3, steps=3, cfg=4.0)
@@ -136,8 +138,8 @@ def test_another_vae_is_used_where_one_is_named(tmp_path: Path, base: Base):
 def test_a_grid_has_each_picture_in_its_place_with_room_for_its_label():
     red, green, blue = (Image.new("RGB", (64, 48), colour) for colour in ("red", "green", "blue"))
     long = "a label that is much too long for its picture"
-    sheet = preview.grid([[red, green], [blue]], [["one", long], ["three"]])
-    gap, line_px = preview.GAP_PX, int(11 * 1.7)
+    sheet = grid.grid([[red, green], [blue]], [["one", long], ["three"]])
+    gap, line_px = grid.GAP_PX, int(11 * 1.7)
     assert sheet.size == (2 * (64 + gap) + gap, 2 * (48 + line_px + gap) + gap + 2 * line_px)  # a label of three lines
     top = gap + 3 * line_px
     assert sheet.getpixel((gap, top)) == (255, 0, 0)
@@ -151,20 +153,20 @@ def test_a_grid_has_each_picture_in_its_place_with_room_for_its_label():
 
 def test_long_labels_are_wrapped_between_words_and_only_their_end_is_cut():
     def lines(label: str) -> list[str]:
-        return preview.wrapped(label, 11, 128)[0]
+        return grid.wrapped(label, 11, 128)[0]
 
     assert lines("owl, clay style") == ["owl, clay style"] and lines("") == [""]
     long = "photo of a woman, clay style, in a garden by the sea at dusk"
-    assert " ".join(lines(long)) == long and 1 < len(lines(long)) <= preview.LABEL_LINES
+    assert " ".join(lines(long)) == long and 1 < len(lines(long)) <= grid.LABEL_LINES
     longer = lines(f"{long}, {long}")
-    assert len(longer) == preview.LABEL_LINES and longer[:2] == lines(long)[:2] and longer[2].endswith("…")
+    assert len(longer) == grid.LABEL_LINES and longer[:2] == lines(long)[:2] and longer[2].endswith("…")
     assert lines("x" * 90)[0].endswith("…")
 
 
 def test_rows_of_a_grid_have_their_label_at_the_left():
     red = Image.new("RGB", (64, 48), "red")
-    sheet = preview.grid([[red], [red]], [["prompt"], []], ["before", "epoch 12"])
-    left = np.asarray(sheet.crop((0, 0, sheet.width - 64 - 2 * preview.GAP_PX, sheet.height)))
+    sheet = grid.grid([[red], [red]], [["prompt"], []], ["before", "epoch 12"])
+    left = np.asarray(sheet.crop((0, 0, sheet.width - 64 - 2 * grid.GAP_PX, sheet.height)))
     assert left.min() < 100 and sheet.getpixel((sheet.width - 20, 40)) == (255, 0, 0)
 
 
@@ -305,9 +307,9 @@ def test_a_row_is_a_file_at_a_strength_and_a_column_a_prompt(tmp_path: Path):
     prompts = ["--prompts", "tiger", "owl", "--prompts", "car"]
     cli.main(["preview", str(file), str(again), *prompts, "--strengths", "1,0", "2", "--preview-steps", "1",
               "--out", str(out)])  # fmt: skip
-    picture, side = Image.open(out).convert("RGB"), 128 + preview.GAP_PX
-    margin = picture.width - 3 * side - preview.GAP_PX
-    top = picture.height - 5 * side - preview.GAP_PX  # the prompts over their columns
+    picture, side = Image.open(out).convert("RGB"), 128 + grid.GAP_PX
+    margin = picture.width - 3 * side - grid.GAP_PX
+    top = picture.height - 5 * side - grid.GAP_PX  # the prompts over their columns
     assert margin > 40 and 11 < top < 40
     rows = [
         np.asarray(picture.crop((margin, top + side * row, picture.width, top + side * (row + 1)))) for row in range(5)

@@ -19,30 +19,30 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from faults.disks import MOUNTED, ORDINARY, Disk
 from faults.kills import survive
-from test_product import recorded
-from test_train import SAMPLES, ran
+from runs import SAMPLES, ran
+from small_parts import recorded
 
 from scumble.configs import files
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Previews
 from scumble.trainer import train as recipe
 from scumble.trainer.adapters.files import read_tensors
-from scumble.trainer.events import Event
-from scumble.trainer.flat import Flat
-from scumble.trainer.keeping import check_disk, disk_needed, surplus
-from scumble.trainer.latents import _posteriors
-from scumble.trainer.models import Base, load, recognise
-from scumble.trainer.optimizers import grouped, make_optimizer
-from scumble.trainer.pace import Pace
-from scumble.trainer.painting import paint
-from scumble.trainer.passes import Passes
-from scumble.trainer.prompts import shots_of
-from scumble.trainer.run_folder import status_of
-from scumble.trainer.sizes import in_words
-from scumble.trainer.state import newest_state
-from scumble.trainer.step import Batch, Look, Objectives
+from scumble.trainer.base_model.latents import _posteriors
+from scumble.trainer.base_model.load import Base, load, recognise
+from scumble.trainer.previews.prompts import shots_of
+from scumble.trainer.previews.sampling import paint
+from scumble.trainer.run.events import Event
+from scumble.trainer.run.folder import status_of
+from scumble.trainer.run.retention import check_disk, disk_needed, surplus
+from scumble.trainer.run.slowdown import Pace
+from scumble.trainer.run.state import newest_state
+from scumble.trainer.system.formatting import in_words
 from scumble.trainer.train import train
-from scumble.trainer.update import HALVED_AFTER, STOPPED_AFTER, Outcome, Update
+from scumble.trainer.training.flat_parameters import Flat
+from scumble.trainer.training.forward_backward import Passes
+from scumble.trainer.training.objective import Batch, Look, Objectives
+from scumble.trainer.training.optimizer_step import HALVED_AFTER, STOPPED_AFTER, Outcome, Update
+from scumble.trainer.training.optimizers import grouped, make_optimizer
 
 CPU = torch.device("cpu")
 

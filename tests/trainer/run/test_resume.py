@@ -12,55 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from test_train import SAMPLES, Run, ran
+from runs import SAMPLES, adapter_of, assert_same, begun, go_on, ran
 
-from scumble.configs import files
 from scumble.configs.errors import Refused
-from scumble.trainer import cli, identity
-from scumble.trainer.adapters.files import read_tensors
-from scumble.trainer.events import Event
-from scumble.trainer.lora import LAYOUT
-from scumble.trainer.run_folder import RunFolder, request, status_of, write_json
-from scumble.trainer.state import newest_state
-from scumble.trainer.train import train
+from scumble.trainer import cli
+from scumble.trainer.adapters.targets import LAYOUT
+from scumble.trainer.run import fingerprint
+from scumble.trainer.run.events import Event
+from scumble.trainer.run.folder import RunFolder, status_of, write_json
+from scumble.trainer.run.state import newest_state
 
 OPTIMISERS = ["adamw", "adamw8bit", "lion", "prodigy", "adafactor", "schedule_free"]
-
-
-def go_on(run: Path, force: bool = False, stop_at: int = 0, **tables: Any) -> Run:
-    """Go on with a run; `stop_at` asks it to stop after that step."""
-    events: list[Event] = []
-
-    def read(event: Event) -> None:
-        events.append(event)
-        if event["kind"] == "step" and event["step"] == stop_at:
-            request(run, "stop")
-
-    train(files.resolve(run / "options.toml", flags=tables), [read], go_on=run, force=force)
-    return Run(run, events)
-
-
-def begun(folder: Path, stop_at: int, **tables: Any) -> Path:
-    """A run that was asked to stop after `stop_at` steps."""
-    run = folder / "runs/clay"
-
-    def read(event: Event) -> None:
-        if event["kind"] == "step" and event["step"] == stop_at:
-            request(run, "stop")
-
-    ran(folder, readers=[read], **tables)
-    assert status_of(run).state == "stopped" and status_of(run).step == stop_at
-    return run
-
-
-def adapter_of(run: Path) -> dict[str, torch.Tensor]:
-    return read_tensors(run / "clay.safetensors")[0]
-
-
-def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
 @pytest.mark.parametrize("optimizer", OPTIMISERS)
@@ -144,7 +106,7 @@ def test_what_changed_since_is_named_and_taken_only_when_forced(tmp_path: Path, 
         go_on(run, network={"rank": 4})
     with pytest.raises(Refused, match=r"--optimizer lion: the run has adamw"):
         go_on(run, optimization={"optimizer": "lion"})
-    monkeypatch.setattr(identity, "LAYOUT", LAYOUT + 1)
+    monkeypatch.setattr(fingerprint, "LAYOUT", LAYOUT + 1)
     with pytest.raises(Refused, match=r"the layout of the optimiser's state: .* of another scumble, and cannot change"):
         go_on(run)
     monkeypatch.undo()

@@ -10,15 +10,18 @@ import torch
 from accelerate.state import PartialState
 from diffusers.models import attention_processor
 from PIL import Image
-from test_train import SAMPLES, ran
+from runs import SAMPLES, ran
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Machine, Model
-from scumble.trainer import cli, job, machine
-from scumble.trainer.kernels import try_xformers
-from scumble.trainer.machine import (
+from scumble.trainer import cli
+from scumble.trainer.base_model.load import load, recognise
+from scumble.trainer.kernels.attention import try_xformers
+from scumble.trainer.plan import job
+from scumble.trainer.system import device
+from scumble.trainer.system.device import (
     SIZES_OF_LAUNCHES,
     best_device,
     check_attention,
@@ -27,8 +30,7 @@ from scumble.trainer.machine import (
     memory_mb,
     total_memory_mb,
 )
-from scumble.trainer.memory import timed, unless_too_large
-from scumble.trainer.models import load, recognise
+from scumble.trainer.system.out_of_memory import timed, unless_too_large
 
 CPU, MPS = torch.device("cpu"), torch.device("mps")
 
@@ -113,7 +115,7 @@ def test_xformers_is_refused_where_it_is_not_or_does_not_compute(xformers: Xform
     with pytest.raises(Refused, match=wanted) as error:
         try_xformers(CPU, torch.bfloat16)
     assert error.value.exit_code == 69
-    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    monkeypatch.setattr(device, "find_spec", lambda name: None)
     with pytest.raises(Refused, match="--attention xformers: not installed; pip install") as error:
         check_attention("xformers", "cuda")
     assert error.value.exit_code == 69

@@ -3,7 +3,7 @@ from importlib import import_module
 
 import pytest
 
-from scumble.trainer.hiding import hidden, quick_imports
+from scumble.trainer.system.fast_imports import hidden, quick_imports
 
 
 def test_a_hidden_package_is_not_found_until_after(tmp_path, monkeypatch):

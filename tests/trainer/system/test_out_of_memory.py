@@ -7,18 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from small_parts import PARTS, loss_of
 from tiny import tiny_base
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Network
-from scumble.trainer.bases import BASES
-from scumble.trainer.lora import Part, attach, component_of, recompute_activations, shallow_blocks
-from scumble.trainer.memory import TRIALS, duration, measure
-from scumble.trainer.models import Base, load, recognise
-from scumble.trainer.text import encode
+from scumble.trainer.base_model.detect import BASES
+from scumble.trainer.base_model.load import load, recognise
+from scumble.trainer.system.formatting import duration
+from scumble.trainer.system.out_of_memory import TRIALS, measure
+from scumble.trainer.training.checkpointing import recompute_activations, shallow_blocks
+from scumble.trainer.training.lora import attach, component_of
 
 CPU = torch.device("cpu")
-PARTS = [Part("unet", 4, 4.0), Part("text", 2, 2.0)]
 
 
 class Device:
@@ -126,16 +127,6 @@ def test_shallow_blocks_are_those_of_fewer_channels(config: str, shallow: list[s
     assert [paths[id(block)].split(".")[1] for block in shallow_blocks(unet)] == shallow
 
 
-def loss_of(base: Base) -> torch.Tensor:
-    torch.manual_seed(3)
-    conditioning = encode(base, ["a cat", "a dog"])
-    added = None
-    if conditioning.pooled is not None:
-        added = {"text_embeds": conditioning.pooled, "time_ids": torch.ones(2, 6)}
-    noisy, timesteps = torch.randn(2, 4, 16, 16), torch.tensor([10, 900])
-    return base.unet(noisy, timesteps, conditioning.hidden, added_cond_kwargs=added).sample.pow(2).mean()
-
-
 def test_times_are_said_as_people_say_them():
     assert [duration(seconds) for seconds in (3.4, 59, 61, 3500, 4800)] == [
         "3 s",
@@ -149,6 +140,6 @@ def test_times_are_said_as_people_say_them():
 def test_a_pass_that_another_program_delayed_is_not_what_the_run_expects(monkeypatch: pytest.MonkeyPatch):
     for times, passes in (([5.0, 0.2, 0.1], 3), ([5.0, 6.0], 2), ([12.0], 1)):
         left = list(times)
-        monkeypatch.setattr("scumble.trainer.memory.timed", lambda trial, device, left=left: left.pop(0))
+        monkeypatch.setattr("scumble.trainer.system.out_of_memory.timed", lambda trial, device, left=left: left.pop(0))
         measured = measure(lambda: None, CPU, lambda: False, "lower --batch")
         assert measured.seconds == min(times) and len(times) - len(left) == passes

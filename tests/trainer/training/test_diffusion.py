@@ -6,7 +6,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler, rescale_zero_ter
 from diffusers.training_utils import compute_snr
 from tiny import SCHEDULE
 
-from scumble.trainer import diffusion
+from scumble.trainer.training import diffusion
 
 SCHEDULER = DDIMScheduler(**SCHEDULE)
 ABAR = SCHEDULER.alphas_cumprod

@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from test_lora import loaded, painted, parts_of
+from small_parts import loaded, painted, parts_of
 from torch.nn.functional import conv2d, linear
 
 from scumble.configs.options import Network
-from scumble.trainer.export import network_arguments, tensors_of
-from scumble.trainer.lora import ADAPTER, Part, Trained, attach, component_of, recompute_activations
+from scumble.trainer.adapters.targets import Part
+from scumble.trainer.training.checkpointing import recompute_activations
+from scumble.trainer.training.export import network_arguments, tensors_of
+from scumble.trainer.training.lora import ADAPTER, Trained, attach, component_of
 
 Plain = torch.nn.Linear | torch.nn.Conv2d
 

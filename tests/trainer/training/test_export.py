@@ -5,14 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from paths import CHECKOUT
 
 from scumble.configs import files
 from scumble.trainer import cli
-from scumble.trainer.adapters.header import read_header
-from scumble.trainer.models import EMBEDDED
+from scumble.trainer.base_model.load import EMBEDDED
+from scumble.trainer.system.safetensors_header import read_header
 from scumble.trainer.train import train
 
-SAMPLES = Path(__file__).parent.parent / "datasets/samples/clay-style"
+SAMPLES = CHECKOUT / "datasets/samples/clay-style"
 PERSON = "annabel"
 
 

@@ -5,22 +5,24 @@ from typing import Any
 
 import pytest
 import torch
-from test_product import recorded
+from small_parts import recorded
 from tiny import tiny_base
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scumble.configs.options import Data, Model, Network, Objective
-from scumble.datasets.folder import Example
-from scumble.datasets.images import Crop, Size
-from scumble.trainer.flat import Flat
-from scumble.trainer.latents import Latents
-from scumble.trainer.lora import ADAPTER, Part, attach, recompute_activations
-from scumble.trainer.models import load, recognise
-from scumble.trainer.optimizers import grouped
-from scumble.trainer.passes import Passes
-from scumble.trainer.product import speed_up
-from scumble.trainer.step import Look, Objectives
+from scumble.datasets.reading.folder import Example
+from scumble.datasets.reading.images import Crop, Size
+from scumble.trainer.adapters.targets import Part
+from scumble.trainer.base_model.latents import Latents
+from scumble.trainer.base_model.load import load, recognise
+from scumble.trainer.kernels.lora_matmul import speed_up
+from scumble.trainer.training.checkpointing import recompute_activations
+from scumble.trainer.training.flat_parameters import Flat
+from scumble.trainer.training.forward_backward import Passes
+from scumble.trainer.training.lora import ADAPTER, attach
+from scumble.trainer.training.objective import Look, Objectives
+from scumble.trainer.training.optimizers import grouped
 
 META = torch.device("meta")
 OBJECTIVES = {

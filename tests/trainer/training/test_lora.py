@@ -9,23 +9,17 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
-from tiny import CONFIGS, tiny_base
+from small_parts import loaded, painted, parts_of
+from tiny import CONFIGS
 
 from scumble.configs.errors import Refused
-from scumble.configs.options import Model, Network
+from scumble.configs.options import Network
 from scumble.trainer.adapters.adapter import read_adapter
 from scumble.trainer.adapters.files import read_tensors, write_adapter
 from scumble.trainer.adapters.keys import sgm_path, text_key, unet_key
-from scumble.trainer.export import export, tensors_of
-from scumble.trainer.lora import ADAPTER, CONVS, FULL, Part, Trained, attach, laid_out, num_parameters
-from scumble.trainer.models import Base, load, recognise
-
-CPU = torch.device("cpu")
-
-
-def loaded(kind: str, folder: Path) -> Base:
-    model = Model(base="sketch" if kind == "sketch" else str(tiny_base(kind, folder / kind)))
-    return load(model, recognise(model), CPU, torch.float32)
+from scumble.trainer.adapters.targets import CONVS, FULL, Part
+from scumble.trainer.training.export import export, tensors_of
+from scumble.trainer.training.lora import ADAPTER, Trained, attach, laid_out, num_parameters
 
 
 def shaken(trained: list[Trained]) -> None:
@@ -34,11 +28,6 @@ def shaken(trained: list[Trained]) -> None:
     for module in trained:
         up = module.tensors["lora_up"]
         up.data = 0.3 * torch.randn(up.shape, generator=generator)
-
-
-def parts_of(base: Base, conv_rank: int = 0) -> list[Part]:
-    texts = ["text", "text2"][: len(base.text_encoders)]
-    return [Part("unet", 4, 8.0, conv_rank, 2.0), *(Part(name, 2, 1.0) for name in texts)]
 
 
 @pytest.mark.parametrize("kind", ["sketch", "sd1", "sd2", "sdxl"])
@@ -57,14 +46,6 @@ def test_stock_diffusers_paints_the_same_from_the_file_as_from_the_live_adapter(
     fresh.pipeline.load_lora_weights(str(tmp_path / "it.safetensors"))
     np.testing.assert_allclose(painted(fresh), live, atol=2e-4)
     assert np.abs(live - before).max() > 1e-2
-
-
-def painted(base: Base) -> np.ndarray:
-    with torch.no_grad():
-        return base.pipeline(
-            "a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np",
-            height=64, width=64,
-        ).images[0]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,17 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from test_resume import go_on
-from test_train import Run, ran
+from runs import Run, go_on, ran
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scumble.trainer.adapters.files import read_tensors
-from scumble.trainer.flat import Flat
-from scumble.trainer.machine import Coming
-from scumble.trainer.optimizers import KINDS, grouped, make_optimizer
-from scumble.trainer.passes import Passes
-from scumble.trainer.state import newest_state
-from scumble.trainer.step import Batch, Look
-from scumble.trainer.update import HALVED_AFTER, STOPPED_AFTER, Outcome, Update
+from scumble.trainer.run.state import newest_state
+from scumble.trainer.system.device import Coming
+from scumble.trainer.training.flat_parameters import Flat
+from scumble.trainer.training.forward_backward import Passes
+from scumble.trainer.training.objective import Batch, Look
+from scumble.trainer.training.optimizer_step import HALVED_AFTER, STOPPED_AFTER, Outcome, Update
+from scumble.trainer.training.optimizers import KINDS, grouped, make_optimizer
 
 
 class Cubes:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import CHECKOUT
 
 from scumble.configs.errors import Refused
-from scumble.trainer.optimizers import KINDS, check_optimizer, grouped, make_optimizer, set_rate
+from scumble.trainer.training.optimizers import KINDS, check_optimizer, grouped, make_optimizer, set_rate
 
 RATES = {"prodigy": 1.0}
-SAMPLES = Path(__file__).parent.parent / "datasets/samples/clay-style"
+SAMPLES = CHECKOUT / "datasets/samples/clay-style"
 
 
 def fitted(name: str, steps: int = 150) -> tuple[float, float, torch.optim.Optimizer]:

@@ -8,22 +8,22 @@ from typing import Any
 import pytest
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from paths import CHECKOUT
 from PIL import Image
-from test_resume import adapter_of, assert_same, begun, go_on
-from test_train import SAMPLES, ran
+from runs import SAMPLES, adapter_of, assert_same, begun, go_on, ran
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Options
-from scumble.datasets.folder import Example
+from scumble.datasets.reading.folder import Example
 from scumble.trainer.adapters.files import read_tensors
-from scumble.trainer.diffusion import stratified
-from scumble.trainer.pictures import read_examples, with_held_out
-from scumble.trainer.report import loss_curve
-from scumble.trainer.state import newest_state
-from scumble.trainer.step import generator_for
-from scumble.trainer.validation import DRAWS
+from scumble.trainer.plan.training_set import read_examples, with_held_out
+from scumble.trainer.run.loss_plot import loss_curve
+from scumble.trainer.run.state import newest_state
+from scumble.trainer.training.diffusion import stratified
+from scumble.trainer.training.objective import generator_for
+from scumble.trainer.training.validation import DRAWS
 
-EMBEDDED = Path(__file__).parent.parent / "configs/bases/sketch"
+EMBEDDED = CHECKOUT / "configs/bases/sketch"
 FOUR_OF_20: dict[str, Any] = {"data": {"validation_split": 0.2}, "output": {"preview_every": 0, "save_dtype": "fp32"}}
 
 

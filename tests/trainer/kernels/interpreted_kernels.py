@@ -12,7 +12,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 from torch.utils.checkpoint import checkpoint
 
-from scumble.trainer import fused
+from scumble.trainer.kernels import fused_norms
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -58,7 +58,7 @@ def norm_is_torchs(shape: tuple[int, ...], groups: int, shifted: bool, silu: boo
     given = exact if shift is None else exact + shift.double()[:, :, None, None]
     wanted = F.group_norm(given, groups, norm.weight.double(), norm.bias.double(), norm.eps)
     wanted = F.silu(wanted) if silu else wanted
-    found = fused.normalized(norm, x, shift, silu)
+    found = fused_norms.normalized(norm, x, shift, silu)
     is_near(found, wanted.detach(), dtype)
     found.backward(gradient)
     wanted.backward(gradient.double())
@@ -69,7 +69,7 @@ def test_a_mean_that_is_large_beside_the_deviation_costs_no_digits():
     norm = torch.nn.GroupNorm(1, 20, affine=True).requires_grad_(False)
     x = 1000 + random(1, 20, 40, 40, seed=0)
     wanted = F.group_norm(x.double(), 1, eps=norm.eps)
-    torch.testing.assert_close(fused.normalized(norm, x).double(), wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(fused_norms.normalized(norm, x).double(), wanted, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -80,7 +80,7 @@ def test_gates_and_their_gradients_are_diffusers(width: int, dtype: torch.dtype)
     joint = (3 * random(2, 3, 2 * width, seed=0)).to(dtype).requires_grad_(True)
     exact = joint.detach().double().requires_grad_(True)
     gradient = random(2, 3, width, seed=1, dtype=dtype)
-    found, wanted = fused._geglu(layer, joint), layer(exact)
+    found, wanted = fused_norms._geglu(layer, joint), layer(exact)
     is_near(found, wanted.detach(), dtype)
     found.backward(gradient)
     wanted.backward(gradient.double())
@@ -112,7 +112,7 @@ def test_a_unet_and_its_gradients_are_diffusers(adapted: str, recomputed: bool):
         for factor in factors:
             torch.nn.init.normal_(factor, std=0.2).requires_grad_(True)
         if is_ours:
-            assert fused.fuse(model) == ""
+            assert fused_norms.fuse(model) == ""
         if recomputed:
             model.train().enable_gradient_checkpointing(
                 lambda module, *given: checkpoint(module, *given, use_reentrant=False)
@@ -133,37 +133,37 @@ def test_a_block_that_does_more_than_sds_is_left_to_diffusers(more: dict[str, An
     x, temb = random(1, 32, 4, 4, seed=0), random(1, 8, seed=1)
     wanted = block(x, temb)
     forward = block.forward
-    assert fused.fuse(holder) == "" and block.forward == forward
+    assert fused_norms.fuse(holder) == "" and block.forward == forward
     torch.testing.assert_close(block(x, temb), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_norms_that_learn_are_left_to_torch():
     norm = torch.nn.GroupNorm(2, 8)
-    found = fused.normalized(norm, random(1, 8, 4, 4, seed=0), random(1, 8, seed=1), silu=True)
+    found = fused_norms.normalized(norm, random(1, 8, 4, 4, seed=0), random(1, 8, seed=1), silu=True)
     found.sum().backward()
     assert norm.weight.grad is not None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_trial_finds_kernels_right(dtype: torch.dtype):
-    assert fused._is_right(CPU, dtype)
+    assert fused_norms._is_right(CPU, dtype)
 
 
 @pytest.mark.parametrize("kernel", ["group_norm_backward", "geglu", "geglu_backward"])
 def test_the_trial_finds_kernels_wrong(kernel: str, monkeypatch: pytest.MonkeyPatch):
-    kernels = fused._kernels()
+    kernels = fused_norms._kernels()
     right = getattr(kernels, kernel)
     monkeypatch.setattr(kernels, kernel, lambda *given: 1.5 * right(*given))
-    assert fused.why_not.__wrapped__(CPU, torch.float32) == "they give other numbers than torch's"
+    assert fused_norms.why_not.__wrapped__(CPU, torch.float32) == "they give other numbers than torch's"
 
 
 @pytest.mark.parametrize("what", ["shift", "silu"])
 def test_the_trial_finds_a_variant_wrong(what: str, monkeypatch: pytest.MonkeyPatch):
-    kernels = fused._kernels()
+    kernels = fused_norms._kernels()
     right = kernels.group_norm
 
     def wrong(x: Any, shift: Any, groups: int, weight: Any, bias: Any, eps: float, silu: bool) -> Any:
         return right(x, None if what == "shift" else shift, groups, weight, bias, eps, silu or what == "silu")
 
     monkeypatch.setattr(kernels, "group_norm", wrong)
-    assert not fused._is_right(CPU, torch.float32)
+    assert not fused_norms._is_right(CPU, torch.float32)

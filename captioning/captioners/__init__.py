@@ -1,0 +1,1 @@
+"""Captioners: file names, BLIP, Florence-2, vision-language models and taggers."""

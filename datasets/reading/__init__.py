@@ -1,0 +1,1 @@
+"""From a folder to examples: images, captions, masks and what is left out."""

@@ -1,0 +1,82 @@
+"""Runs for tests: trained on the sample set, cut and resumed, compared."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from paths import CHECKOUT
+
+from scumble.configs import files
+from scumble.trainer.adapters.files import read_tensors
+from scumble.trainer.run.events import Event, Reader
+from scumble.trainer.run.folder import request, status_of
+from scumble.trainer.train import train
+
+SAMPLES = CHECKOUT / "datasets/samples/clay-style"
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Run:
+    folder: Path
+    events: list[Event]
+
+    def of(self, kind: str) -> list[Event]:
+        return [event for event in self.events if event["kind"] == kind]
+
+    @property
+    def losses(self) -> list[float]:
+        return [event["loss"] for event in self.of("step")]
+
+
+def ran(folder: Path, dry_run: bool = False, readers: Sequence[Reader] = (), **tables: Any) -> Run:
+    """Train on the clay style with few, cheap steps unless `tables` say otherwise."""
+    flags: dict[str, dict] = {
+        "data": {"images": str(SAMPLES)},
+        "optimization": {"steps": 3},
+        "machine": {"device": "cpu", "precision": "fp32"},
+        "previews": {"prompts": ("owl, clay style", "red apple, flat style"), "preview_steps": 2},
+        "output": {"runs": str(folder / "runs"), "name": "clay"},
+    }
+    for table, keys in tables.items():
+        flags[table] = flags.get(table, {}) | keys
+    events: list[Event] = []
+    result = train(files.resolve(flags=flags), [events.append, *readers], dry_run=dry_run)
+    return Run(result.adapter.parent if result else folder, events)
+
+
+def go_on(run: Path, force: bool = False, stop_at: int = 0, **tables: Any) -> Run:
+    """Go on with a run; `stop_at` asks it to stop after that step."""
+    events: list[Event] = []
+
+    def read(event: Event) -> None:
+        events.append(event)
+        if event["kind"] == "step" and event["step"] == stop_at:
+            request(run, "stop")
+
+    train(files.resolve(run / "options.toml", flags=tables), [read], go_on=run, force=force)
+    return Run(run, events)
+
+
+def begun(folder: Path, stop_at: int, **tables: Any) -> Path:
+    """A run that was asked to stop after `stop_at` steps."""
+    run = folder / "runs/clay"
+
+    def read(event: Event) -> None:
+        if event["kind"] == "step" and event["step"] == stop_at:
+            request(run, "stop")
+
+    ran(folder, readers=[read], **tables)
+    assert status_of(run).state == "stopped" and status_of(run).step == stop_at
+    return run
+
+
+def adapter_of(run: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(run / "clay.safetensors")[0]
+
+
+def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []

@@ -1,0 +1,1 @@
+"""Base models: detected, loaded, quantized, placed on a device."""

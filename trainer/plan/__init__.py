@@ -1,0 +1,1 @@
+"""Every "auto" becomes a number before a weight is loaded."""
