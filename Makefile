@@ -1,7 +1,8 @@
-# make demo   install into .venv, then train the sample style on the embedded base and show it
-# make test   install into .venv, then lint, types and all tests
-# make gpu    install into .venv, then run the tests and the benchmarks that need a CUDA device
-# make sketch go on training the embedded base (hours on a CPU, minutes on a GPU; needs npm)
+# make demo           install into .venv, then train the sample style on the embedded base and show it
+# make test           install into .venv, then lint, types and all tests
+# make gpu            install into .venv, then run the tests and the benchmarks that need a CUDA device
+# make simulated-card install into .venv, then run the CUDA path on a simulated GPU (needs torch 2.11 for CUDA 13)
+# make sketch         go on training the embedded base (hours on a CPU, minutes on a GPU; needs npm)
 
 PYTHON ?= python3
 TORCH ?= torch
@@ -10,10 +11,10 @@ BIN := $(VENV)/bin
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test gpu sketch clean
+.PHONY: demo test gpu simulated-card sketch clean
 
 demo: $(VENV)/.demo
-	$(BIN)/scumble train datasets/samples/clay-style --base sketch --preset sketch-demo --runs demo
+	$(BIN)/scumble train datasets/samples/clay-style --base sketch --preset sketch-demo --output-dir demo
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -25,6 +26,10 @@ gpu: $(VENV)/.test
 	$(BIN)/pytest -m gpu
 	$(BIN)/python tests/benchmarks/speed.py --device cuda --layouts sd15 sdxl --batches 1 4 8 --minutes 8
 	$(BIN)/python tests/benchmarks/memory.py --device cuda
+
+simulated-card: $(VENV)/.test
+	@$(BIN)/python tests/benchmarks/simulated_card/card.py check
+	$(BIN)/pytest tests/benchmarks/simulated_card/test_simulated_card.py
 
 sketch: $(VENV)/.sketch
 	$(BIN)/python -m scumble.configs.bases.sketch.recipe --work build/sketch --out configs/bases/sketch

@@ -25,7 +25,7 @@ def caption(
     overwrite: Annotated[bool, Parameter(help="Replace captions that a person wrote too", negative="")] = False,
     undo: Annotated[bool, Parameter(help="Take back the latest change of captions", negative="")] = False,
     dry_run: Annotated[bool, Parameter(help="Print the captions and write nothing", negative="")] = False,
-    batch: Annotated[int, Parameter(help="Pictures at once; 0: the captioner's usual")] = 0,
+    batch_size: Annotated[int, Parameter(help="Images at once; 0: the default of the captioner")] = 0,
     device: Annotated[Device | None, Parameter(help="Where to compute")] = None,
     precision: Annotated[Precision | None, Parameter(help="auto: half precision on a GPU, fp32 on the CPU")] = None,
 ) -> None:
@@ -47,8 +47,10 @@ def caption(
         return
     if overwrite and existing not in ("keep", "replace"):
         raise Refused(f"--overwrite replaces whole captions, --existing {existing} keeps them: use one of the two")
-    if batch < 0:
-        raise Refused(f"--batch {batch}: must be a whole number above 0, or 0 for the captioner's usual")
+    if batch_size < 0:
+        raise Refused(
+            f"--batch-size {batch_size}: must be a whole number above 0, or 0 for the default of the captioner"
+        )
     request = wanted.request(device, precision)
     from .progress import Progress, told
     from .recipe import caption_set
@@ -56,7 +58,7 @@ def caption(
     way: Existing = "replace" if overwrite else existing
     try:
         with Progress(everything=dry_run) as progress:
-            outcome = caption_set(source, request, way, overwrite, batch, dry_run, progress.tell)
+            outcome = caption_set(source, request, way, overwrite, batch_size, dry_run, progress.tell)
     except KeyboardInterrupt:
         print("stopped: the captions so far stay, and the same command goes on with the others", file=sys.stderr)
         raise SystemExit(130) from None

@@ -105,7 +105,7 @@ def add(
     words: Annotated[str, Parameter(help="Words or tags to add")],
     /,
     *,
-    at: Annotated[Literal["front", "back"], Parameter(help="Where")] = "back",
+    position: Annotated[Literal["front", "end"], Parameter(help="Where the words are added")] = "end",
     only: Only = "",
     dry_run: DryRun = False,
     show: Show = 20,
@@ -113,7 +113,7 @@ def add(
     """Add words to every caption that has them not."""
     if not words.strip():
         raise Refused("captions add: name the words to add")
-    _edit(source, edits.adding(words.strip(), at), only, dry_run, show, ["add", words])
+    _edit(source, edits.adding(words.strip(), position), only, dry_run, show, ["add", words])
 
 
 @captions.command

@@ -9,7 +9,7 @@ from scumble.configs.errors import Refused
 from scumble.datasets.captions import tags_of
 
 Edit = Callable[[str], str]
-End = Literal["front", "back"]
+End = Literal["front", "end"]
 
 
 def pattern(text: str, regex: bool, ignore_case: bool, flag: str) -> re.Pattern[str]:

@@ -44,8 +44,8 @@ class Wanted:
     trigger: Annotated[
         str, Parameter(help="Words that call the adapter; training puts them in front too if it is told them")
     ] = ""
-    trigger_at: Annotated[
-        Literal["front", "back", "none"], Parameter(help="Where they are written; none: only the template knows them")
+    trigger_position: Annotated[
+        Literal["front", "end", "none"], Parameter(help="Where they are written; none: only the template knows them")
     ] = "front"
     drop: Annotated[
         tuple[str, ...] | None,
@@ -68,6 +68,6 @@ class Wanted:
             "device": device, "precision": precision,
         }  # fmt: skip
         return request_for(
-            self.captioner, given, subject=self.kind, trigger=self.trigger.strip(), trigger_at=self.trigger_at,
-            drop=self.drop or (),
+            self.captioner, given, subject=self.kind, trigger=self.trigger.strip(),
+            trigger_position=self.trigger_position, drop=self.drop or (),
         )  # fmt: skip

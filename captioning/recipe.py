@@ -14,7 +14,7 @@ from .captioners.picture import Picture
 from .captioners.request import Existing, Request
 from .captioners.wording import cleaned
 from .changes import Change, Origin, hashed
-from .edits import adding, without
+from .edits import without
 from .texts import Text, check_writable, read_texts
 
 Tell = Callable[[int, int, Path, str], None]  # done, of how many, picture, its caption
@@ -145,9 +145,8 @@ def composed(answer: str, text: Text, request: Request, existing: Existing) -> s
         lines[at] = joined(lines[at], words, is_tags)
     else:
         lines[0], at = joined(words, lines[0], is_tags), 0
-    if request.trigger and request.trigger_at != "none":
-        back = request.trigger_at == "back"
-        lines[at] = adding(request.trigger, "back")(lines[at]) if back else with_trigger(lines[at], request.trigger)
+    if request.trigger and request.trigger_position != "none":
+        lines[at] = with_trigger(lines[at], request.trigger, request.trigger_position)
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from tomlkit.items import Table
 
 from .errors import Refused, nearest
+from .foreign_names import hint
 from .options import Declared, Options, Section, declared
 
 PRESETS = Path(__file__).parent / "presets"
@@ -75,6 +76,8 @@ def refusal(error: ValidationError, where: Callable[[str, str, Any], str]) -> Re
         known.setdefault(entry.table, []).append(entry)
     if table not in known:
         homes = [entry.table for entry in declared() if entry.key == table]
+        if not homes and (elsewhere := hint(table)):
+            return Refused(f"{place}: {elsewhere}")
         cure = f" (it stands in [{homes[0]}])" if homes else nearest(table, list(known))
         return Refused(f"{place}: no such table{cure}; there are {', '.join(known)}")
     if not key:
@@ -83,6 +86,8 @@ def refusal(error: ValidationError, where: Callable[[str, str, Any], str]) -> Re
         if entry.key == key:
             return Refused(f"{place}: must be {entry.allowed}")
     homes = [entry.table for entry in declared() if entry.key == key]
+    if not homes and (elsewhere := hint(key)):
+        return Refused(f"{place}: {elsewhere}")
     cure = f" (it stands in [{homes[0]}])" if homes else nearest(key, [entry.key for entry in declared()])
     return Refused(f"{place}: no such option in [{table}]{cure}; `scumble options` lists them all")
 

@@ -1,17 +1,19 @@
-"""Every option of scumble, once: type, default, range, unit and help in one line each.
+"""Every option of scumble, declared once: type, default, range, unit and help.
 
-Command-line flags, TOML keys, `--help` and the reference (`scumble options`) derive from these lines.
-A value of "auto" is chosen by the program from the base, the pictures and the machine, and the run says why.
+Command-line flags, TOML keys, `--help` and the reference (`scumble options`) are derived from these declarations.
+Names follow diffusers' training scripts, then kohya's. A value of "auto" is chosen by the program from the base, the
+images and the machine; the plan of the run gives the reason.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from cyclopts import Parameter
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Auto = Literal["auto"]
 Rank = Annotated[int, Ge(1), Le(1024)]
@@ -30,196 +32,254 @@ ShareBelowOne = Annotated[float, Ge(0), Lt(1)]
 Weight = Annotated[float, Ge(0), Le(100)]
 
 
+def _number(value: Any) -> Any:
+    """A number that is written as text, as on the command line, as a number; anything else unchanged."""
+    for kind in (int, float):
+        with suppress(ValueError, TypeError):
+            return kind(value) if isinstance(value, str) else value
+    return value
+
+
+ValidationSplit = Annotated[
+    Literal["off", "auto"] | Annotated[int, Ge(1), Le(10_000)] | Annotated[float, Gt(0), Lt(1)] | str,
+    BeforeValidator(_number),
+    "off | auto | a share from above 0 to below 1 | a whole number of images | a folder",
+]
+
+
+def same_as(**names: str) -> AfterValidator:
+    """A validator that replaces other names of a value by the one that the program uses."""
+    return AfterValidator(lambda value: names.get(value, value) if isinstance(value, str) else value)
+
+
+IS_FP32 = same_as(no="fp32", float="fp32")
+
+
 def option(default: Any, help: str, unit: str = "") -> Any:
-    """One option; its type carries the range, `unit` stands behind its value in the reference."""
+    """One option; its type carries the range, `unit` follows its value in the reference."""
     return Field(default, description=help, json_schema_extra={"unit": unit} if unit else None)
 
 
 class Section(BaseModel):
-    """A TOML table of options: unknown keys and non-finite numbers are refused, values do not change."""
+    """A TOML table of options: immutable; unknown keys and non-finite numbers are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 class Model(Section):
-    """What is adapted."""
+    """The base model that is adapted."""
 
     base: str = option("sketch", "Base model: sketch, a diffusers folder, a hub id or a .safetensors file")
     vae: str = option("", "VAE to use instead of the base's own: a folder, a hub id or a .safetensors file")
-    prediction: Literal["auto", "epsilon", "v_prediction"] = option("auto", "What the base predicts")
-    zero_terminal_snr: bool | Auto = option("auto", "Train on the schedule that ends in pure noise")
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = option("auto", "What the base predicts")
+    zero_terminal_snr: bool | Auto = option("auto", "Train on the noise schedule that ends in pure noise")
 
 
 class Captions(Section):
-    """What training hears of the captions."""
+    """How captions are turned into training prompts."""
 
-    trigger: str = option("", "Words that call the adapter, put before every caption that lacks them")
-    prefix: str = option("", 'Words before every caption, trigger and all, as "a photo of"')
-    suffix: str = option("", 'Words after every caption, as ", on white"')
+    trigger: str = option("", "Trigger words, added to every caption that lacks them")
+    trigger_position: Literal["front", "end"] = option("front", "Where missing trigger words are added")
+    caption_prefix: str = option("", 'Text before every caption, trigger included, e.g. "a photo of"')
+    caption_suffix: str = option("", 'Text after every caption, e.g. ", on white"')
     caption_lines: Literal["join", "pick"] = option(
-        "join", "A caption of several lines: join them, or pick one of them each time"
+        "join", "Captions of several lines: join the lines, or pick one at random each time"
     )
-    wildcards: bool = option(True, "Say one of {a|b} each time; {{a|b}} says the braces themselves")
-    shuffle_tags: bool = option(False, "Put comma-separated tags in random order each time")
+    wildcards: bool = option(True, "Replace {a|b} by one of its choices each time; {{a|b}} keeps the braces")
+    shuffle_tags: bool = option(False, "Shuffle comma-separated tags each time")
     keep_tags: CountOrNone = option(1, "Tags at the front that are neither shuffled nor dropped")
-    tag_dropout: ShareBelowOne = option(0.0, "Share of the other tags that is left out each time")
-    caption_dropout: Share = option(0.05, "Share of steps whose caption is empty")
+    tag_dropout: ShareBelowOne = option(0.0, "Probability that each of the other tags is dropped")
+    caption_dropout: Share = option(0.05, "Probability that the whole caption is dropped")
 
 
 class Data(Captions):
-    """Pictures and captions."""
+    """Images and captions."""
 
-    images: str = option("", "Folder of pictures, or a TOML list of folders; needs no flag")
-    kind: Literal["style", "character"] = option("style", "What the pictures have in common; sets the defaults")
+    images: str = option(
+        "", "Folder of images, or a TOML list of folders (the positional argument on the command line)"
+    )
+    kind: Literal["style", "character"] = option("style", "What the images have in common; sets the defaults")
     resolution: Pixels | Auto = option(
-        "auto", "Side of a square with the area that pictures are brought to; auto: the base's own", "px"
+        "auto", "Images are resized to the area of a square with this side; auto: the base's own", "px"
     )
     more_resolutions: tuple[Pixels, ...] = option(
-        (), "Further resolutions at which each picture is seen as well, as often", "px"
+        (), "Further resolutions at which each image is also trained, equally often", "px"
     )
-    bucket_step: Step | Auto = option("auto", "Step of the sides of buckets; auto: the base's own", "px")
-    min_side: PixelsOrNone = option(0, "Shortest side of a bucket; 0: no limit", "px")
-    max_side: PixelsOrNone = option(0, "Longest side of a bucket; 0: no limit", "px")
-    upscale: bool = option(True, "Enlarge pictures smaller than the resolution; else they get a bucket of their size")
-    crop: Literal["centre", "random", "focus", "faces"] = option(
-        "centre", "Which part stays: the middle, several at random, what stands out, or faces (extra [faces])"
+    bucket_reso_steps: Step | Auto = option("auto", "Bucket sides are multiples of this; auto: the base's own", "px")
+    min_bucket_reso: PixelsOrNone = option(0, "Shortest side of a bucket; 0: no limit", "px")
+    max_bucket_reso: PixelsOrNone = option(0, "Longest side of a bucket; 0: no limit", "px")
+    bucket_upscale: bool = option(
+        True, "Enlarge images that are smaller than the resolution; off: they get a bucket of their own size"
+    )
+    crop: Literal["center", "random", "focus", "faces"] = option(
+        "center", "What a crop keeps: the center, several random parts, the salient part, or faces (extra [faces])"
     )
     crops: Annotated[int, Ge(1), Le(64)] = option(
-        4, "Crops of each picture with crop = random, drawn once from the seed"
+        4, "Number of crops per image with crop = random, drawn once from the seed"
     )
     masks: Literal["auto", "alpha", "off"] = option(
-        "auto", "Parts that count: auto: mask files where there are some; alpha: also transparency; off: all"
+        "auto", "What the loss counts: auto: mask files where there are some; alpha: transparency too; off: everything"
     )
-    mask_floor: Share = option(0.0, "Weight of what a mask hides, beside 1 for what it shows")
-    repeats: Count = option(1, "Times that each picture is seen in one epoch")
-    flip: bool = option(False, "Mirror pictures at random (not for faces, letters, or one-sided things)")
-    cache: str = option("auto", "Folder that keeps latents for the next run; auto: the user's cache folder; off: none")
-    validation_split: ShareBelowOne = option(
-        0.0, "Share of the pictures held out: never trained on, their loss is measured with each saved adapter"
+    mask_floor: Share = option(0.0, "Loss weight of masked-out areas; the rest has 1")
+    repeats: Count = option(1, "How often each image is seen per epoch")
+    random_flip: bool = option(False, "Mirror images at random (not for faces, text or asymmetric subjects)")
+    latent_cache: str = option(
+        "auto", "Folder that keeps latents for the next run; auto: the user's cache folder; off: none"
     )
-    prior: str = option("", "Folder of regularisation pictures (prior preservation)")
-    prior_weight: Weight = option(1.0, "Weight of the loss on regularisation pictures")
+    validation_split: ValidationSplit = option(
+        "off",
+        "Images held out to measure validation loss: off, auto (by the size of the set), a share below 1, a count, "
+        "or a folder of further images",
+    )
+    regularization_images: str = option("", "Folder of regularization images (prior preservation)")
+    prior_loss_weight: Weight = option(1.0, "Loss weight of regularization images")
 
 
 class Network(Section):
     """The adapter."""
 
-    network: Literal["lora", "dora", "loha", "lokr"] = option(
-        "lora", "Kind of adapter; all but lora are for the UIs alone, diffusers cannot read them"
+    algorithm: Literal["lora", "dora", "loha", "lokr"] = option(
+        "lora", "Kind of adapter; diffusers loads only lora, the UIs load all four"
     )
-    rank: Rank | Auto = option("auto", "Rank on the UNet's attention")
-    alpha: Alpha | Auto = option("auto", "Scale is alpha / rank; auto: alpha = rank")
-    targets: str = option("attention", "UNet layers: attention, full (with feed-forward and projections), or a regex")
+    rank: Rank | Auto = option("auto", "Rank on the UNet's attention layers")
+    alpha: Alpha | Auto = option("auto", "The adapter is scaled by alpha / rank; auto: alpha = rank")
+    targets: str = option("attention", "UNet layers: attention, full (also feed-forward and projections), or a regex")
     conv_rank: RankOrNone = option(0, "Rank on the UNet's convolutions; 0: none")
     conv_alpha: Alpha | Auto = option("auto", "Alpha of the convolutions; auto: their rank")
-    text_rank: RankOrNone | Auto = option("auto", "Rank on the first text encoder; 0: not trained")
-    text_alpha: Alpha | Auto = option("auto", "Alpha of the first text encoder; auto: its rank")
-    text2_rank: RankOrNone | Auto = option("auto", "Rank on the second text encoder (SDXL); 0: not trained")
-    text2_alpha: Alpha | Auto = option("auto", "Alpha of the second text encoder; auto: its rank")
+    text_encoder_rank: RankOrNone | Auto = option("auto", "Rank on the first text encoder; 0: not trained")
+    text_encoder_alpha: Alpha | Auto = option("auto", "Alpha of the first text encoder; auto: its rank")
+    text_encoder_2_rank: RankOrNone | Auto = option("auto", "Rank on the second text encoder (SDXL); 0: not trained")
+    text_encoder_2_alpha: Alpha | Auto = option("auto", "Alpha of the second text encoder; auto: its rank")
     lokr_factor: Annotated[int, Ge(2), Le(64)] | Auto = option(
-        8, "Size of LoKr's small factor; auto: near the square root of the layer's"
+        8, "Size of LoKr's small factor; auto: near the square root of the layer's size"
     )
-    dropout: ShareBelowOne = option(0.0, "Share of the adapter's inputs dropped in each step (lora, dora)")
-    rslora: bool = option(False, "Rank-stabilised scale alpha / sqrt(rank) (Kalajdzievski 2023; lora, dora)")
+    lora_dropout: ShareBelowOne = option(0.0, "Dropout probability of the adapter's inputs (lora, dora)")
+    rslora: bool = option(False, "Rank-stabilized scale alpha / sqrt(rank) (Kalajdzievski 2023; lora, dora)")
 
 
 class Objective(Section):
-    """What is minimised."""
+    """The loss."""
 
-    loss: Literal["mse", "huber"] = option("mse", "Distance between prediction and target")
-    huber_delta: Rate = option(0.1, "Where the huber loss turns from square to straight")
-    weighting: Literal["none", "min_snr", "debiased"] = option("min_snr", "Weight of each timestep")
+    loss_type: Annotated[Literal["l2", "huber", "mse"], same_as(mse="l2")] = option(
+        "l2", "Distance between prediction and target; mse is another name for l2"
+    )
+    huber_delta: Rate = option(0.1, "Where the huber loss changes from quadratic to linear")
+    loss_weighting: Literal["none", "min_snr", "debiased"] = option("min_snr", "Loss weight by timestep")
     min_snr_gamma: Annotated[float, Gt(0), Le(1000)] = option(5.0, "Gamma of min-SNR weighting (Hang et al. 2023)")
-    noise_offset: Share = option(0.0, "Strength of a constant added to each channel's noise")
-    multires_noise: ShareBelowOne = option(0.0, "Share kept per octave of multi-resolution noise; 0: off")
-    input_perturbation: Share = option(0.0, "Extra noise on the input alone (Ning et al. 2023)")
+    noise_offset: Share = option(0.0, "Strength of a random constant added to each channel of the noise")
+    multires_noise_discount: ShareBelowOne = option(
+        0.0, "Discount per octave of multi-resolution noise; 0: no such noise"
+    )
+    input_perturbation: Share = option(0.0, "Extra noise on the UNet's input only (Ning et al. 2023)")
     min_timestep: Timestep = option(0, "First timestep that is trained")
     max_timestep: Timestep = option(999, "Last timestep that is trained")
 
 
 class Optimization(Section):
-    """How it is minimised."""
+    """How the loss is minimized."""
 
     optimizer: Literal["adamw", "adamw8bit", "lion", "prodigy", "adafactor", "schedule_free"] = option(
-        "adamw", "Optimiser; all but adamw and adafactor need the extra [optimizers]"
+        "adamw", "Optimizer; all but adamw and adafactor need the extra [optimizers]"
     )
-    rate: Rate | Auto = option("auto", "Learning rate of the UNet's adapter")
-    text_rate: Rate | Auto = option("auto", "Learning rate of the text encoders' adapter")
-    text2_rate: Rate | Auto = option("auto", "Learning rate of the second text encoder; auto: text_rate")
+    learning_rate: Annotated[Rate | Auto, Parameter(alias="--lr")] = option(
+        "auto", "Peak learning rate of the UNet's adapter"
+    )
+    text_encoder_lr: Rate | Auto = option("auto", "Peak learning rate of the text encoders' adapter")
+    text_encoder_2_lr: Rate | Auto = option(
+        "auto", "Peak learning rate of the second text encoder's adapter; auto: that of the first"
+    )
     weight_decay: Weight = option(0.01, "Decoupled weight decay")
-    schedule: Literal["auto", "constant", "cosine", "linear", "cosine_restarts", "rex"] = option(
-        "auto", "Shape of the learning rate over the run; auto: what suits the optimiser"
+    lr_scheduler: Literal[
+        "auto", "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "linear", "rex"
+    ] = option("auto", "Learning-rate schedule; auto: what suits the optimizer")
+    lr_num_cycles: Count = option(3, "Number of cycles of cosine_with_restarts")
+    lr_warmup_steps: Annotated[float, Ge(0), Le(10_000_000)] = option(
+        0.05, "Steps in which the learning rate rises from zero; below 1: a share of the run (not for constant)"
     )
-    restarts: Count = option(3, "Cycles of cosine_restarts")
-    warm_up: ShareBelowOne = option(0.05, "Share of the run in which the rate rises from zero")
-    epochs: Count | Auto = option("auto", "Passes over the pictures; auto: from steps")
-    steps: Count | Auto = option("auto", "Optimiser steps; auto: from the kind and the number of pictures")
-    batch: Count | Auto = option("auto", "Pictures in one forward pass")
-    accumulate: Count = option(1, "Forward passes summed into one optimiser step")
-    clip: Weight = option(1.0, "Largest norm of the whole gradient; 0: not clipped")
-    ema: ShareBelowOne = option(0.0, "Decay of a moving average of the adapter, which is then what is saved; 0: off")
+    epochs: Count | Auto = option("auto", "Passes over the images; auto: from steps")
+    steps: Count | Auto = option("auto", "Optimizer steps; auto: from the kind and the number of images")
+    batch_size: Count | Auto = option("auto", "Images in one forward pass, of all devices together")
+    gradient_accumulation_steps: Count = option(1, "Forward passes whose gradients are summed for one optimizer step")
+    max_grad_norm: Weight = option(1.0, "Gradients are clipped to this norm; 0: not clipped")
+    ema_decay: ShareBelowOne = option(
+        0.0, "Decay of the moving average of the adapter's weights, which is then what is saved; 0: off"
+    )
 
 
 class Machine(Section):
-    """Where and how it is computed."""
+    """Where and how training is computed."""
 
-    device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "Where to train")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = option("auto", "Of the base; the adapter is always fp32")
-    compile: Literal["auto", "on", "off"] = option(
-        "auto", "torch.compile the UNet's blocks; auto: on CUDA, in a long run, if a measured step is faster for it"
+    device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "Device to train on")
+    mixed_precision: Annotated[Literal["auto", "bf16", "fp16", "fp32", "no", "float"], IS_FP32] = option(
+        "auto", "Precision of the base; the adapter is always fp32; no and float are other names for fp32"
     )
-    quantize: Literal["auto", "off", "int8", "nf4"] = option(
-        "auto", "Frozen UNet in 8 or 4 bits (QLoRA), slower; auto: only if a step does not fit otherwise"
+    torch_compile: Literal["auto", "on", "off"] = option(
+        "auto", "torch.compile the UNet's blocks; auto: on CUDA, for a long run, if a measured step gets faster"
+    )
+    base_quantization: Literal["auto", "off", "int8", "nf4"] = option(
+        "auto", "Keep the frozen UNet in 8 or 4 bits (QLoRA), slower; auto: only if a step does not fit otherwise"
     )
     attention: Literal["sdpa", "xformers"] = option("sdpa", "Attention kernel; xformers needs the extra [xformers]")
-    checkpointing: bool | Auto = option(
-        "auto", "Recompute activations to save memory; auto: only if a step does not fit"
+    gradient_checkpointing: bool | Auto = option(
+        "auto", "Recompute activations in the backward pass to save memory; auto: only if a step does not fit"
     )
 
 
 class Previews(Section):
-    """How previews are painted."""
+    """How previews are rendered."""
 
     prompts: Annotated[tuple[str, ...], Parameter(consume_multiple=True)] = option(
         (), "Prompts; none: derived from the captions"
     )
-    prompt_file: str = option("", "Text file with one prompt a line, # for remarks")
-    negative: str = option("", "Negative prompt")
+    prompt_file: str = option("", "Text file with one prompt per line, # for comments")
+    negative_prompt: str = option("", "Negative prompt")
     sampler: Literal["ddim", "euler", "euler_a", "dpmpp_2m"] = option("ddim", "Sampler")
-    preview_steps: Annotated[int, Ge(1), Le(1000)] = option(25, "Sampler steps")
-    cfg: Annotated[float, Ge(1), Le(50)] | Auto = option("auto", "Classifier-free guidance scale; 1: none")
-    preview_size: Pixels | Auto = option("auto", "Side of the square preview; auto: the resolution", "px")
-    preview_share: Share = option(
-        1.0, "Largest share of the run's time that previews take; those above it are left out, but for first and last"
+    num_inference_steps: Annotated[int, Ge(1), Le(1000)] = option(25, "Sampler steps")
+    guidance_scale: Annotated[float, Ge(1), Le(50)] | Auto = option(
+        "auto", "Classifier-free guidance scale (CFG); 1: no guidance"
     )
-    preview_seed: Seed = option(1, "Seed of the first prompt; each prompt has the next")
+    preview_size: Pixels | Auto = option("auto", "Side of a square preview; auto: the resolution", "px")
+    preview_share: Share = option(
+        1.0, "Largest share of the run time for previews; further ones are skipped, except the first and the last"
+    )
+    preview_seed: Seed = option(1, "Seed of the first prompt; each further prompt adds 1")
 
 
 class Output(Section):
-    """What is kept, and how often."""
+    """What is saved, and how often."""
 
-    name: str = option("", "Name of the run and the file; default: the folder's name")
-    runs: str = option("runs", "Folder in which the run's own folder is made")
-    preview_every: CountOrNone | Auto = option("auto", "Steps between previews; auto: each epoch; 0: none", "steps")
-    save_every: CountOrNone | Auto = option(
-        "auto", "Steps between saved adapters; auto: each epoch; 0: only the last", "steps"
+    output_name: str = option("", "Name of the run and of the adapter file; default: the name of the image folder")
+    output_dir: str = option("runs", "Folder in which the run's own folder is created")
+    preview_every: CountOrNone | Auto | Literal["epoch"] = option(
+        "auto",
+        "Steps between previews; auto: every epoch up to 16 epochs, else about 12 times at the end of an epoch; "
+        "epoch: every epoch; 0: none",
+        "steps",
     )
-    keep: Literal["all", "last", "best"] = option(
+    save_every: CountOrNone | Auto | Literal["epoch"] = option(
+        "auto",
+        "Steps between saved checkpoints; auto: every epoch up to 16 epochs, else about 12 times at the end of an "
+        "epoch; epoch: every epoch; 0: only the last",
+        "steps",
+    )
+    keep_checkpoints: Literal["all", "last", "best"] = option(
         "all",
-        "Saved adapters that stay: all, the last, or the best by loss, on held-out pictures if there are some",
+        "Checkpoints that stay on the disk: all, the last, or those with the lowest loss (validation loss if there is)",
     )
-    keep_count: Count = option(3, "How many stay with keep = last or best")
-    save_dtype: Literal["fp16", "bf16", "fp32"] = option("fp16", "Number format of the adapter file")
-    seed: Seed = option(0, "Of every random choice")
+    keep_count: Count = option(3, "Number of checkpoints that stay with keep_checkpoints = last or best")
+    save_precision: Annotated[Literal["fp16", "bf16", "fp32", "float"], IS_FP32] = option(
+        "fp16", "Number format of the adapter file; float is another name for fp32"
+    )
+    seed: Seed = option(0, "Seed of every random number")
 
 
 def section(title: str) -> Parameter:
-    """Flags carry the option's name alone, and `--help` shows them under the section's title."""
+    """Flags are the option's name alone; `--help` groups them under the section's title."""
     return Parameter(name="*", group=title, negative_iterable=())
 
 
 class Options(Section):
-    """All options, by TOML table; a key stands in one table only, so its name alone makes the flag."""
+    """All options by TOML table. Keys are unique across tables, so the flag is the key alone."""
 
     model: Annotated[Model, section("Model")] = Model()
     data: Annotated[Data, section("Data")] = Data()
@@ -233,7 +293,7 @@ class Options(Section):
 
 @dataclass(frozen=True)
 class Declared:
-    """One option as people see it: where it stands, how it is typed, what it takes."""
+    """One option as people see it: its table, key, allowed values, default, unit and help."""
 
     table: str
     key: str
@@ -266,9 +326,11 @@ def declared() -> Iterator[Declared]:
 
 
 def allowed(kind: Any, limits: Iterable[Any] = ()) -> str:
-    """What a type takes, in words: `a whole number from 1 to 1024, or auto`."""
+    """The values that a type accepts, in words: `a whole number from 1 to 1024, or auto`."""
     if get_origin(kind) is Annotated:
         kind, *limits = get_args(kind)
+    if in_words := [limit for limit in limits if isinstance(limit, str)]:
+        return in_words[0]
     if get_origin(kind) is Literal:
         return " | ".join(map(str, get_args(kind)))
     if get_origin(kind) in (Union, UnionType):

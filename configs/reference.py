@@ -4,9 +4,9 @@ from .options import Declared, Options, declared
 
 HEAD = """# Options
 
-Each option has one name: `rate` in the table `[optimization]` of a TOML file is the flag `--rate`. Values come from
-defaults < preset < file < flags. `auto` is chosen from the base, the pictures and the machine; the run prints why.
-This page is what `scumble options` prints.
+Each option has one name: `learning_rate` in the table `[optimization]` of a TOML file is `--learning-rate` on the
+command line. Values come from defaults < preset < file < flags. `auto` is chosen from the base, the images and the
+machine; the plan of the run gives the reason. `scumble options` prints this page.
 """
 
 

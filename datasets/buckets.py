@@ -60,7 +60,7 @@ def make_buckets(
     if not sizes:
         if resolution_px < step_px:
             raise Refused(f"--resolution {resolution_px}: sides are in steps of {step_px}, so it must be at least that")
-        limit = f"--min-side {least_px}" if least_px else f"--max-side {most_px}"
+        limit = f"--min-bucket-reso {least_px}" if least_px else f"--max-bucket-reso {most_px}"
         raise Refused(f"{limit}: leaves no size for --resolution {resolution_px} in steps of {step_px} px")
     return Buckets(resolution_px, step_px, tuple(sizes), least, most, upscale)
 

@@ -16,8 +16,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from scumble.configs.errors import Refused
-
 DAY_S = 86400
 
 
@@ -88,17 +86,6 @@ class Cache:
             with suppress(OSError):  # another process may clear it too
                 status = path.stat()
                 yield path, status.st_size, status.st_mtime
-
-
-def digest_of_file(path: Path, size: int = 20) -> str:
-    """Of a file's bytes. Raises `Refused` naming a file that cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=size)).hexdigest()
-    except OSError as error:
-        raise Refused(
-            f"{path}: cannot be read any more ({error.strerror or error}); put it back, or start again without it"
-        ) from None
 
 
 def digest_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:

@@ -19,11 +19,12 @@ def ruled(rules: Rules, own: Iterable[tuple[str, Any]]) -> Rules:
     return rules.model_copy(update=known) if known else rules
 
 
-def with_trigger(caption: str, trigger: str) -> str:
-    """The caption with the trigger words before it, unless it has them already."""
+def with_trigger(caption: str, trigger: str, position: str = "front") -> str:
+    """The caption with the trigger words at its `position` (front or end), unless it has them already."""
     if not trigger or trigger.lower() in caption.lower():
         return caption
-    return f"{trigger}, {caption}" if caption else trigger
+    parts = (trigger, caption) if position == "front" else (caption.rstrip(" ,"), trigger)
+    return ", ".join(filter(None, parts))
 
 
 def tags_of(caption: str) -> list[str]:
@@ -44,12 +45,12 @@ def said(lines: Sequence[str], rules: Captions, *, seed: int, step: int, index: 
     text = (draw.choice(lines) if lines else "") if rules.caption_lines == "pick" else " ".join(lines)
     if rules.wildcards:
         text = chosen(text, draw)
-    around = f"{rules.prefix} {rules.suffix}".lower()
+    around = f"{rules.caption_prefix} {rules.caption_suffix}".lower()
     if rules.trigger and rules.trigger.lower() not in around:
-        text = with_trigger(text, rules.trigger)
+        text = with_trigger(text, rules.trigger, rules.trigger_position)
     if rules.shuffle_tags or rules.tag_dropout:
         text = ", ".join(_tossed(tags_of(text), rules, draw))
-    return framed(text, rules.prefix, rules.suffix)
+    return framed(text, rules.caption_prefix, rules.caption_suffix)
 
 
 def framed(text: str, prefix: str, suffix: str) -> str:

@@ -56,7 +56,9 @@ def told_waste(views: Sequence[View]) -> str:
         much = sum(view.crops[0].cut > MUCH for view in views)
         told += f", more than {MUCH:.0%} of {much}, most of {worst.example.image.name}: {worst.crops[0].cut:.0%}"
     enlarged = sum(view.crops[0].is_enlarged for view in views)
-    return told + (f"; {enlarged} of {len(views)} are enlarged (--no-upscale keeps their size)" if enlarged else "")
+    return told + (
+        f"; {enlarged} of {len(views)} are enlarged (--no-bucket-upscale keeps their size)" if enlarged else ""
+    )
 
 
 def _mean_cut(views: Sequence[View]) -> float:

@@ -28,7 +28,9 @@ class View:
 def tables(data: Data, resolution_px: int, step_px: int) -> list[Buckets]:
     """A table of buckets for each resolution that is asked for. Raises `Refused` where one leaves no size."""
     wanted = dict.fromkeys([resolution_px, *data.more_resolutions])
-    return [make_buckets(one, step_px, data.min_side, data.max_side, data.upscale) for one in wanted]
+    return [
+        make_buckets(one, step_px, data.min_bucket_reso, data.max_bucket_reso, data.bucket_upscale) for one in wanted
+    ]
 
 
 def views_of(examples: Sequence[Example], buckets: Sequence[Buckets], data: Data, seed: int) -> list[View]:
@@ -52,7 +54,7 @@ def _views(example: Example, buckets: Sequence[Buckets], data: Data, seed: int) 
         else:
             shares = [0.5]
         crops = dict.fromkeys(crop_at(original, size, share) for share in shares)
-        if data.flip:
+        if data.random_flip:
             crops = dict.fromkeys(variant for crop in crops for variant in (crop, replace(crop, mirrored=True)))
         yield View(example, tuple(crops))
 

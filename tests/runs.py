@@ -36,9 +36,9 @@ def ran(folder: Path, dry_run: bool = False, readers: Sequence[Reader] = (), **t
     flags: dict[str, dict] = {
         "data": {"images": str(SAMPLES)},
         "optimization": {"steps": 3},
-        "machine": {"device": "cpu", "precision": "fp32"},
-        "previews": {"prompts": ("owl, clay style", "red apple, flat style"), "preview_steps": 2},
-        "output": {"runs": str(folder / "runs"), "name": "clay"},
+        "machine": {"device": "cpu", "mixed_precision": "fp32"},
+        "previews": {"prompts": ("owl, clay style", "red apple, flat style"), "num_inference_steps": 2},
+        "output": {"output_dir": str(folder / "runs"), "output_name": "clay"},
     }
     for table, keys in tables.items():
         flags[table] = flags.get(table, {}) | keys

@@ -32,7 +32,7 @@ pytestmark = [
 
 
 def on_cuda(folder: Path, precision: str, checkpointing: bool | str = "auto") -> list[float]:
-    machine = {"device": "cuda", "precision": precision, "checkpointing": checkpointing}
+    machine = {"device": "cuda", "mixed_precision": precision, "gradient_checkpointing": checkpointing}
     run = ran(folder, machine=machine, optimization={"steps": 20}, output={"preview_every": 10})
     tensors, _ = read_tensors(run.folder / "clay.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
@@ -64,8 +64,8 @@ def test_a_pass_that_does_not_fit_recomputes_or_is_refused(tmp_path: Path, monke
     monkeypatch.setattr(recipe, "try_out", little_is_left)
     tables: Any = {"machine": {"device": "cuda"}, "data": {"resolution": 1024}}
     try:
-        with pytest.raises(Refused, match=r"does not fit into the memory of the cuda device: .* lower --batch"):
-            ran(tmp_path, optimization={"steps": 1, "batch": 16}, **tables)
+        with pytest.raises(Refused, match=r"does not fit into the memory of the cuda device: .* lower --batch-size"):
+            ran(tmp_path, optimization={"steps": 1, "batch_size": 16}, **tables)
         told = (tmp_path / "runs/clay/events.jsonl").read_text()
         assert "some activations are recomputed" in told and "1 picture at once" in told
     finally:
@@ -81,7 +81,7 @@ def test_two_runs_on_one_device_have_the_same_losses(tmp_path: Path):
 def test_captured_passes_have_the_losses_of_run_ones(
     precision: str, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    machine = {"device": "cuda", "precision": precision, "checkpointing": checkpointing}
+    machine = {"device": "cuda", "mixed_precision": precision, "gradient_checkpointing": checkpointing}
     tables: Any = {"machine": machine, "optimization": {"steps": 20}, "output": {"preview_every": 10}}
     captured = ran(tmp_path / "captured", **tables)
     assert not [event for event in captured.of("note") if "CUDA graphs are off" in event["text"]]
@@ -97,8 +97,8 @@ def test_a_card_that_is_a_step_ahead_trains_as_one_that_is_waited_for(
     ahead: list[int] = []
     take = Update.take
     monkeypatch.setattr(Update, "take", lambda self, *given: ahead.append(self.ahead) or take(self, *given))
-    machine = {"device": "cuda", "precision": precision}
-    tables: Any = {"machine": machine, "optimization": {"steps": 20, "ema": 0.9}, "output": {"preview_every": 10}}
+    machine = {"device": "cuda", "mixed_precision": precision}
+    tables: Any = {"machine": machine, "optimization": {"steps": 20, "ema_decay": 0.9}, "output": {"preview_every": 10}}
     first = ran(tmp_path / "ahead", **tables)
     assert ahead == [1] * 20
     monkeypatch.setattr(Update, "ahead", property(lambda self: 0, lambda self, number: None), raising=False)
@@ -109,10 +109,17 @@ def test_a_card_that_is_a_step_ahead_trains_as_one_that_is_waited_for(
 
 
 def test_a_step_that_the_card_finds_not_finite_is_left_out(tmp_path: Path):
-    wanted = {"steps": 60, "rate": 100.0, "text_rate": 100.0, "schedule": "constant", "warm_up": 0.0, "clip": 0.0}
+    wanted = {
+        "steps": 60,
+        "learning_rate": 100.0,
+        "text_encoder_lr": 100.0,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0.0,
+        "max_grad_norm": 0.0,
+    }
     output = {"preview_every": 0, "save_every": 1}
     with pytest.raises(Refused, match=r"until step \d+ is in .*clay\.safetensors"):
-        ran(tmp_path, machine={"device": "cuda", "precision": "fp32"}, optimization=wanted, output=output)
+        ran(tmp_path, machine={"device": "cuda", "mixed_precision": "fp32"}, optimization=wanted, output=output)
     tensors, _ = read_tensors(tmp_path / "runs/clay/clay.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
@@ -147,7 +154,7 @@ def test_a_pass_that_cannot_be_captured_is_run_and_leaves_the_card_as_it_was(
     monkeypatch.setattr(Objectives, "losses_of", waiting)
     before = torch.cuda.current_stream()
     run = ran(
-        tmp_path, machine={"device": "cuda"}, network={"dropout": 0.1}, optimization={"steps": 4},
+        tmp_path, machine={"device": "cuda"}, network={"lora_dropout": 0.1}, optimization={"steps": 4},
         output={"preview_every": 2},
     )  # fmt: skip
     assert "CUDA graphs are off, each kernel is launched by itself" in "".join(one["text"] for one in run.of("note"))
@@ -217,7 +224,7 @@ def test_fewer_bits_take_less_of_the_card():
 def test_compiled_blocks_train_as_the_others_do(tmp_path: Path):
     plain = on_cuda(tmp_path / "plain", "fp32")
     compiled = ran(
-        tmp_path / "compiled", machine={"device": "cuda", "precision": "fp32", "compile": "on"},
+        tmp_path / "compiled", machine={"device": "cuda", "mixed_precision": "fp32", "torch_compile": "on"},
         optimization={"steps": 20}, output={"preview_every": 10},
     )  # fmt: skip
     assert [event for event in compiled.of("note") if "compiled: a step takes" in event["text"]]

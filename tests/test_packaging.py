@@ -71,7 +71,7 @@ def test_the_wheel_works_in_another_environment_away_from_the_checkout(wheel: Pa
     assert Path(where).is_relative_to(site)
     scumble = str(tmp_path / "venv/bin/scumble")
     assert "sdxl-style" in run(scumble, "presets")
-    run(scumble, "preview", "--prompts", "tiger, flat style", "--preview-steps", "2", "--out", "tiger.png")
+    run(scumble, "preview", "--prompts", "tiger, flat style", "--num-inference-steps", "2", "--out", "tiger.png")
     assert (tmp_path / "tiger.png").stat().st_size > 1000
 
 

@@ -52,7 +52,7 @@ class Artifacts:
     @property
     def path(self) -> Path:
         """Of the finished adapter."""
-        return self.run.path / f"{self.job.options.output.name}.safetensors"
+        return self.run.path / f"{self.job.options.output.output_name}.safetensors"
 
     def before(self, step: int) -> None:
         """What is due before the next step, in a new run or where a state says that it was not done."""
@@ -154,12 +154,12 @@ class Artifacts:
         progress = Progress(epoch, step, plan.num_epochs, plan.num_steps, self.state.started)
         metadata = metadata_of(self.base, options, plan.parts, job.pictures.examples, job.buckets, progress)
         with self.update.finished_weights():
-            export(file, self.trained, metadata, DTYPES[options.output.save_dtype])
+            export(file, self.trained, metadata, DTYPES[options.output.save_precision])
         self.events.emit("saved", step=step, epoch=epoch, file=file.name, bytes=file.stat().st_size)
         if file != self.path:
             since = self.losses[-plan.save_every :] if plan.save_every else self.losses
             self.checkpoints.append((file.name, self.validated.get(step, fmean(since) if since else 0.0)))
-            for name in surplus(self.checkpoints, options.output.keep, options.output.keep_count):
+            for name in surplus(self.checkpoints, options.output.keep_checkpoints, options.output.keep_count):
                 (file.parent / name).unlink(missing_ok=True)
                 self.checkpoints = [one for one in self.checkpoints if one[0] != name]
         if with_state:

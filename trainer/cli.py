@@ -18,13 +18,14 @@ from scumble.captioning.commands import caption
 from scumble.captioning.commands_edit import captions
 from scumble.configs import files, reference
 from scumble.configs.errors import Refused, nearest, printable
+from scumble.configs.foreign_names import hint
 from scumble.configs.options import Model, Options, Previews, section
 
 from .commands import check
 from .commands.adapter import adapter
 from .commands.cache import cache
 from .commands.run_control import register
-from .run.folder import OPTIONS, is_run, name_of_set, status_of
+from .run.folder import OPTIONS, check_format, is_run, name_of_set, status_of
 from .system.fast_imports import quick_imports
 from .system.output_paths import check_out
 
@@ -82,12 +83,13 @@ def train(
         source = ""
     if resume and go_on is None:
         named = files.resolve(Path(source) if source.endswith(".toml") else None, preset, flags)
-        name = named.output.name or name_of_set(named.data.images)
+        name = named.output.output_name or name_of_set(named.data.images)
         flags.setdefault("output", {})["name"] = name
-        go_on = Path(named.output.runs) / name
+        go_on = Path(named.output.output_dir) / name
     wanted = flags.get("optimization", {})
     extends = "epochs" in wanted or "steps" in wanted
     if go_on and is_run(go_on):
+        check_format(go_on)
         if "epochs" in wanted:
             wanted.setdefault("steps", "auto")
         if not extends and status_of(go_on).state == "done":
@@ -232,6 +234,8 @@ def _one_line(error: CycloptsError) -> str:
     if isinstance(error, UnknownOptionError):
         flag = str(error.token.keyword or error.token.value)
         key = flag.lstrip("-").replace("-", "_")
+        if elsewhere := hint(flag):
+            return f"{flag}: {elsewhere}"
         known = [name.removeprefix("--").replace("-", "_") for name in flags_of(app)]
         close = "" if key in known else nearest(key, known).replace("_", "-").replace("mean ", "mean --")
         return f"{flag}: no such option of this command{close}; --help lists its own, `scumble options` all"

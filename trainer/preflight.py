@@ -29,12 +29,12 @@ def try_out(
     Raises `Refused` (69) where no step fits into memory, (73) where the disk is too small.
     """
     options, plan, device = job.options, job.plan, job.accelerator.device
-    largest = largest_batch(job.buckets, job.repeats, plan.batch)
+    largest = largest_batch(job.buckets, job.repeats, plan.batch_size)
     size = job.buckets[largest[0]]
     measured = measured_step(job, update, largest)
-    steps, passes = plan.num_steps - done, options.optimization.accumulate
+    steps, passes = plan.num_steps - done, options.optimization.gradient_accumulation_steps
     expected_s = steps * passes * measured.seconds
-    wanted = options.machine.compile
+    wanted = options.machine.torch_compile
     pays = wanted == "auto" and not done and device.type == "cuda" and expected_s > PAYS_S
     if wanted == "on" or pays or (was_compiled and wanted != "off"):
         update.passes.forget()
@@ -53,11 +53,11 @@ def try_out(
     pixels = sum((shot.width or size.width) * (shot.height or size.height) for shot in job.shots)
     num_parameters = sum(parameter.numel() for parameter in update.named.values())
     needed = disk_needed(
-        num_parameters, DTYPES[options.output.save_dtype].itemsize, num_saves, options.output.keep,
-        options.output.keep_count, bool(options.optimization.ema), num_previews * pixels,
+        num_parameters, DTYPES[options.output.save_precision].itemsize, num_saves, options.output.keep_checkpoints,
+        options.output.keep_count, bool(options.optimization.ema_decay), num_previews * pixels,
     )  # fmt: skip
     free = check_disk(folder, needed)
-    checkpointing = options.machine.checkpointing is True or update.recomputed > 0
+    checkpointing = options.machine.gradient_checkpointing is True or update.recomputed > 0
     recomputed = "some activations recomputed" if update.recomputed and update.recompute else "activations recomputed"
     savings = [
         *([recomputed] if checkpointing else []),
@@ -87,7 +87,7 @@ def measured_step(job: Job, update: Update, batch: Sequence[int]) -> Measured:
         trials = count()
         return update.need_less(len(batch))
 
-    cure = f"{counted(len(batch), 'picture')} of {job.buckets[batch[0]]} at once; lower --batch or --resolution"
+    cure = f"{counted(len(batch), 'picture')} of {job.buckets[batch[0]]} at once; lower --batch-size or --resolution"
     return measure(trial, job.accelerator.device, need_less, cure)
 
 
@@ -98,7 +98,7 @@ def batch_like(batch: Sequence[int], job: Job, epoch: int) -> Sequence[int]:
     def shape(one: Sequence[int]) -> tuple[object, ...]:
         return len(one), job.buckets[one[0]], any(job.masks[index] for index in one)
 
-    batches = epoch_batches(job.buckets, job.repeats, job.plan.batch, seed=0, epoch=epoch)
+    batches = epoch_batches(job.buckets, job.repeats, job.plan.batch_size, seed=0, epoch=epoch)
     return next((one for one in batches if shape(one) == shape(batch)), batch)
 
 

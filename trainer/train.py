@@ -39,7 +39,7 @@ from .training.checkpointing import recompute_activations
 from .training.flat_parameters import Flat
 from .training.forward_backward import Passes
 from .training.lora import ADAPTER, Trained, attach, component_of, laid_out, num_parameters
-from .training.lr_schedules import rate_share
+from .training.lr_schedules import lr_multiplier
 from .training.objective import Look, Objectives
 from .training.optimizer_step import STOPPED_AFTER, Update, looks_of
 from .training.optimizers import grouped, make_optimizer
@@ -79,7 +79,10 @@ def train(
     pictures. Raises `Refused` for what a person can mend, before anything slow starts.
     """
     job = look(options, goes_on=go_on is not None)
-    folder, device = go_on or Path(job.options.output.runs) / job.options.output.name, job.accelerator.device
+    folder, device = (
+        go_on or Path(job.options.output.output_dir) / job.options.output.output_name,
+        job.accelerator.device,
+    )
     if dry_run:
         events = Events(readers)
         announce(job, events)
@@ -93,7 +96,7 @@ def train(
     kept = newest_state(folder, notes.append)
     if kept and kept.state.step >= job.plan.num_steps and status_of(folder).state == "done":
         Events(readers).emit("note", text=f"{folder} is finished; more --epochs or --steps than it has go on with it")
-        return Result(folder / f"{job.options.output.name}.safetensors", 0)
+        return Result(folder / f"{job.options.output.output_name}.safetensors", 0)
     if kept:
         notes += changes(kept.state, identity, force)
         notes += told_schedule(kept.state, job.plan, job.options.optimization)
@@ -131,12 +134,12 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
     base = unless_too_large(partial(load_waiting, options.model, job.source, device, job.dtype))
     if base is None:
         raise TooLarge(f"{job.source.label} does not fit into the memory of this machine", 69)
-    cache = None if options.data.cache == "off" else cache_in(options.data.cache)
+    cache = None if options.data.latent_cache == "off" else cache_in(options.data.latent_cache)
     with at_hand(base, base.vae):
         latents = encode_set(
             base, [(view.example.image, view.crops) for view in job.views],
             tell=lambda done: events.emit("encoded", done=done, total=len(job.views)), cache=cache,
-            say=say,
+            say=say, digests={example.image: example.digest for example in job.examples},
         )  # fmt: skip
     objectives = Objectives(
         base, job.examples, job.crops, latents, options.data, options.objective, options.output.seed,
@@ -154,31 +157,31 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
 
     # 2. What is optimised, and how; then as the state that is gone on from.
     rated = [
-        (plan.rates[part.name], laid_out(module for module in trained if module.part == part.name))
+        (plan.learning_rates[part.name], laid_out(module for module in trained if module.part == part.name))
         for part in plan.parts
     ]
     named = {f"{module.key}.{slot}": p for module in trained for slot, p in module.tensors.items()}
     groups = grouped(rated, [module.tensors["dora_scale"] for module in trained if "dora_scale" in module.tensors])
     flat = Flat([group["params"] for group in groups], job.dtype)
     all_fast = speed_up([module.layer for module in trained], ADAPTER, flat.lowered)
-    runs = (plan.num_steps - (kept.state.step if kept else 0)) * wanted.accumulate
+    runs = (plan.num_steps - (kept.state.step if kept else 0)) * wanted.gradient_accumulation_steps
     passes = Passes(
         objectives, flat, job.accelerator.backward, nullcontext if all_fast else job.accelerator.autocast,
         capture_for(device, flat.gradients, [*flat.low, *flat.values], runs), say,
     )  # fmt: skip
     update = Update(
         job.accelerator, passes, named, flat, make_optimizer(wanted.optimizer, groups, wanted.weight_decay, flat),
-        wanted.clip, wanted.ema, say, looks_per_step=sum(job.repeats) / plan.steps_per_epoch,
+        wanted.max_grad_norm, wanted.ema_decay, say, looks_per_step=sum(job.repeats) / plan.steps_per_epoch,
     )  # fmt: skip
     for part in plan.parts:
         component_of(base, part.name).train()
-    if options.machine.checkpointing is True:
+    if options.machine.gradient_checkpointing is True:
         recompute_activations(base, plan.parts)
-    elif options.machine.checkpointing == "auto":
+    elif options.machine.gradient_checkpointing == "auto":
         update.recompute = [
             partial(recompute_activations, base, plan.parts, only_shallow=shallow) for shallow in (True, False)
         ]
-    if options.machine.quantize == "auto":
+    if options.machine.base_quantization == "auto":
         update.quantize = lambda: take_fewer_bits(base, options.model)
     if kept:
         update.restore(kept.tensors, kept.optimizer)
@@ -189,7 +192,7 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
 
     validation = None
     if job.held_out:
-        validation = Validation(objectives, job.held_out, job.buckets, plan.batch, passes.surroundings)
+        validation = Validation(objectives, job.held_out, job.buckets, plan.batch_size, passes.surroundings)
     return Ready(base, trained, update, validation)
 
 
@@ -199,8 +202,8 @@ def place_unet_that_fits(job: Job, base: Base, bits: int, say: Callable[[str], N
     Raises `Refused` (69) where none do.
     """
     options, device = job.options, base.device
-    is_free = options.machine.quantize == "auto"
-    bits = bits if is_free else BITS[options.machine.quantize]
+    is_free = options.machine.base_quantization == "auto"
+    bits = bits if is_free else BITS[options.machine.base_quantization]
     while unless_too_large(partial(place_unet, base, options.model, bits)) is None:
         bits = fewer_bits(bits, device.type) if is_free else 0
         if not bits:
@@ -212,7 +215,12 @@ def looks_of_run(job: Job) -> Iterator[Look]:
     """Every look of the run, in order."""
     options, plan = job.options, job.plan
     steps = steps_of(
-        plan.num_steps, job.buckets, job.repeats, plan.batch, options.optimization.accumulate, options.output.seed
+        plan.num_steps,
+        job.buckets,
+        job.repeats,
+        plan.batch_size,
+        options.optimization.gradient_accumulation_steps,
+        options.output.seed,
     )
     for step, _, batches in steps:
         yield from looks_of(step, [index for batch in batches for index in batch])
@@ -232,17 +240,19 @@ def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Inte
         events.emit("resumed", step=done, text=f"  goes on after step {done}")
     artifacts.before(done)
     clock = time.monotonic()
-    steps = steps_of(plan.num_steps + 1, job.buckets, job.repeats, plan.batch, wanted.accumulate, seed)
+    steps = steps_of(
+        plan.num_steps + 1, job.buckets, job.repeats, plan.batch_size, wanted.gradient_accumulation_steps, seed
+    )
     for (step, _, batches), (_, _, after) in pairwise(steps):
         if step < done:
             continue
-        share = rate_share(wanted.schedule, step, plan.num_steps, wanted.warm_up, wanted.restarts)
+        share = lr_multiplier(wanted.lr_scheduler, step, plan.num_steps, wanted.lr_warmup_steps, wanted.lr_num_cycles)
         update.take(step, batches, share, after[0])
         pauses = artifacts.is_due(step + 1) or run.is_asked or bool(interrupts)
         for outcome in update.outcomes(of_all=pauses):
             if outcome.broken and update.is_hopeless:
                 trouble = f"step {outcome.step + 1}: the {outcome.broken} is not finite, as in the {STOPPED_AFTER - 1} "
-                trouble += "steps before; try a lower --rate, or --precision fp32"
+                trouble += "steps before; try a lower --learning-rate, or --mixed-precision fp32"
                 break
             done, is_whole = outcome.step + 1, not outcome.broken
             if is_whole:
@@ -285,12 +295,15 @@ def changes(state: State, identity: dict[str, Any], force: bool) -> list[str]:
 def told_schedule(state: State, plan: Plan, wanted: Optimization) -> list[str]:
     """What another number of steps does to the rate of a run that goes on after its state: a line, or none."""
     before = state.identity["options"]["optimization"]
-    if before["steps"] == plan.num_steps or plan.schedule == "constant":
+    if before["steps"] == plan.num_steps or plan.lr_scheduler == "constant":
         return []
-    old = rate_share(before["schedule"], state.step - 1, before["steps"], before["warm_up"], before["restarts"])
-    new = rate_share(plan.schedule, state.step, plan.num_steps, wanted.warm_up, wanted.restarts)
+    old = lr_multiplier(
+        before["lr_scheduler"], state.step - 1, before["steps"], before["lr_warmup_steps"], before["lr_num_cycles"]
+    )
+    new = lr_multiplier(plan.lr_scheduler, state.step, plan.num_steps, wanted.lr_warmup_steps, wanted.lr_num_cycles)
     return [
-        f"the {plan.schedule} rate spans {plan.num_steps} steps now: from {old:.1%} of its peak it goes to {new:.1%}"
+        f"the {plan.lr_scheduler} schedule now spans {plan.num_steps} steps: the learning rate changes from {old:.1%} to "
+        f"{new:.1%} of its peak"
     ]
 
 

@@ -17,7 +17,7 @@ Category = Literal["general", "character", "copyright", "artist", "meta", "ratin
 class Request:
     """All that decides what is written for a picture, and where it is computed.
 
-    `threshold` is the least probability of a tag; `trigger_at` is `front`, `back` or `none`; `drop` are words.
+    `threshold` is the least probability of a tag; `trigger_position` is `front`, `end` or `none`; `drop` are words.
     """
 
     captioner: str
@@ -31,7 +31,7 @@ class Request:
     categories: tuple[str, ...]
     keep_underscores: bool
     trigger: str
-    trigger_at: str
+    trigger_position: str
     drop: tuple[str, ...]
     device: Device = "auto"
     precision: Precision = "auto"

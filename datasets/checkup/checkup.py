@@ -46,7 +46,7 @@ CHECKS = (
     ),
     Check(
         "few pictures", "from few pictures the adapter learns these pictures rather than what they share",
-        "add pictures that differ from each other; mirroring (--flip) helps a little", picture_checks.few,
+        "add pictures that differ from each other; mirroring (--random-flip) helps a little", picture_checks.few,
     ),
     Check(
         "empty picture", "there is nothing in it to learn, and its caption comes to mean an empty area",

@@ -38,7 +38,7 @@ class Material:
     @cached_property
     def files(self) -> list[list[Look]]:
         """The pictures by what their files hold: of copies of one file there are several."""
-        groups: dict[bytes, list[Look]] = {}
+        groups: dict[str, list[Look]] = {}
         for look in self.looks:
             groups.setdefault(look.digest, []).append(look)
         return list(groups.values())

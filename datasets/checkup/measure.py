@@ -4,7 +4,6 @@ Blur, borders and light are measured at the size at which training sees it, wher
 is left will be learned; a picture that must be enlarged is measured as it is.
 """
 
-import hashlib
 import io
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -58,7 +57,7 @@ class Look:
     """What was measured. `borders` count in pixels of the original; `quality` is a JPEG's, None for other files."""
 
     subject: Subject
-    digest: bytes
+    digest: str
     likeness: Likeness
     exposure: Exposure
     borders: Borders
@@ -89,12 +88,6 @@ class Look:
 def look_at(subject: Subject, with_thumb: bool = True) -> Look:
     """Read a picture once and measure it. Raises `Refused` naming a file that cannot be read."""
     path, crop = subject.example.image, subject.crops[0]
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise Refused(f"{path}: cannot be opened ({error.strerror})") from None
-    with file:
-        digest = hashlib.file_digest(file, "blake2b").digest()
     picture = read_rgb(path, Size(ENOUGH * crop.resized.width, ENOUGH * crop.resized.height))
     seen = picture
     if crop.resized.width < picture.width:
@@ -104,7 +97,8 @@ def look_at(subject: Subject, with_thumb: bool = True) -> Look:
     is_whole = picture.size == (crop.original.width, crop.original.height)
     steps = block_steps(_middle(picture)) if is_whole and crop.resized.width > BLOCKS_SCALE * picture.width else 0.0
     return Look(
-        subject, digest, likeness_of(inner), exposure_of(inner), _scaled(borders, crop.original.width / seen.width),
+        subject, subject.example.digest, likeness_of(inner), exposure_of(inner),
+        _scaled(borders, crop.original.width / seen.width),
         edge_blur(np.asarray(inner.convert("L"))), quality_of(path), steps, corners_of(seen),
         thumb_of(subject.example, picture) if with_thumb else None,
     )  # fmt: skip

@@ -7,8 +7,9 @@ Ours:
     words = "zwx cat"      # the caption of pictures that have none
     prior = false          # regularisation pictures
     masks = "photo-masks"  # a folder of masks, or "alpha" for the pictures' own transparency
-    flip = true            # and these options of [data], for this folder alone: crop, flip, caption_lines, wildcards,
-                           # shuffle_tags, keep_tags, tag_dropout, caption_dropout, prefix, suffix
+    random_flip = true     # and these options of [data], for this folder alone: crop, random_flip, trigger_position,
+                           # caption_lines, wildcards, shuffle_tags, keep_tags, tag_dropout, caption_dropout,
+                           # caption_prefix, caption_suffix
 
 kohya's, whose options of a subset that have a like here hold for that subset: https://github.com/kohya-ss/sd-scripts/blob/main/docs/config_README-en.md
 """
@@ -28,22 +29,24 @@ from .discovery import Place
 from .sidecars import CAPTION_SUFFIXES, decoded
 
 RULES = (
-    "crop", "flip", "caption_lines", "wildcards", "shuffle_tags", "keep_tags", "tag_dropout", "caption_dropout",
-    "prefix", "suffix",
+    "crop", "random_flip", "trigger_position", "caption_lines", "wildcards", "shuffle_tags", "keep_tags",
+    "tag_dropout", "caption_dropout",
+    "caption_prefix", "caption_suffix",
 )  # fmt: skip
-OURS: dict[str, type] = {"path": str, "repeats": int, "words": str, "prior": bool, "masks": str}
+OURS: dict[str, type] = {"path": str, "repeats": int, "words": str, "regularization": bool, "masks": str}
 FOLLOWED: dict[str, type] = {
     "image_dir": str, "num_repeats": int, "class_tokens": str, "is_reg": bool, "caption_extension": str,
     "caption_prefix": str, "caption_suffix": str, "conditioning_data_dir": str, "alpha_mask": bool,
     "metadata_file": str, "enable_wildcard": bool, "random_crop": bool,
 }  # fmt: skip
 OUR_NAMES = {
-    "shuffle_caption": "shuffle_tags", "keep_tokens": "keep_tags", "flip_aug": "flip",
+    "shuffle_caption": "shuffle_tags", "keep_tokens": "keep_tags", "flip_aug": "random_flip",
     "caption_dropout_rate": "caption_dropout", "caption_tag_dropout_rate": "tag_dropout",
 }  # fmt: skip
 BY_FLAG = {
-    "resolution": "--resolution", "batch_size": "--batch", "bucket_no_upscale": "--no-upscale",
-    "bucket_reso_steps": "--bucket-step", "min_bucket_reso": "--min-side", "max_bucket_reso": "--max-side",
+    "resolution": "--resolution", "batch_size": "--batch-size", "bucket_no_upscale": "--no-bucket-upscale",
+    "bucket_reso_steps": "--bucket-reso-steps", "min_bucket_reso": "--min-bucket-reso",
+    "max_bucket_reso": "--max-bucket-reso",
 }  # fmt: skip
 NOT_FOLLOWED = {
     "cache_info": "sizes are read anew each time",
@@ -124,7 +127,7 @@ def _ours(path: Path, entry: Mapping[str, Any]) -> Place:
         _beside(path, values["path"]),
         repeats=_repeats(path, "repeats", values.get("repeats", 1)),
         words=values.get("words", "").strip(),
-        prior=values.get("prior", False),
+        prior=values.get("regularization", False),
         masks=_beside(path, masks) if masks not in ("", "alpha") else None,
         alpha=masks == "alpha",
         rules=_rules(path, {key: entry[key] for key in RULES if key in entry}),

@@ -17,7 +17,7 @@ from scumble.configs.errors import Refused
 from .caption_tables import Table, read_table
 from .dataset_toml import read_list
 from .discovery import LeftOut, Listing, Place, listings, own_name
-from .images import SUFFIXES, check_pixels
+from .images import SUFFIXES, check_pixels, digest_of_file
 from .masks import MaskFiles, hides
 from .sidecars import Sidecars, lines_of, read_text
 
@@ -31,7 +31,8 @@ class Example:
     Where `repeats` is 0 it is held out: never trained on, only measured.
     `prior` marks a regularisation picture, `words` are the class words of its folder, `sidecar` is the file that the
     caption came from, a text or a table. `mask` is a picture of what counts, or the image itself: its alpha channel.
-    `rules` are options of [data] that hold for this picture instead of the run's.
+    `rules` are options of [data] that hold for this image instead of the run's. `digest` is the hash of the image
+    file, set where the image was decoded.
     """
 
     image: Path
@@ -43,6 +44,7 @@ class Example:
     sidecar: Path | None = None
     mask: Path | None = None
     rules: tuple[tuple[str, Any], ...] = ()
+    digest: str = ""
 
     @property
     def is_held_out(self) -> bool:
@@ -190,6 +192,7 @@ def _check(found: PictureSet) -> None:
 def _checked(example: Example) -> Example | LeftOut:
     if trouble := check_pixels(example.image):
         return LeftOut(example.image, trouble, True)
+    example = replace(example, digest=digest_of_file(example.image))
     try:
         if example.mask and not hides(example.image, example.mask):
             return replace(example, mask=None)

@@ -1,5 +1,6 @@
 """Picture files -> upright RGB pictures, and the crop of each that training sees."""
 
+import hashlib
 import threading
 import warnings
 from collections.abc import Callable, Generator
@@ -121,6 +122,17 @@ def check_pixels(path: Path) -> str:
     except Refused as error:
         return str(error).removeprefix(f"{path}: ")
     return ""
+
+
+def digest_of_file(path: Path) -> str:
+    """BLAKE2b of a file's bytes, 40 hex digits. Raises `Refused` naming a file that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=20)).hexdigest()
+    except OSError as error:
+        raise Refused(
+            f"{path}: cannot be read any more ({error.strerror or error}); restore it, or start again without it"
+        ) from None
 
 
 def read_picture(path: Path, read: Callable[[Image.Image], T], at_least: Size | None = None) -> T:

@@ -81,11 +81,12 @@ def main() -> None:
         started = time.monotonic()
         flags = {
             "data": {"images": str(SAMPLES), "resolution": SIZE_PX},
-            "network": {"rank": RANK, "text_rank": 0},
-            "objective": {"weighting": "min_snr", "min_snr_gamma": GAMMA},
-            "optimization": {"steps": chosen.steps, "batch": BATCH, "rate": RATE},
-            "machine": {"device": "cpu", "precision": chosen.precision},
-            "output": {"runs": str(folder), "name": "clay", "preview_every": 0, "save_every": chosen.steps // 8,
+            "network": {"rank": RANK, "text_encoder_rank": 0},
+            "objective": {"loss_weighting": "min_snr", "min_snr_gamma": GAMMA},
+            "optimization": {"steps": chosen.steps, "batch_size": BATCH, "learning_rate": RATE},
+            "machine": {"device": "cpu", "mixed_precision": chosen.precision},
+            "output": {"output_dir": str(folder), "output_name": "clay", "preview_every": 0,
+                       "save_every": chosen.steps // 8,
                        "seed": SEED},
         }  # fmt: skip
         steps: list[float] = []

@@ -45,7 +45,7 @@ def main() -> None:
             folder, place = (asked.kept or Path(scratch)) / f"{count}-pictures", Path(scratch) / f"work-{count}"
             place.mkdir()
             make(folder, count)
-            base, cache = ["--base", asked.base], ["--cache", str(place / "cache")]
+            base, cache = ["--base", asked.base], ["--latent-cache", str(place / "cache")]
             short = ["--steps", str(asked.steps), "--preview-every", "0", "--save-every", "0"]
             train = ["train", str(folder), *base, *cache, *short]
             for what, code, words in (

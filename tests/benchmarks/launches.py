@@ -1,8 +1,8 @@
 """How many kernels does a training step launch on CUDA, and of which kind?
 
-At batch 1 a card is bound by how many kernels there are: each takes some 2 µs at least, also in a graph. Counted on a
-played card: `python tests/played_card/card.py tests/benchmarks/launches.py` writes results/launches-played.md. A call
-of cuBLAS or cuDNN is one kernel here and may be more on a card.
+At batch 1 the number of kernels limits a GPU's speed: each takes about 2 µs or more, also in a graph. Counted on a
+simulated GPU: `python tests/benchmarks/simulated_card/card.py tests/benchmarks/launches.py` writes
+results/launches-simulated.md. A call of cuBLAS or cuDNN counts as one kernel here and may be several on a real GPU.
 """
 
 import argparse
@@ -34,7 +34,7 @@ VARIANTS = {
     "product": "ours with PEFT's forward",
     "": "ours",
 }
-CARD = torch.device("cuda")
+GPU = torch.device("cuda")
 
 
 def kind_of(kernel: str) -> str:
@@ -44,10 +44,10 @@ def kind_of(kernel: str) -> str:
 def counted(layout: Layout, variant: str) -> Counter[str]:
     """Kernels of a step by kind, the third, when all is there that a first one makes."""
     found: Counter[str] = Counter()
-    with own_stream(CARD):
+    with own_stream(GPU):
         unet = unet_of(layout, torch.device("cpu"), torch.bfloat16)
-        place_together(unet, CARD)
-        bench = Bench(layout, 1, CARD, torch.bfloat16, unet)
+        place_together(unet, GPU)
+        bench = Bench(layout, 1, GPU, torch.bfloat16, unet)
         step = bench.plain() if variant == "plain" else bench.ours(["captured", variant], unet=unet)
         for number in range(2):
             step(number)
@@ -61,11 +61,11 @@ def counted(layout: Layout, variant: str) -> Counter[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", nargs="+", default=["sd15", "sdxl"], choices=LAYOUTS)
-    parser.add_argument("--out", type=Path, default=HERE / "results/launches-played.md")
+    parser.add_argument("--out", type=Path, default=HERE / "results/launches-simulated.md")
     options = parser.parse_args()
     lines = [
         "# Kernels that a training step launches", "",
-        f"played card, torch {torch.__version__}. UNet LoRA of rank {RANK}, batch 1, bf16, latents and text cached; ",
+        f"simulated GPU, torch {torch.__version__}. UNet LoRA of rank {RANK}, batch 1, bf16, latents and text cached; ",
         "with the update and what brings the batch there.", "",
         f"| layout | variant | {' | '.join(KINDS)} | all |", f"|---|---|{'---|' * (len(KINDS) + 1)}",
     ]  # fmt: skip

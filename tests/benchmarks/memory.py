@@ -5,9 +5,9 @@ UNet, adapter and products run forward and backward, and the storages alive at o
 512 bytes as CUDA's allocator has them. Workspaces of libraries, fragmentation and the context of CUDA itself come on
 top, 0.5 to 1 GB together. Writes results/memory.md.
 
-`--device cuda` measures the same there, steps captured and optimised as in a run: what torch's allocator gave away, and
-what it took of the card for that. Writes results/memory-cuda.md; on a played card (tests/played_card), where cuDNN has
-no workspaces, results/memory-played.md.
+`--device cuda` measures the same on a GPU, with steps captured and optimised as in a run: the memory that torch's
+allocator handed out, and the memory that it took from the GPU. Writes results/memory-cuda.md; on a simulated GPU
+(tests/benchmarks/simulated_card), where cuDNN has no workspaces, results/memory-simulated.md.
 """
 
 import argparse
@@ -134,14 +134,14 @@ def step(layout: Layout, recompute: tuple[bool, ...], bits: int, counts_flops: b
 
 @dataclass(frozen=True)
 class Measured:
-    """MiB that torch's allocator gave away and took of the card, at most, in some steps."""
+    """The most MiB that torch's allocator handed out, and took from the GPU, in some steps."""
 
     allocated: int
     reserved: int
 
 
 def measured(layout: Layout, recompute: tuple[bool, ...], bits: int, optimizer: str) -> Measured:
-    """Of a run that has nothing on the card but UNet, adapter and the benchmark's latents."""
+    """Of a run that has only UNet, adapter and the benchmark's latents on the GPU."""
     device = torch.device("cuda")
     config = json.loads((BASES / layout.config / "unet/config.json").read_text(encoding="utf-8"))
     torch.set_default_dtype(torch.bfloat16)
@@ -165,12 +165,12 @@ def measured(layout: Layout, recompute: tuple[bool, ...], bits: int, optimizer: 
 
 def measure(layouts: Sequence[str]) -> None:
     """A table of what is measured."""
-    card = torch.cuda.get_device_name()
+    gpu = torch.cuda.get_device_name()
     lines = [
         "# Memory of a training step, measured", "",
-        f"{card}, torch {torch.__version__}. UNet LoRA of rank {RANK}, batch 1, bf16, frozen text encoders and VAE",
+        f"{gpu}, torch {torch.__version__}. UNet LoRA of rank {RANK}, batch 1, bf16, frozen text encoders and VAE",
         f"waiting: the most in {STEPS} steps, the first of them captured. Taken is what torch's allocator has of it.",
-        "CUDA's own context comes on top, and on a played card cuDNN's workspaces.", "",
+        "CUDA's own context comes on top, and on a simulated GPU cuDNN's workspaces.", "",
         "| layout | activations | base, bits | optimiser | given away, MiB | taken, MiB |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     has_bitsandbytes = find_spec("bitsandbytes") is not None
@@ -187,7 +187,7 @@ def measure(layouts: Sequence[str]) -> None:
                 print(lines[-1], flush=True)
                 gc.collect()
                 torch.cuda.empty_cache()
-    file = "memory-played.md" if "played" in card else "memory-cuda.md"
+    file = "memory-simulated.md" if "simulated" in gpu else "memory-cuda.md"
     (Path(__file__).parent / "results" / file).write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 

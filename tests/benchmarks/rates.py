@@ -33,10 +33,19 @@ def trained(network: str, multiple: float, folder: Path) -> Path:
     own = DEFAULTS["sketch"]
     flags = {
         "data": {"images": str(SAMPLES), "resolution": SIZE_PX},
-        "network": {"network": network},
-        "optimization": {"steps": STEPS, "rate": own.rate * multiple, "text_rate": own.text_rate * multiple},
-        "machine": {"device": "cpu", "precision": "fp32"},
-        "output": {"runs": str(folder), "name": f"{network}-{multiple}", "preview_every": 0, "save_every": 0},
+        "network": {"algorithm": network},
+        "optimization": {
+            "steps": STEPS,
+            "learning_rate": own.learning_rate * multiple,
+            "text_encoder_lr": own.text_encoder_lr * multiple,
+        },
+        "machine": {"device": "cpu", "mixed_precision": "fp32"},
+        "output": {
+            "output_dir": str(folder),
+            "output_name": f"{network}-{multiple}",
+            "preview_every": 0,
+            "save_every": 0,
+        },
     }
     result = train(files.resolve(flags=flags), [], dry_run=False)
     assert result

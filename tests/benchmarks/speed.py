@@ -5,7 +5,7 @@ cached on both sides: ours, the plain loop's (PEFT's layers under autocast, torc
 examples do it), and ours without each technique. Real layouts have random weights: speed does not depend on them.
 `--whole` adds runs from the command to the finished file, `--demo` where the time of `make demo` goes. `--guard` is a
 short form that fails where the ratio to the plain loop falls by more than a quarter below the one on record. Writes
-results/speed-DEVICE.md and .json; on a played card (tests/played_card) seconds are those of the host alone.
+results/speed-DEVICE.md and .json; on a simulated GPU (simulated_card/) seconds are those of the host only.
 
 On CUDA, where a variant is timed after the other and with its memory, also with activations recomputed:
 `python tests/benchmarks/speed.py --device cuda --layouts sd15 sdxl --batches 1 4 8 --minutes 8`.
@@ -174,7 +174,7 @@ class Bench:
         examples = [Example(Path(f"{index}.png"), "a", 1) for index in range(NUM_PICTURES)]
         objectives = Objectives(
             base, examples, [[crop]] * NUM_PICTURES, Latents(self.mean, self.std, 0.18), Data(caption_dropout=0.0),
-            Objective(weighting="none"), 0, text_is_trained=False,
+            Objective(loss_weighting="none"), 0, text_is_trained=False,
         )  # fmt: skip
         objectives.encodings["a"] = self.text
         accelerator = accelerator_for(self.device, self.dtype)
@@ -395,7 +395,7 @@ def run_of_ours(flags: Sequence[str]) -> tuple[Command, dict[str, float]]:
     with TemporaryDirectory() as folder:
         done = commanded(
             "-m", "scumble.trainer.cli", "train", str(SAMPLES), "--base", "sketch", *flags, "--device", "cpu",
-            "--cache", "off", "--runs", folder, "--name", "it",
+            "--latent-cache", "off", "--output-dir", folder, "--output-name", "it",
         )  # fmt: skip
         lines = (Path(folder) / "it/events.jsonl").read_text(encoding="utf-8").splitlines()
     return done, phases_of([json.loads(line) for line in lines], done.began, done.ended)
@@ -404,7 +404,8 @@ def run_of_ours(flags: Sequence[str]) -> tuple[Command, dict[str, float]]:
 def whole(turns: int) -> dict[str, Any]:
     """Seconds from the command to the finished file and memory, of both loops in turn, and where ours go."""
     flags = [
-        "--resolution", "64", "--rank", "16", "--text-rank", "0", "--steps", "160", "--batch", "4", "--rate", "2e-3",
+        "--resolution", "64", "--rank", "16", "--text-encoder-rank", "0", "--steps", "160",
+        "--batch-size", "4", "--learning-rate", "2e-3",
         "--precision", "bf16", "--preview-every", "0", "--save-every", "0",
     ]  # fmt: skip
     runs: dict[str, list[Command]] = {"ours": [], **{name: [] for name in WHOLE}}
@@ -493,7 +494,7 @@ def main() -> None:
     device = torch.device(chosen.device)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[chosen.precision]
     card = torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {chosen.threads} threads"
-    record = HERE / "results" / f"speed-{'played' if 'played' in card else device.type}.json"
+    record = HERE / "results" / f"speed-{'simulated' if 'simulated' in card else device.type}.json"
     if chosen.guard:
         raise SystemExit(guard(record, device, dtype, chosen.turns, chosen.steps))
     peak = rate_of_products(device, dtype, 8192 if device.type == "cuda" else 1024)

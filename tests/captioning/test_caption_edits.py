@@ -81,8 +81,8 @@ def test_replace_by_regex_is_that_of_the_standard_library():
 
 def test_words_are_added_at_either_end_unless_they_are_there():
     assert edits.adding("cat", "front")("category, a dog") == "cat, category, a dog"
-    assert edits.adding("cat", "back")("a dog,") == "a dog, cat"
-    assert edits.adding("cat", "back")("a Cat, a dog") == edits.adding("cat", "front")("a Cat, a dog") == "a Cat, a dog"
+    assert edits.adding("cat", "end")("a dog,") == "a dog, cat"
+    assert edits.adding("cat", "end")("a Cat, a dog") == edits.adding("cat", "front")("a Cat, a dog") == "a Cat, a dog"
 
 
 def test_tags_are_removed_whole_deduped_and_sorted():
@@ -247,7 +247,7 @@ def test_list_shows_what_training_hears_with_clips_own_count_of_tokens(
 ):
     (photos / "a.txt").write_text("a photo of a {cat|cat}")
     (photos / "b.txt").write_text("cat " * 80)
-    rules = ["--trigger", "zwx", "--prefix", "see", "--caption-dropout", "1"]
+    rules = ["--trigger", "zwx", "--caption-prefix", "see", "--caption-dropout", "1"]
     scumble("captions", "list", photos, "--heard", "2", *rules)
     told = capsys.readouterr().out
     assert told.count("see zwx, a photo of a cat") == 2

@@ -58,7 +58,7 @@ def test_a_model_says_what_it_was_taught_of_every_picture(
     kind: str, batch: str, models: Callable[[str], Path], photos: Path
 ):
     words = WORDS.get(kind, [])
-    cli.main(["caption", str(photos), "--captioner", kind, "--model", str(models(kind)), "--batch", batch, *words])
+    cli.main(["caption", str(photos), "--captioner", kind, "--model", str(models(kind)), "--batch-size", batch, *words])
     assert texts(photos) == expected(photos)
 
 
@@ -70,7 +70,7 @@ def test_half_precision_and_the_longest_answer_are_heeded(kind: str, models: Cal
         "max_tokens": 2,
         "prompt": "Describe" if kind == "vlm" else None,
     }
-    captioner = make(request_for(kind, given, subject="style", trigger="", trigger_at="none", drop=()))
+    captioner = make(request_for(kind, given, subject="style", trigger="", trigger_position="none", drop=()))
     assert {parameter.dtype for parameter in captioner.model.parameters()} == {torch.bfloat16}  # ty: ignore
     picture = Picture(Path("none.png"))
     picture.__dict__["pixels"] = colour("red")
@@ -83,7 +83,9 @@ def test_blip_says_what_transformers_itself_says(models: Callable[[str], Path], 
     processor = AutoProcessor.from_pretrained(folder)
     model = BlipForConditionalGeneration.from_pretrained(folder)
     paths = sorted(photos.glob("*.png"))
-    captioner = make(request_for("blip", {"model": str(folder)}, subject="style", trigger="", trigger_at="", drop=()))
+    captioner = make(
+        request_for("blip", {"model": str(folder)}, subject="style", trigger="", trigger_position="", drop=())
+    )
     for path, said in zip(paths, captioner.captions([Picture(path) for path in paths]), strict=True):
         ids = model.generate(
             **processor(images=Image.open(path).convert("RGB"), return_tensors="pt"), max_new_tokens=20
@@ -163,7 +165,7 @@ def test_a_tagger_says_tags_above_the_thresholds_the_surest_first(fixed_batch: b
     tagger = tmp_path / "tagger"
     tagger.mkdir()
     words = ["caption", str(photos), "--captioner", "wd-tagger", "--model", str(tiny_tagger(tagger, fixed_batch))]
-    cli.main([*words, "--batch", "3"])
+    cli.main([*words, "--batch-size", "3"])
     assert set(texts(photos).values()) == {"red dress, ^_^\n", "blue sky\n"}  # a sketch is not said of a style
     assert texts(photos)["200-blue"] == "blue sky\n"  # the padding is white, and not what is in the middle
     cli.main([*words, "--existing", "replace", "--kind", "character", "--categories", "character", "general", "rating"])
@@ -217,7 +219,9 @@ def test_a_folder_that_is_no_tagger_is_refused(lacking: str, tmp_path: Path, pho
         (folder / lacking).unlink()
     line = {"column": "no columns name and category", "row": "knows 8 tags, selected_tags.csv 7", "onnx": "cannot load"}
     with pytest.raises(Refused, match=line.get(lacking, f"no {lacking} in")):
-        request = request_for("wd-tagger", {"model": str(folder)}, subject="style", trigger="", trigger_at="", drop=())
+        request = request_for(
+            "wd-tagger", {"model": str(folder)}, subject="style", trigger="", trigger_position="", drop=()
+        )
         make(request).captions([Picture(path) for path in photos.glob("*.png")])
 
 

@@ -141,7 +141,7 @@ def test_two_pictures_of_one_name_get_a_caption_each(tmp_path: Path):
 
 def test_trigger_and_dropped_words_and_regularisation_pictures_left_alone(photos: Path):
     picture(photos / "reg/a dog.png")
-    scumble("caption", photos, "--trigger", "zwx style", "--trigger-at", "back", "--drop", "RED", "house")
+    scumble("caption", photos, "--trigger", "zwx style", "--trigger-position", "end", "--drop", "RED", "house")
     assert texts(photos) == BY_HAND | {
         "red_apple-03.txt": "apple, zwx style\n",
         "deep/old house (2).txt": "old, zwx style\n",
@@ -163,7 +163,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_the_others_are_captioned(tmp
     for name in ("a.png", "b.png", "c.png"):
         picture(tmp_path / name)
     (tmp_path / "b.png").write_bytes(b"no picture")
-    request = request_for("blip", {}, subject="style", trigger="", trigger_at="front", drop=())
+    request = request_for("blip", {}, subject="style", trigger="", trigger_position="front", drop=())
     seen = [one for batch in recipe.looked_at(recipe.read_texts(tmp_path)[0], request, 2, True) for one in batch]
     assert [bool(one.reason) for one in seen] == [False, True, False]
     assert "cannot be read as a picture" in seen[1].reason
@@ -184,7 +184,7 @@ def test_a_run_that_is_cut_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyt
     for letter in "abcdefghij":
         picture(tmp_path / f"{letter}.png")
         (tmp_path / f"{letter}.txt").write_text("mine")
-    request = request_for("filename", {}, subject="style", trigger="", trigger_at="front", drop=())
+    request = request_for("filename", {}, subject="style", trigger="", trigger_position="front", drop=())
     for existing, overwrite in (("append", False), ("line", False), ("replace", True)):
         asked_for.clear()
         for cut in (True, False):
@@ -212,7 +212,7 @@ def test_ctrl_c_leaves_the_captions_so_far_and_exit_code_130(
 
     monkeypatch.setitem(KINDS, "filename", replace(KINDS["filename"], make=lambda request: Interrupted()))
     with pytest.raises(SystemExit) as stop:
-        scumble("caption", photos, "--batch", "1")
+        scumble("caption", photos, "--batch-size", "1")
     assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
     assert texts(photos) == BY_HAND
     monkeypatch.undo()

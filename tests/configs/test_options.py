@@ -43,10 +43,13 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
 
 
 def test_flags_go_before_the_file_the_file_before_the_preset_the_preset_before_the_defaults(tmp_path: Path):
-    path = toml(tmp_path, 'preset = "sdxl-character"\n[network]\nalpha = 4\n[optimization]\nrate = 1e-3\nbatch = 2\n')
-    options = files.resolve(path, flags={"optimization": {"rate": 5e-5}})
-    assert options.optimization.rate == 5e-5  # flag over file
-    assert options.network.alpha == 4 and options.optimization.batch == 2  # file over default
+    path = toml(
+        tmp_path,
+        'preset = "sdxl-character"\n[network]\nalpha = 4\n[optimization]\nlearning_rate = 1e-3\nbatch_size = 2\n',
+    )
+    options = files.resolve(path, flags={"optimization": {"learning_rate": 5e-5}})
+    assert options.optimization.learning_rate == 5e-5  # flag over file
+    assert options.network.alpha == 4 and options.optimization.batch_size == 2  # file over default
     assert options.network.rank == 32 and options.data.kind == "character"  # preset
     assert options.objective == Options().objective  # defaults
 
@@ -72,7 +75,7 @@ def test_written_options_give_the_same_options_back(tmp_path: Path):
         flags={
             "data": {"trigger": 'a "quoted" wörd', "images": "C:\\pictures"},
             "previews": {"prompts": ("a, b", "c")},
-            "optimization": {"rate": 3e-05},
+            "optimization": {"learning_rate": 3e-05},
         }
     )
     assert files.resolve(toml(tmp_path, files.dumps(options))) == options
@@ -87,8 +90,8 @@ def test_written_options_give_the_same_options_back(tmp_path: Path):
             "`scumble options` lists them all",
         ),
         (
-            "[network]\nrate = 1e-4",
-            "mine.toml: network.rate = 0.0001: no such option in [network] (it stands in [optimization]); "
+            "[network]\nlearning_rate = 1e-4",
+            "mine.toml: network.learning_rate = 0.0001: no such option in [network] (it stands in [optimization]); "
             "`scumble options` lists them all",
         ),
         ("[network]\nrank = 0", "mine.toml: network.rank = 0: must be a whole number from 1 to 1024, or auto"),
@@ -97,14 +100,20 @@ def test_written_options_give_the_same_options_back(tmp_path: Path):
         ("[network]\nrank = true", "mine.toml: network.rank = true: must be a whole number from 1 to 1024, or auto"),
         ("[network]\nrslora = 1", "mine.toml: network.rslora = 1: must be true | false"),
         ("[data]\ntrigger = 7", "mine.toml: data.trigger = 7: must be text"),
-        ("[optimization]\nrate = nan", "mine.toml: optimization.rate = nan: must be a number above 0 to 100, or auto"),
-        ("[optimization]\nrate = inf", "mine.toml: optimization.rate = inf: must be a number above 0 to 100, or auto"),
-        ("[network]\ndropout = 1", "mine.toml: network.dropout = 1: must be a number from 0 to below 1"),
+        (
+            "[optimization]\nlearning_rate = nan",
+            "mine.toml: optimization.learning_rate = nan: must be a number above 0 to 100, or auto",
+        ),
+        (
+            "[optimization]\nlearning_rate = inf",
+            "mine.toml: optimization.learning_rate = inf: must be a number above 0 to 100, or auto",
+        ),
+        ("[network]\nlora_dropout = 1", "mine.toml: network.lora_dropout = 1: must be a number from 0 to below 1"),
         ('[previews]\nprompts = "a"', 'mine.toml: previews.prompts = "a": must be a list of texts'),
         (
-            '[optimization]\nschedule = "cos"',
-            'mine.toml: optimization.schedule = "cos": '
-            "must be auto | constant | cosine | linear | cosine_restarts | rex",
+            '[optimization]\nlr_scheduler = "cos"',
+            'mine.toml: optimization.lr_scheduler = "cos": '
+            "must be auto | constant | constant_with_warmup | cosine | cosine_with_restarts | linear | rex",
         ),
         ("network = 4", "mine.toml: network = 4: [network] is a table of options, not a value"),
         ("preset = 4", "mine.toml: preset = 4: must be text; `scumble presets` lists them"),
@@ -128,6 +137,25 @@ def test_what_cannot_be_placed_is_named_with_the_nearest_name(tmp_path: Path, te
     assert all(part in line for part in parts), line
 
 
+@pytest.mark.parametrize(
+    ("flag", "line"),
+    [
+        ("--train_batch_size", "scumble: --train_batch_size: here it is --batch-size (of all devices)"),
+        ("--cache-latents", "scumble: --cache-latents: latents are always cached; --latent-cache names the folder"),
+    ],
+)
+def test_a_flag_of_another_trainer_is_answered_with_ours_or_the_reason(
+    capsys: pytest.CaptureFixture[str], flag: str, line: str
+):
+    code, _, errors = run(capsys, "train", "photos", flag, "2")
+    assert (code, errors.strip()) == (2, line)
+
+
+@pytest.mark.parametrize("text", ["[optimization]\ntrain_batch_size = 2", "train_batch_size = 2"])
+def test_a_key_of_another_trainer_in_a_file_is_answered_with_ours(tmp_path: Path, text: str):
+    assert refused(tmp_path, text).endswith("train_batch_size = 2: here it is --batch-size (of all devices)")
+
+
 def test_a_file_that_is_not_utf8_or_not_there_is_named(tmp_path: Path):
     path = tmp_path / "latin.toml"
     path.write_bytes('[data]\ntrigger = "Bäume"\n'.encode("latin-1"))
@@ -149,7 +177,10 @@ def test_no_two_options_share_a_flag_and_each_has_help():
     assert all(len(entry.help) >= 5 and not entry.help.endswith(".") for entry in declared())
 
 
-def test_every_option_stands_in_the_help_and_in_the_reference(capsys: pytest.CaptureFixture[str]):
+def test_every_option_stands_in_the_help_and_in_the_reference(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "120")
     _, text, _ = run(capsys, "train", "--help")
     for entry in declared():
         assert f"{entry.flag} " in text, entry.flag
@@ -165,13 +196,13 @@ def test_the_reference_in_the_repository_is_what_the_command_prints(capsys: pyte
 def test_flags_reach_the_plan(capsys: pytest.CaptureFixture[str]):
     samples = str(CHECKOUT / "datasets/samples/clay-style")
     code, text, _ = run(
-        capsys, "train", samples, "--preset", "low-memory", "--rank", "7", "--rate", "3e-5", "--epochs", "2",
+        capsys, "train", samples, "--preset", "low-memory", "--rank", "7", "--learning-rate", "3e-5", "--epochs", "2",
         "--prompts", "a", "--prompts", "b --n c", "--json", "--dry-run",
     )  # fmt: skip
     plan = json.loads(text.partition("\n")[0])
     assert code == 0 and plan["shots"] == 2
     assert "LoRA on UNet (attention) rank 7" in plan["why"]  # the preset leaves the text encoders out
-    assert plan["steps"] == 2 * 20 / 4 and "adamw, cosine rate of 3e-05 (unet)" in plan["why"]
+    assert plan["steps"] == 2 * 20 / 4 and "adamw, cosine, learning rate 3e-05 (unet)" in plan["why"]
 
 
 @pytest.mark.parametrize(
@@ -179,7 +210,7 @@ def test_flags_reach_the_plan(capsys: pytest.CaptureFixture[str]):
     [
         (["--rank", "0"], "scumble: --rank 0: must be a whole number from 1 to 1024, or auto"),
         (["--rank", "x"], "scumble: --rank x: must be a whole number from 1 to 1024, or auto"),
-        (["--text2-rate", "-1"], "scumble: --text2-rate -1: must be a number above 0 to 100, or auto"),
+        (["--text-encoder-2-lr", "-1"], "scumble: --text-encoder-2-lr -1: must be a number above 0 to 100, or auto"),
         (["--device", "gpu"], "scumble: --device gpu: must be auto | cuda | cpu | mps"),
         (
             ["--rnk", "4"],

@@ -94,23 +94,23 @@ def test_sdxl_gets_more_shapes_with_a_step_of_32_and_the_usual_ones_with_64():
 
 
 def test_limits_that_leave_nothing_are_refused_by_option():
-    with pytest.raises(Refused, match="--min-side 600: leaves no size for --resolution 512 in steps of 64 px"):
+    with pytest.raises(Refused, match="--min-bucket-reso 600: leaves no size for --resolution 512 in steps of 64 px"):
         make_buckets(512, 64, least_px=600)
-    with pytest.raises(Refused, match="--max-side 32: leaves no size"):
+    with pytest.raises(Refused, match="--max-bucket-reso 32: leaves no size"):
         make_buckets(512, 64, most_px=32)
     with pytest.raises(Refused, match="--resolution 64: sides are in steps of 128"):
         make_buckets(64, 128)
 
 
 def test_a_step_that_the_base_cannot_halve_is_refused(tmp_path: Path):
-    data = {"bucket_step": 40, "resolution": 64}
-    with pytest.raises(Refused, match="--bucket-step 40: must be a multiple of 16 for Stable Diffusion XL"):
+    data = {"bucket_reso_steps": 40, "resolution": 64}
+    with pytest.raises(Refused, match="--bucket-reso-steps 40: must be a multiple of 16 for Stable Diffusion XL"):
         ran(tmp_path, dry_run=True, model={"base": str(tiny_base("sdxl", tmp_path / "sdxl"))}, data=data)
 
 
 def test_random_crops_are_few_known_ones_that_reach_over_the_whole_picture(tmp_path: Path):
     saved(tmp_path / "wide.png", (400, 100))
-    data = Data(crop="random", crops=4, flip=True)
+    data = Data(crop="random", crops=4, random_flip=True)
     (view,) = views_of(read_set(tmp_path).examples, tables(data, 64, 16), data, seed=3)
     (again,) = views_of(read_set(tmp_path).examples, tables(data, 64, 16), data, seed=3)
     (other,) = views_of(read_set(tmp_path).examples, tables(data, 64, 16), data, seed=4)
@@ -131,7 +131,7 @@ def test_a_picture_that_fits_its_bucket_has_one_crop_however_many_are_asked_for(
 def test_each_resolution_shows_a_picture_once_more_unless_it_is_the_same_size(tmp_path: Path):
     saved(tmp_path / "large.png", (512, 512))
     saved(tmp_path / "small.png", (70, 70))
-    data = Data(more_resolutions=(128, 256), upscale=False)
+    data = Data(more_resolutions=(128, 256), bucket_upscale=False)
     views = views_of(read_set(tmp_path).examples, tables(data, 64, 16), data, seed=0)
     assert [(view.example.image.name, str(view.size)) for view in views] == [
         ("large.png", "64x64"), ("large.png", "128x128"), ("large.png", "256x256"), ("small.png", "64x64")

@@ -124,7 +124,7 @@ def test_a_set_that_is_too_large_for_the_memory_is_read_as_it_is_needed(base: Ba
     assert_same(streamed, plain)
     noise = torch.randn(4, 16, 16)
     assert torch.equal(streamed.sample([(1, 1), (2, 0)], noise), plain.sample([(1, 1), (2, 0)], noise))
-    with pytest.raises(Refused, match="--cache off: 3 pictures do not stay in memory"):
+    with pytest.raises(Refused, match="--latent-cache off: 3 pictures do not stay in memory"):
         encoded(base, views, None, max_resident_bytes=1000)
 
 
@@ -155,7 +155,7 @@ def test_a_second_run_takes_its_latents_from_the_cache_which_can_be_listed_and_c
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     cache = str(tmp_path / "cache")
-    first, second = (ran(tmp_path, data={"images": str(SAMPLES), "cache": cache}, output={"preview_every": 0})
+    first, second = (ran(tmp_path, data={"images": str(SAMPLES), "latent_cache": cache}, output={"preview_every": 0})
                      for _ in range(2))  # fmt: skip
     assert first.losses == second.losses
     cli.main(["cache", "list", "--folder", cache])

@@ -92,11 +92,17 @@ def test_the_trigger_is_before_the_line_that_is_picked_and_once_before_joined_li
     ],
 )
 def test_prefix_and_suffix_stand_around_everything(prefix: str, suffix: str, expected: str):
-    assert set(heard(["cat"], 5, prefix=prefix, suffix=suffix, trigger="zwx")) == {expected}
+    assert set(heard(["cat"], 5, caption_prefix=prefix, caption_suffix=suffix, trigger="zwx")) == {expected}
 
 
 def test_prefix_and_suffix_are_never_shuffled_or_dropped():
-    rules = {"prefix": "p, q,", "suffix": ", s", "shuffle_tags": True, "keep_tags": 0, "tag_dropout": 0.5}
+    rules = {
+        "caption_prefix": "p, q,",
+        "caption_suffix": ", s",
+        "shuffle_tags": True,
+        "keep_tags": 0,
+        "tag_dropout": 0.5,
+    }
     for caption in heard(["a, b, c"], 200, **rules):
         assert caption.startswith("p, q,") and caption.endswith(", s")
 
@@ -122,7 +128,7 @@ def test_tags_of_wildcards_are_shuffled_like_others():
 
 
 def test_caption_dropout_leaves_nothing_prefix_and_trigger_neither():
-    draws = heard(["cat"], caption_dropout=0.25, prefix="p", trigger="zwx")
+    draws = heard(["cat"], caption_dropout=0.25, caption_prefix="p", trigger="zwx")
     assert set(draws) == {"", "p zwx, cat"}
     assert 0.22 < draws.count("") / DRAWS < 0.28
 
@@ -148,7 +154,7 @@ def test_training_hears_the_rules_regularisation_pictures_without_the_trigger_an
     examples = [replace(samples[0], lines=("{red|blue} cat", "dog")), replace(samples[1], lines=("owl",), prior=True)]
     crops = [[centre_crop(read_size(example.image), Size(64, 64))] for example in examples]
     latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)])
-    rules = {"caption_dropout": 0.0, "trigger": "zwx", "prefix": "p", "caption_lines": "pick"}
+    rules = {"caption_dropout": 0.0, "trigger": "zwx", "caption_prefix": "p", "caption_lines": "pick"}
     data = Options().data.model_copy(update=rules)
     objectives = objective.Objectives(base, examples, crops, latents, data, Objective(), seed=0, text_is_trained=False)
     heard = set()

@@ -40,17 +40,20 @@ def tables_of(optimizer: str, runs: Path, steps: int) -> dict[str, Any]:
     """Options of a run with all that a state must hold."""
     return {
         "data": {
-            "images": str(SAMPLES / "clay-cat"), "prior": str(SAMPLES / "clay-style"), "shuffle_tags": True,
-            "caption_dropout": 0.2, "flip": True,
+            "images": str(SAMPLES / "clay-cat"), "regularization_images": str(SAMPLES / "clay-style"),
+            "shuffle_tags": True,
+            "caption_dropout": 0.2, "random_flip": True,
         },
-        "network": {"rank": 4, "text_rank": 2, "dropout": 0.1},
+        "network": {"rank": 4, "text_encoder_rank": 2, "lora_dropout": 0.1},
         "optimization": {
-            "optimizer": optimizer, "steps": steps, "batch": 2, "accumulate": 2,
-            "ema": 0.0 if optimizer == "schedule_free" else 0.9,
+            "optimizer": optimizer, "steps": steps, "batch_size": 2, "gradient_accumulation_steps": 2,
+            "ema_decay": 0.0 if optimizer == "schedule_free" else 0.9,
         },
-        "machine": {"device": "cpu", "precision": "fp32"},
-        "previews": {"prompts": ("cat, clay style",), "preview_steps": 2},
-        "output": {"runs": str(runs), "name": "it", "preview_every": 2, "save_every": 2, "save_dtype": "fp32"},
+        "machine": {"device": "cpu", "mixed_precision": "fp32"},
+        "previews": {"prompts": ("cat, clay style",), "num_inference_steps": 2},
+        "output": {
+            "output_dir": str(runs), "output_name": "it", "preview_every": 2, "save_every": 2, "save_precision": "fp32",
+        },
     }  # fmt: skip
 
 
@@ -63,7 +66,7 @@ def attempt(tables: dict[str, Any]) -> None:
 
     torch.set_num_threads(1)
     output = tables["output"]
-    train(files.resolve(flags=tables), [], go_on=Path(output["runs"]) / output["name"])
+    train(files.resolve(flags=tables), [], go_on=Path(output["output_dir"]) / output["output_name"])
 
 
 def started(tables: dict[str, Any]) -> BaseProcess:

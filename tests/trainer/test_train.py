@@ -66,7 +66,8 @@ def test_events_are_strict_json_lines_and_the_same_that_readers_get(run: Run):
 
 def test_written_options_repeat_the_run_bit_for_bit(run: Run, tmp_path: Path):
     again = files.resolve(
-        run.folder / "options.toml", flags={"output": {"runs": str(tmp_path), "preview_every": 0, "save_every": 0}}
+        run.folder / "options.toml",
+        flags={"output": {"output_dir": str(tmp_path), "preview_every": 0, "save_every": 0}},
     )
     events: list[Event] = []
     result = train(again, [events.append])
@@ -118,9 +119,11 @@ def test_accumulated_small_batches_are_one_large_batch(tmp_path: Path):
         return [index for one in epoch_batches([0] * 20, [1] * 20, batch, seed, 0) for index in one]
 
     seed = next(seed for seed in range(100) if seen(20, seed) == seen(10, seed))  # the same looks in the same slots
-    output = {"preview_every": 0, "seed": seed, "save_dtype": "fp32"}
-    large = ran(tmp_path / "a", optimization={"steps": 1, "batch": 20}, output=output)
-    small = ran(tmp_path / "b", optimization={"steps": 1, "batch": 10, "accumulate": 2}, output=output)
+    output = {"preview_every": 0, "seed": seed, "save_precision": "fp32"}
+    large = ran(tmp_path / "a", optimization={"steps": 1, "batch_size": 20}, output=output)
+    small = ran(
+        tmp_path / "b", optimization={"steps": 1, "batch_size": 10, "gradient_accumulation_steps": 2}, output=output
+    )
     assert small.losses == pytest.approx(large.losses, rel=1e-5)
     (one, _), (two, _) = (read_tensors(run.folder / "clay.safetensors") for run in (large, small))
     ups = [name for name in one if name.endswith("lora_up.weight")]
@@ -133,7 +136,13 @@ def test_accumulated_small_batches_are_one_large_batch(tmp_path: Path):
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_training_lowers_the_loss_on_the_very_looks_that_an_idle_run_has(optimizer: str, tmp_path: Path):
     def losses(rate: float) -> list[float]:
-        options = {"steps": 20, "optimizer": optimizer, "schedule": "constant", "rate": rate, "text_rate": rate}
+        options = {
+            "steps": 20,
+            "optimizer": optimizer,
+            "lr_scheduler": "constant",
+            "learning_rate": rate,
+            "text_encoder_lr": rate,
+        }
         return ran(tmp_path, optimization=options, output={"preview_every": 0}).losses
 
     assert sum(losses(2e-3)[10:]) < sum(losses(1e-12)[10:])
@@ -187,8 +196,9 @@ def test_our_loss_is_that_of_a_plain_loop_over_diffusers_and_peft():
 def test_every_family_trains_and_writes_its_label(kind: str, tmp_path: Path):
     run = ran(
         tmp_path, model={"base": str(tiny_base(kind, tmp_path / kind))}, data={"resolution": 64},
-        optimization={"steps": 1, "batch": 2}, network={"text_rank": 2, "text2_rank": 2 if kind == "sdxl" else 0},
-        previews={"prompts": ("a",), "preview_steps": 1}, output={"preview_every": 1},
+        optimization={"steps": 1, "batch_size": 2},
+        network={"text_encoder_rank": 2, "text_encoder_2_rank": 2 if kind == "sdxl" else 0},
+        previews={"prompts": ("a",), "num_inference_steps": 1}, output={"preview_every": 1},
     )  # fmt: skip
     assert len(run.losses) == 1
     label = {"sd1": "sd_v1", "sd2": "sd_v2", "sd2-v": "sd_v2", "sdxl": "sdxl_base_v1-0"}[kind]
@@ -207,8 +217,8 @@ def test_every_kind_of_adapter_trains_and_says_who_reads_its_file(
     network: str, times: int, module: str, arguments: dict, note: str, tmp_path: Path
 ):
     run = ran(
-        tmp_path, network={"network": network}, optimization={"steps": 4, "ema": 0.5},
-        machine={"precision": "bf16", "checkpointing": True}, output={"preview_every": 4},
+        tmp_path, network={"algorithm": network}, optimization={"steps": 4, "ema_decay": 0.5},
+        machine={"mixed_precision": "bf16", "gradient_checkpointing": True}, output={"preview_every": 4},
     )  # fmt: skip
     (plan,) = run.of("plan")
     assert any(line.startswith(note) and "diffusers" in line for line in plan["why"])
@@ -219,8 +229,8 @@ def test_every_kind_of_adapter_trains_and_says_who_reads_its_file(
     assert json.loads(adapter.metadata["ss_network_args"]) == arguments
     own = DEFAULTS["sketch"]
     rates = [float(adapter.metadata[name]) for name in ("ss_unet_lr", "ss_text_encoder_lr")]
-    assert rates == [times * own.rate, times * own.text_rate]
-    assert (f"the rate is {times} times LoRA's, at which {note[:4]} learns as fast" in plan["why"]) == (times > 1)
+    assert rates == [times * own.learning_rate, times * own.text_encoder_lr]
+    assert (f"the learning rate is {times} times LoRA's: {note[:4]} then learns as fast" in plan["why"]) == (times > 1)
 
 
 def test_regularisation_pictures_are_as_many_as_pictures_and_weighted(tmp_path: Path):
@@ -232,7 +242,7 @@ def test_regularisation_pictures_are_as_many_as_pictures_and_weighted(tmp_path: 
         tmp_path / "out",
         dry_run=True,
         data={"images": str(tmp_path)},
-        optimization={"epochs": 1, "batch": 1, "steps": "auto"},
+        optimization={"epochs": 1, "batch_size": 1, "steps": "auto"},
     )
     assert plan.of("plan")[0]["steps"] == 8
 
@@ -251,23 +261,29 @@ def test_steps_go_through_epochs_and_the_last_of_an_epoch_may_be_short():
     [
         ({"data": {"images": ""}}, "train: name a folder of pictures"),
         ({"data": {"images": "/nowhere"}}, "/nowhere: no such folder of pictures"),
-        ({"optimization": {"steps": 3, "epochs": 2}}, "--steps 3 and --epochs 2: give one of them"),
-        ({"network": {"text2_rank": 4}}, "--text2-rank 4: Stable Diffusion 1 has one text encoder"),
+        ({"optimization": {"steps": 3, "epochs": 2}}, "--steps 3 and --epochs 2: give only one of them"),
+        ({"network": {"text_encoder_2_rank": 4}}, "--text-encoder-2-rank 4: Stable Diffusion 1 has one text encoder"),
         (
-            {"machine": {"device": "cpu", "precision": "fp16"}},
-            "--precision fp16: the cpu device trains in bf16",
+            {"machine": {"device": "cpu", "mixed_precision": "fp16"}},
+            "--mixed-precision fp16: the cpu device trains in bf16",
         ),
         (
             {"objective": {"min_timestep": 900, "max_timestep": 100}},
             "--min-timestep 900: above --max-timestep 100, so no timestep is left",
         ),
         (
-            {"optimization": {"optimizer": "prodigy", "rate": 0.5, "text_rate": 1.0}},
-            "--text-rate 1: prodigy takes one rate for all parts",
+            {"optimization": {"optimizer": "prodigy", "learning_rate": 0.5, "text_encoder_lr": 1.0}},
+            "--text-encoder-lr 1: prodigy uses one learning rate for all parts",
         ),
         ({"machine": {"attention": "xformers"}}, "--attention xformers: computes on cuda devices only"),
-        ({"network": {"network": "loha", "dropout": 0.1}}, "--dropout 0.1: --network loha has none; lora and dora do"),
-        ({"network": {"network": "lokr", "rslora": True}}, "--rslora: --network lokr has no such scale"),
+        (
+            {"network": {"algorithm": "loha", "lora_dropout": 0.1}},
+            "--lora-dropout 0.1: not available with --algorithm loha; use lora or dora",
+        ),
+        (
+            {"network": {"algorithm": "lokr", "rslora": True}},
+            "--rslora: not available with --algorithm lokr; use lora or dora",
+        ),
         ({"model": {"base": "model.ckpt"}}, "a pickle can run any program"),
         ({"model": {"base": "none.safetensors"}}, "--base none.safetensors: no such file"),
     ],
@@ -280,22 +296,30 @@ def test_what_cannot_work_is_refused_before_a_weight_is_loaded(tables: dict, lin
 
 def test_a_place_that_cannot_be_written_is_refused_before_a_weight_is_loaded(tmp_path: Path):
     (tmp_path / "file").touch()
-    with pytest.raises(Refused, match=r"--runs .*file: .* cannot be made \(Not a directory\)") as error:
-        ran(tmp_path, output={"runs": str(tmp_path / "file")})
+    with pytest.raises(Refused, match=r"--output-dir .*file: .* cannot be made \(Not a directory\)") as error:
+        ran(tmp_path, output={"output_dir": str(tmp_path / "file")})
     assert error.value.exit_code == 73
 
 
 def test_the_command_trains_and_says_where_the_adapter_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     cli.main([
-        "train", str(SAMPLES), "--steps", "1", "--preview-every", "0", "--runs", str(tmp_path), "--name", "it",
+        "train", str(SAMPLES), "--steps", "1", "--preview-every", "0", "--output-dir", str(tmp_path),
+        "--output-name", "it",
     ])  # fmt: skip
     out = capsys.readouterr().out.replace("\n", "")
     assert "20 pictures" in out and "trainable parameters" in out and "it.safetensors" in out
 
 
 def test_steps_are_those_of_peft_and_torchs_adamw(tmp_path: Path):
-    wanted = {"steps": 5, "schedule": "constant", "warm_up": 0.0, "rate": 2e-3, "text_rate": 1e-3, "clip": 0.05}
-    output = {"preview_every": 0, "save_dtype": "fp32", "seed": 4}
+    wanted = {
+        "steps": 5,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0.0,
+        "learning_rate": 2e-3,
+        "text_encoder_lr": 1e-3,
+        "max_grad_norm": 0.05,
+    }
+    output = {"preview_every": 0, "save_precision": "fp32", "seed": 4}
     run = ran(tmp_path, data={"caption_dropout": 0.0}, optimization=wanted, output=output)
     ours, _ = read_tensors(run.folder / "clay.safetensors")
 
@@ -312,7 +336,9 @@ def test_steps_are_those_of_peft_and_torchs_adamw(tmp_path: Path):
                 path, _, which = name.partition(".lora_")
                 stem = prefix + path.removeprefix("text_model.").replace(".", "_")
                 stems[f"{stem}.lora_{'down' if which[0] == 'A' else 'up'}.weight"] = parameter
-    initial = ran(tmp_path / "start", optimization={"steps": 1, "rate": 1e-30, "text_rate": 1e-30}, output=output)
+    initial = ran(
+        tmp_path / "start", optimization={"steps": 1, "learning_rate": 1e-30, "text_encoder_lr": 1e-30}, output=output
+    )
     start, _ = read_tensors(initial.folder / "clay.safetensors")
     for name, parameter in stems.items():
         parameter.data.copy_(start[name])
@@ -358,7 +384,7 @@ def test_steps_are_those_of_peft_and_torchs_adamw(tmp_path: Path):
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path):
     command = [
         sys.executable, "-m", "scumble.trainer.cli", "train", str(SAMPLES), "--steps", "5000", "--preview-every", "0",
-        "--save-every", "0", "--runs", str(tmp_path), "--name", "cut", "--json",
+        "--save-every", "0", "--output-dir", str(tmp_path), "--output-name", "cut", "--json",
     ]  # fmt: skip
     events: list[Event] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -376,10 +402,16 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_finite(tmp_path: Path):
-    wanted = {"steps": 50, "rate": 100.0, "text_rate": 100.0, "schedule": "constant", "warm_up": 0.0}
+    wanted = {
+        "steps": 50,
+        "learning_rate": 100.0,
+        "text_encoder_lr": 100.0,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0.0,
+    }
     with pytest.raises(
         Refused,
-        match=r"step \d+: the (loss|gradient) is not finite, as in the 11 steps before; try a lower --rate.*clay\.saf",
+        match=r"step \d+: the (loss|gradient) is not finite, as in the 11 steps before; try a lower --learning-rate.*clay",
     ):
         ran(tmp_path, optimization=wanted, output={"preview_every": 0})
     tensors, _ = read_tensors(tmp_path / "runs/clay/clay.safetensors")
@@ -394,11 +426,12 @@ def test_every_optimiser_of_the_extra_trains_and_saves_the_weights_that_it_found
     assert metadata["ss_optimizer"] == optimizer
     assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if name.endswith("lora_up.weight"))
     why = " ".join(run.of("plan")[0]["why"])
-    assert {"prodigy": "1 times what it finds", "schedule_free": "constant rate"}.get(optimizer, "cosine rate") in why
+    told = {"prodigy": "times the rate that it finds", "schedule_free": "schedule_free, constant, learning rate"}
+    assert told.get(optimizer, f"{optimizer}, cosine, learning rate") in why
 
 
 def test_dropout_is_drawn_from_the_step_so_that_previews_leave_it_alone(tmp_path: Path):
-    network = {"dropout": 0.3}
+    network = {"lora_dropout": 0.3}
     with_previews = ran(tmp_path / "a", network=network, optimization={"steps": 4}, output={"preview_every": 1})
     without = ran(tmp_path / "b", network=network, optimization={"steps": 4}, output={"preview_every": 0})
     assert with_previews.losses == without.losses
@@ -429,9 +462,9 @@ def test_the_last_preview_is_what_stock_diffusers_paints_from_the_exported_file(
 
 
 def test_the_moving_average_is_what_is_saved_and_training_goes_on_from_the_live_weights(tmp_path: Path):
-    optimization, output = {"steps": 4, "schedule": "constant"}, {"preview_every": 2, "save_dtype": "fp32"}
+    optimization, output = {"steps": 4, "lr_scheduler": "constant"}, {"preview_every": 2, "save_precision": "fp32"}
     live = ran(tmp_path / "a", optimization=optimization, output=output | {"save_every": 1})
-    averaged = ran(tmp_path / "b", optimization=optimization | {"ema": 0.5}, output=output)
+    averaged = ran(tmp_path / "b", optimization=optimization | {"ema_decay": 0.5}, output=output)
     assert averaged.losses == live.losses
     states = [read_tensors(path)[0] for path in sorted((live.folder / "checkpoints").glob("*.safetensors"))]
     states.append(read_tensors(live.folder / "clay.safetensors")[0])
@@ -457,7 +490,7 @@ def test_weights_of_regularisation_pictures_and_mirroring_reach_the_loss():
         with torch.no_grad():
             return objectives.losses(looks).tolist()
 
-    plain, weighted = losses(), losses(prior_weight=0.25)
+    plain, weighted = losses(), losses(prior_loss_weight=0.25)
     assert weighted == pytest.approx([plain[0], 0.25 * plain[1]])
     for mean, example, crop in zip(latents.mean, examples, upright, strict=True):
         mirrored = base.vae.encode(cropped(example.image, crop).flip(-1)[None]).latent_dist.mean[0]
@@ -466,7 +499,7 @@ def test_weights_of_regularisation_pictures_and_mirroring_reach_the_loss():
 
 def test_previews_above_their_share_of_the_time_are_left_out_but_for_the_first_and_the_last(tmp_path: Path):
     output = {"preview_every": 1, "save_every": 0}
-    previews = {"prompts": ("owl",), "preview_steps": 2, "preview_share": 0.0}
+    previews = {"prompts": ("owl",), "num_inference_steps": 2, "preview_share": 0.0}
     run = ran(tmp_path, optimization={"steps": 3}, output=output, previews=previews)
     assert [event["step"] for event in run.of("preview")] == [0, 3]
     assert [event["text"] for event in run.of("note") if "--preview-share" in event["text"]] == [

@@ -149,7 +149,7 @@ def _source(
     model: Model, place: str, is_file: bool, family: Family, prediction: str, zero_snr: bool, configs: Path | None
 ) -> Source:
     """What the options say goes before what the files say; a single file takes its family's `configs`."""
-    chosen = prediction if model.prediction == "auto" else model.prediction
+    chosen = prediction if model.prediction_type == "auto" else model.prediction_type
     rescaled = zero_snr if model.zero_terminal_snr == "auto" else model.zero_terminal_snr
     if rescaled and chosen == "epsilon":
         raise Refused("--zero-terminal-snr needs a base with v-prediction: at pure noise, epsilon says nothing")

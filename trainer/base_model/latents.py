@@ -4,10 +4,11 @@ A set as artists have it stays on the device as a whole; one that is larger than
 cache as it is needed, with flat memory.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import overload
 
 import torch
@@ -15,8 +16,8 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from scumble.configs.errors import Refused
-from scumble.datasets.cache import Cache, digest_of_file, digest_of_tensors, key_of
-from scumble.datasets.reading.images import Crop
+from scumble.datasets.cache import Cache, digest_of_tensors, key_of
+from scumble.datasets.reading.images import Crop, digest_of_file
 from scumble.datasets.tensors import all_cropped
 
 from ..system.device import sent
@@ -71,6 +72,7 @@ def encode_set(
     cache: Cache | None = None,
     say: Callable[[str], None] = lambda line: None,
     max_resident_bytes: int = MAX_RESIDENT_BYTES,
+    digests: Mapping[Path, str] = MappingProxyType({}),
 ) -> Latents:
     """Encode every picture with the base's VAE, or take it from the cache; `tell` counts, `say` is told of trouble.
 
@@ -82,12 +84,16 @@ def encode_set(
     pixels = sum(crop.target.width * crop.target.height for _, crops in views for crop in crops)
     large = pixels // shrink**2 * 2 * 4 * 4 > max_resident_bytes
     if large and cache is None:
-        raise Refused(f"--cache off: {len(views)} pictures do not stay in memory; leave the cache on", 73)
+        raise Refused(f"--latent-cache off: {len(views)} pictures do not stay in memory; leave the cache on", 73)
     vae = digest_of_tensors(base.vae.state_dict()) if cache else ""
     keys: list[str] = []
     kept: list[Entry] = []
     for group in _groups(views, PASS if device.type == "cuda" else 1):
-        names = [key_of(VERSION, digest_of_file(path), vae, *crops, device.type) for path, crops in group if cache]
+        names = [
+            key_of(VERSION, digests.get(path) or digest_of_file(path), vae, *crops, device.type)
+            for path, crops in group
+            if cache
+        ]
         found = [cache.get(name) for name in names] if cache else []
         entries = [entry for entry in found if entry is not None]
         if len(entries) < len(group):  # a group is encoded as a whole, so that its numbers never depend on the cache
@@ -154,7 +160,7 @@ def _put(cache: Cache, entries: dict[str, Entry]) -> str:
         for key, entry in entries.items():
             cache.put(key, entry)
     except OSError as error:
-        return f"--cache: {cache.folder} cannot be written ({error.strerror or error})"
+        return f"--latent-cache: {cache.folder} cannot be written ({error.strerror or error})"
     return ""
 
 

@@ -22,9 +22,9 @@ BITS = {"auto": 16, "off": 16, "int8": 8, "nf4": 4}  # to begin with
 def check_bits(bits: int, device: str) -> None:
     """Raises `Refused` where 4 bits cannot be had: (69) without bitsandbytes, (2) on a device that it knows not."""
     if bits == 4 and device == "mps":
-        raise Refused("--quantize nf4: bitsandbytes does not compute on the mps device; int8 works there")
+        raise Refused("--base-quantization nf4: bitsandbytes does not compute on the mps device; int8 works there")
     if bits == 4 and find_spec("bitsandbytes") is None:
-        raise Refused('--quantize nf4 needs bitsandbytes: pip install "scumble[quantize]"', 69)
+        raise Refused('--base-quantization nf4 needs bitsandbytes: pip install "scumble[quantize]"', 69)
 
 
 def fewer_bits(bits: int, device: str) -> int:

@@ -117,8 +117,9 @@ def captured(graph: torch.cuda.CUDAGraph, pool: Pool, run: Replay) -> torch.Tens
             graph.capture_end()
         except RuntimeError:  # CUDA has given the capture up; memory and chance of torch 2.11 believe that it goes on
             device = torch.cuda.current_device()
-            with suppress(RuntimeError):
+            with suppress(RuntimeError):  # only a graph that was captured whole gives its share of the pool back
                 torch._C._cuda_endAllocateToPool(device, pool)
+                torch._C._cuda_releasePool(device, pool)
             generator = torch.cuda.default_generators[device]
             generator.graphsafe_set_state(generator.clone_state())
         raise

@@ -23,7 +23,7 @@ from ..run.folder import name_of_set
 from ..system.device import check_alone, check_attention, make_accelerator
 from ..training.optimizers import check_optimizer
 from .findings import as_json, told_findings
-from .plan import Plan, batch_of, make_plan, settled
+from .plan import Plan, batch_size_of, make_plan, settled
 from .training_set import checked, heard, read_examples, read_views, resolution_of
 
 
@@ -71,17 +71,17 @@ def look(options: Options, goes_on: bool = False) -> Job:
     device = accelerator.device.type
     check_optimizer(options.optimization.optimizer, device)
     check_attention(options.machine.attention, device)
-    check_bits(BITS[options.machine.quantize], device)
+    check_bits(BITS[options.machine.base_quantization], device)
     found = read_examples(options)
     views = read_views(found, options, source)
     masks = [masks_of(view, source.latent_px, options.data.mask_floor) for view in views]
     captions = [heard(one, options) for one in found.examples if not one.prior and not one.is_held_out]
-    prompts = derived(captions, options.data.prefix, options.data.suffix)
+    prompts = derived(captions, options.data.caption_prefix, options.data.caption_suffix)
     shots = shots_of(options.previews, resolution_of(options, source), prompts, default_cfg(source.name))
     buckets, repeats = [view.size for view in views], [view.example.repeats for view in views]
-    per_epoch = batches_per_epoch(buckets, repeats, batch_of(options, source))
+    per_epoch = batches_per_epoch(buckets, repeats, batch_size_of(options, source))
     plan = make_plan(options, source, per_epoch, len(captions), sum(repeats))
-    name = options.output.name if goes_on else free_folder(options).name
+    name = options.output.output_name if goes_on else free_folder(options).name
     return Job(settled(options, plan, name), source, found, views, masks, shots, plan, accelerator, dtype)
 
 
@@ -97,10 +97,10 @@ def announce(job: Job, events: Events, notes: Sequence[str] = ()) -> None:
     if job.source.name == "sketch":
         why.append("sketch is the embedded base, for demonstration and tests; name a real one with --base")
     events.emit(
-        "plan", name=job.options.output.name, steps=job.plan.num_steps, epochs=job.plan.num_epochs, why=why,
+        "plan", name=job.options.output.output_name, steps=job.plan.num_steps, epochs=job.plan.num_epochs, why=why,
         shots=len(job.shots),
     )  # fmt: skip
-    told = [told_waste(job.views), told_batches(job.buckets, job.repeats, job.plan.batch), job.pictures.told()]
+    told = [told_waste(job.views), told_batches(job.buckets, job.repeats, job.plan.batch_size), job.pictures.told()]
     events.emit(
         "pictures", left_out=list(map(str, job.pictures.left_out)), remarks=list(map(str, job.pictures.remarks)),
         buckets=[asdict(use) for use in bucket_uses(job.views)],
@@ -112,8 +112,8 @@ def announce(job: Job, events: Events, notes: Sequence[str] = ()) -> None:
 
 def free_folder(options: Options) -> Path:
     """A folder that is not there yet: `runs/NAME`, `runs/NAME-2` and so on."""
-    wanted = options.output.name or name_of_set(options.data.images)
-    folder, number = Path(options.output.runs) / wanted, 1
+    wanted = options.output.output_name or name_of_set(options.data.images)
+    folder, number = Path(options.output.output_dir) / wanted, 1
     while folder.exists():
         number += 1
         folder = folder.with_name(f"{wanted}-{number}")

@@ -1,4 +1,4 @@
-"""What a run will do, decided before a weight is loaded: every "auto" becomes a number, and each has its reason."""
+"""The plan of a run: every "auto" becomes a number before a weight is loaded, and each choice has its reason."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,23 +7,26 @@ from pathlib import Path
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Options
+from scumble.configs.words import counted
 
 from ..adapters.targets import Part
 from ..base_model.detect import Source
-from ..training.optimizers import KINDS
+from ..training.optimizers import OPTIMIZERS
 from .training_set import resolution_of
+
+EVERY_EPOCH_UP_TO, ABOUT_ROWS = 16, 12  # previews and checkpoints with "auto"
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What suits a base: samples are pictures seen in the whole run, for each picture of the set."""
+    """What suits a base model. `samples_per_image` is how often each image is seen in the whole run."""
 
-    batch: int
+    batch_size: int
     rank: int
-    text_rank: dict[str, int]
-    rate: float
-    text_rate: float
-    samples_per_picture: dict[str, int]
+    text_encoder_rank: dict[str, int]
+    learning_rate: float
+    text_encoder_lr: float
+    samples_per_image: dict[str, int]
     fewest_samples: int
     most_samples: int
 
@@ -40,126 +43,130 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-KINDS_OF_ADAPTER = {  # name, what to know of its file, and its best rate against LoRA's (tests/benchmarks/rates.py)
-    "lora": ("LoRA", "", 1.0),
-    "dora": (
-        "DoRA",
-        "its file is exact in ComfyUI, A1111 and InvokeAI; diffusers warns and leaves its magnitudes out",
-        1.0,
+@dataclass(frozen=True)
+class Algorithm:
+    """A kind of adapter: its name, a note on where its file loads, and its best learning rate as a multiple of LoRA's
+    (measured: tests/benchmarks/rates.py)."""
+
+    name: str
+    note: str = ""
+    lr_multiple: float = 1.0
+
+
+ALGORITHMS = {
+    "lora": Algorithm("LoRA"),
+    "dora": Algorithm(
+        "DoRA", "its file is exact in ComfyUI, A1111 and InvokeAI; diffusers warns and ignores its magnitudes"
     ),
-    "loha": ("LoHa", "its file loads in ComfyUI, A1111 and Forge; diffusers cannot read it", 4.0),
-    "lokr": ("LoKr", "its file loads in ComfyUI, A1111 and Forge; diffusers cannot read it", 8.0),
+    "loha": Algorithm("LoHa", "its file loads in ComfyUI, A1111 and Forge; diffusers cannot read it", 4.0),
+    "lokr": Algorithm("LoKr", "its file loads in ComfyUI, A1111 and Forge; diffusers cannot read it", 8.0),
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers of a run. A step is one update of the adapter; an epoch is one pass over pictures times repeats."""
+    """The numbers of a run. A step is one optimizer step; an epoch is one pass over all images times their repeats."""
 
     parts: list[Part]
-    rates: dict[str, float]
+    learning_rates: dict[str, float]
     resolution_px: int
-    batch: int
+    batch_size: int
     steps_per_epoch: int
     num_steps: int
     num_epochs: int
     preview_every: int
     save_every: int
-    schedule: str
+    lr_scheduler: str
     reasons: list[str]
 
 
 def defaults_for(source: Source) -> Defaults:
-    """By the base's family, or those of the embedded base."""
+    """The defaults of the base's family, or those of the embedded base."""
     return DEFAULTS["sketch" if source.name == "sketch" else source.family.name]
 
 
-def batch_of(options: Options, source: Source) -> int:
-    return defaults_for(source).batch if options.optimization.batch == "auto" else options.optimization.batch
+def batch_size_of(options: Options, source: Source) -> int:
+    """The batch size that was asked for, or the default of the base."""
+    asked = options.optimization.batch_size
+    return defaults_for(source).batch_size if asked == "auto" else asked
 
 
 def parts_of(options: Options, source: Source) -> list[Part]:
-    """The parts that are trained, with rank and alpha. Raises `Refused` where the kind of adapter cannot do it."""
+    """The parts that are trained, with rank and alpha. Raises `Refused` where the algorithm does not support it."""
     network, defaults = options.network, defaults_for(source)
-    if network.network in ("loha", "lokr"):
-        if network.dropout:
-            raise Refused(f"--dropout {network.dropout:g}: --network {network.network} has none; lora and dora do")
+    if network.algorithm in ("loha", "lokr"):
+        if network.lora_dropout:
+            raise Refused(
+                f"--lora-dropout {network.lora_dropout:g}: not available with --algorithm {network.algorithm}; "
+                "use lora or dora"
+            )
         if network.rslora:
-            raise Refused(f"--rslora: --network {network.network} has no such scale; leave it, or take lora or dora")
+            raise Refused(f"--rslora: not available with --algorithm {network.algorithm}; use lora or dora")
     rank = defaults.rank if network.rank == "auto" else network.rank
     conv_alpha = network.conv_rank if network.conv_alpha == "auto" else network.conv_alpha
     parts = [Part("unet", rank, rank if network.alpha == "auto" else network.alpha, network.conv_rank, conv_alpha)]
-    asked = [("text", network.text_rank, network.text_alpha), ("text2", network.text2_rank, network.text2_alpha)]
+    asked = [
+        ("text", network.text_encoder_rank, network.text_encoder_alpha),
+        ("text2", network.text_encoder_2_rank, network.text_encoder_2_alpha),
+    ]
     for name, wanted, alpha in asked[: len(source.family.text_prefixes)]:
-        text_rank = defaults.text_rank[options.data.kind] if wanted == "auto" else wanted
+        text_rank = defaults.text_encoder_rank[options.data.kind] if wanted == "auto" else wanted
         if text_rank:
             parts.append(Part(name, text_rank, text_rank if alpha == "auto" else alpha))
-    if len(source.family.text_prefixes) == 1 and network.text2_rank not in ("auto", 0):
-        raise Refused(f"--text2-rank {network.text2_rank}: {source.family.label} has one text encoder; use --text-rank")
+    if len(source.family.text_prefixes) == 1 and network.text_encoder_2_rank not in ("auto", 0):
+        raise Refused(
+            f"--text-encoder-2-rank {network.text_encoder_2_rank}: {source.family.label} has one text encoder; "
+            "use --text-encoder-rank"
+        )
     return parts
 
 
-def make_plan(options: Options, source: Source, batches_per_epoch: int, num_pictures: int, num_samples: int) -> Plan:
-    """The plan for a set of `num_pictures`, `num_samples` with repeats, in `batches_per_epoch` forward passes."""
-    wanted, defaults = options.optimization, defaults_for(source)
+def make_plan(options: Options, source: Source, batches_per_epoch: int, num_images: int, num_samples: int) -> Plan:
+    """The plan for a set of `num_images`: `num_samples` with repeats, in `batches_per_epoch` forward passes."""
+    wanted = options.optimization
     parts = parts_of(options, source)
-    steps_per_epoch = ceil(batches_per_epoch / wanted.accumulate)
-    name, note, times = KINDS_OF_ADAPTER[options.network.network]
-    reasons = [f"{name} on {_words_for_parts(parts, options)}", *([f"{name}: {note}"] if note else [])]
+    steps_per_epoch = ceil(batches_per_epoch / wanted.gradient_accumulation_steps)
+    algorithm = ALGORITHMS[options.network.algorithm]
+    reasons = [f"{algorithm.name} on {_describe_parts(parts, options)}"]
+    if algorithm.note:
+        reasons.append(f"{algorithm.name}: {algorithm.note}")
     low, high = options.objective.min_timestep, options.objective.max_timestep
     if low > high:
         raise Refused(f"--min-timestep {low}: above --max-timestep {high}, so no timestep is left to train")
-    if wanted.steps != "auto" and wanted.epochs != "auto":
-        raise Refused(f"--steps {wanted.steps} and --epochs {wanted.epochs}: give one of them")
-    if wanted.steps != "auto":
-        num_steps = wanted.steps
-        reasons.append(f"{num_steps} steps as asked")
-    elif wanted.epochs != "auto":
-        num_steps = wanted.epochs * steps_per_epoch
-        reasons.append(f"{num_steps} steps: {wanted.epochs} epochs as asked")
-    else:
-        samples = num_pictures * defaults.samples_per_picture[options.data.kind]
-        samples = min(max(samples, defaults.fewest_samples), defaults.most_samples)
-        num_steps = max(1, round(samples / num_samples)) * steps_per_epoch
-        reasons.append(
-            f"{num_steps} steps: a {options.data.kind} of {num_pictures} pictures on {source.label} wants about "
-            f"{samples} looks, {samples // num_pictures} at each"
-        )
+    num_steps, reason = _num_steps(options, source, steps_per_epoch, num_images, num_samples)
+    reasons.append(reason)
     num_epochs = ceil(num_steps / steps_per_epoch)
-    tenth = ceil(num_epochs / 10)  # rather a divisor near it, so that the last two rows of previews are not alike
-    tenth = next((every for every in range(tenth, 2 * tenth) if num_epochs % every == 0), tenth) * steps_per_epoch
-    kind = KINDS[wanted.optimizer]
-    own_rates = [1.0 if kind.finds_rate else own * kind.rate * times for own in (defaults.rate, defaults.text_rate)]
-    rate, text_rate = (
-        own if asked == "auto" else asked for own, asked in zip(own_rates, (wanted.rate, wanted.text_rate), strict=True)
-    )
-    if kind.finds_rate and wanted.text_rate == "auto":
-        text_rate = rate
-    schedule = kind.schedule if wanted.schedule == "auto" else wanted.schedule
-    rates = {"unet": rate, "text": text_rate, "text2": text_rate if wanted.text2_rate == "auto" else wanted.text2_rate}
-    if kind.finds_rate and len({rates[part.name] for part in parts}) > 1:
-        raise Refused(f"--text-rate {text_rate:g}: {wanted.optimizer} takes one rate for all parts; give --rate alone")
-    shown = {part.name: rates[part.name] for part in parts}
-    found = " times what it finds" if kind.finds_rate else ""
-    reasons.append(
-        f"{wanted.optimizer}, {schedule} rate of "
-        + ", ".join(f"{value:g}{found} ({name})" for name, value in shown.items())
-    )
-    if times != 1 and not kind.finds_rate and "auto" in (wanted.rate, wanted.text_rate):
-        reasons.append(f"the rate is {times:g} times LoRA's, at which {name} learns as fast")
+    learning_rates, lr_reasons = _learning_rates(options, source, parts)
+    lr_scheduler = OPTIMIZERS[wanted.optimizer].lr_scheduler if wanted.lr_scheduler == "auto" else wanted.lr_scheduler
+    rates = ", ".join(f"{learning_rates[part.name]:g} ({part.name})" for part in parts)
+    found = " times the rate that it finds" if OPTIMIZERS[wanted.optimizer].finds_rate else ""
+    reasons.append(f"{wanted.optimizer}, {lr_scheduler}, learning rate {rates}{found}")
     return Plan(
         parts=parts,
-        rates=rates,
+        learning_rates=learning_rates,
         resolution_px=resolution_of(options, source),
-        batch=batch_of(options, source),
+        batch_size=batch_size_of(options, source),
         steps_per_epoch=steps_per_epoch,
         num_steps=num_steps,
         num_epochs=num_epochs,
-        preview_every=tenth if options.output.preview_every == "auto" else options.output.preview_every,
-        schedule=schedule,
-        save_every=tenth if options.output.save_every == "auto" else options.output.save_every,
-        reasons=reasons,
+        preview_every=interval(options.output.preview_every, num_epochs, steps_per_epoch),
+        save_every=interval(options.output.save_every, num_epochs, steps_per_epoch),
+        lr_scheduler=lr_scheduler,
+        reasons=[*reasons, *lr_reasons],
     )
+
+
+def interval(asked: int | str, num_epochs: int, steps_per_epoch: int) -> int:
+    """Steps between previews or checkpoints: `auto` is every epoch up to 16 epochs, else about 12 times at epoch ends.
+
+    Where a divisor of `num_epochs` is near, it is used, so that the last two are not close together.
+    """
+    if isinstance(asked, int):
+        return asked
+    if asked == "epoch" or num_epochs <= EVERY_EPOCH_UP_TO:
+        return steps_per_epoch
+    every = ceil(num_epochs / ABOUT_ROWS)
+    return next((near for near in range(every, 2 * every) if num_epochs % near == 0), every) * steps_per_epoch
 
 
 def settled(options: Options, plan: Plan, name: str) -> Options:
@@ -172,38 +179,91 @@ def settled(options: Options, plan: Plan, name: str) -> Options:
     network = options.network.model_copy(
         update={
             "rank": ranks["unet"].rank, "alpha": ranks["unet"].alpha, "conv_alpha": ranks["unet"].conv_alpha or "auto",
-            "text_rank": rank_of("text"), "text2_rank": rank_of("text2"),
-            "text_alpha": ranks["text"].alpha if "text" in ranks else "auto",
-            "text2_alpha": ranks["text2"].alpha if "text2" in ranks else "auto",
+            "text_encoder_rank": rank_of("text"), "text_encoder_2_rank": rank_of("text2"),
+            "text_encoder_alpha": ranks["text"].alpha if "text" in ranks else "auto",
+            "text_encoder_2_alpha": ranks["text2"].alpha if "text2" in ranks else "auto",
         }
     )  # fmt: skip
     optimization = options.optimization.model_copy(
-        update={"rate": plan.rates["unet"], "text_rate": plan.rates["text"], "text2_rate": plan.rates["text2"],
-                "schedule": plan.schedule, "batch": plan.batch, "steps": plan.num_steps, "epochs": "auto"}
+        update={
+            "learning_rate": plan.learning_rates["unet"], "text_encoder_lr": plan.learning_rates["text"],
+            "text_encoder_2_lr": plan.learning_rates["text2"], "lr_scheduler": plan.lr_scheduler,
+            "batch_size": plan.batch_size, "steps": plan.num_steps, "epochs": "auto",
+        }
     )  # fmt: skip
     output = options.output.model_copy(
-        update={"name": name, "preview_every": plan.preview_every, "save_every": plan.save_every}
+        update={"output_name": name, "preview_every": plan.preview_every, "save_every": plan.save_every}
     )
     data = options.data.model_copy(
         update={
             "resolution": plan.resolution_px,
-            "images": placed(options.data.images),
-            "prior": placed(options.data.prior),
+            "images": absolute(options.data.images),
+            "regularization_images": absolute(options.data.regularization_images),
         }
     )
-    model = options.model.model_copy(update={"base": placed(options.model.base), "vae": placed(options.model.vae)})
+    if isinstance(data.validation_split, str) and data.validation_split not in ("off", "auto"):
+        data = data.model_copy(update={"validation_split": absolute(data.validation_split)})
+    model = options.model.model_copy(update={"base": absolute(options.model.base), "vae": absolute(options.model.vae)})
     return options.model_copy(
         update={"network": network, "optimization": optimization, "output": output, "data": data, "model": model}
     )
 
 
-def placed(path: str) -> str:
-    """A path that holds from any folder; what is no path (a hub id, sketch, nothing) stays."""
+def absolute(path: str) -> str:
+    """A path that is valid from any folder; what is no path (a hub id, sketch, nothing) is returned unchanged."""
     return str(Path(path).absolute()) if path and path != "sketch" and Path(path).exists() else path
 
 
-def _words_for_parts(parts: Sequence[Part], options: Options) -> str:
-    words = {"unet": f"UNet ({options.network.targets})", "text": "text encoder", "text2": "second text encoder"}
-    said = [f"{words[part.name]} rank {part.rank}" + (f", convs rank {part.conv_rank}" if part.conv_rank else "")
-            for part in parts]  # fmt: skip
-    return ", ".join(said)
+def _num_steps(
+    options: Options, source: Source, steps_per_epoch: int, num_images: int, num_samples: int
+) -> tuple[int, str]:
+    """The number of optimizer steps, and why."""
+    wanted, defaults, kind = options.optimization, defaults_for(source), options.data.kind
+    if wanted.steps != "auto" and wanted.epochs != "auto":
+        raise Refused(f"--steps {wanted.steps} and --epochs {wanted.epochs}: give only one of them")
+    if wanted.steps != "auto":
+        return wanted.steps, f"{wanted.steps} steps as asked"
+    if wanted.epochs != "auto":
+        num_steps = wanted.epochs * steps_per_epoch
+        return num_steps, f"{num_steps} steps: {counted(wanted.epochs, 'epoch')} as asked"
+    samples = num_images * defaults.samples_per_image[kind]
+    samples = min(max(samples, defaults.fewest_samples), defaults.most_samples)
+    num_steps = max(1, round(samples / num_samples)) * steps_per_epoch
+    reason = f"{num_steps} steps: {counted(num_images, 'image')}, {kind}: about {samples} training samples"
+    return num_steps, f"{reason} ({samples // num_images} per image) for {source.label}"
+
+
+def _learning_rates(options: Options, source: Source, parts: Sequence[Part]) -> tuple[dict[str, float], list[str]]:
+    """The peak learning rate of each part, and what there is to say about them."""
+    wanted, defaults = options.optimization, defaults_for(source)
+    optimizer, algorithm = OPTIMIZERS[wanted.optimizer], ALGORITHMS[options.network.algorithm]
+
+    def chosen(asked: float | str, default: float) -> float:
+        if isinstance(asked, float | int):
+            return asked
+        return 1.0 if optimizer.finds_rate else default * optimizer.lr_multiple * algorithm.lr_multiple
+
+    unet = chosen(wanted.learning_rate, defaults.learning_rate)
+    text = chosen(wanted.text_encoder_lr, defaults.text_encoder_lr)
+    if optimizer.finds_rate and wanted.text_encoder_lr == "auto":
+        text = unet
+    text_2 = text if wanted.text_encoder_2_lr == "auto" else wanted.text_encoder_2_lr
+    rates = {"unet": unet, "text": text, "text2": text_2}
+    if optimizer.finds_rate and len({rates[part.name] for part in parts}) > 1:
+        raise Refused(
+            f"--text-encoder-lr {text:g}: {wanted.optimizer} uses one learning rate for all parts; "
+            "give only --learning-rate"
+        )
+    is_multiplied = algorithm.lr_multiple != 1 and not optimizer.finds_rate
+    if is_multiplied and "auto" in (wanted.learning_rate, wanted.text_encoder_lr):
+        reason = f"the learning rate is {algorithm.lr_multiple:g} times LoRA's: {algorithm.name} then learns as fast"
+        return rates, [reason]
+    return rates, []
+
+
+def _describe_parts(parts: Sequence[Part], options: Options) -> str:
+    labels = {"unet": f"UNet ({options.network.targets})", "text": "text encoder", "text2": "second text encoder"}
+    return ", ".join(
+        f"{labels[part.name]} rank {part.rank}" + (f", convolutions rank {part.conv_rank}" if part.conv_rank else "")
+        for part in parts
+    )

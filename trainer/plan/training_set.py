@@ -1,6 +1,7 @@
 """The pictures of a run as its options want them: which, with what captions, in which crops."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,9 @@ from scumble.datasets.reading.folder import Example, PictureSet, read_set
 
 from ..base_model.detect import Source
 
+HELD_OUT_BY_SIZE = (8, 0), (16, 2), (31, 4), (51, 6), (math.inf, 8)
+"""With validation_split = auto: below so many images, how many are held out."""
+
 
 def resolution_of(options: Options, source: Source) -> int:
     """Side of the square whose area pictures are brought to."""
@@ -26,15 +30,17 @@ def read_examples(options: Options) -> PictureSet:
     if not options.data.images:
         raise Refused("train: name a folder of pictures, as in `scumble train photos/`")
     found = read_set(Path(options.data.images), options.data.repeats, masks=options.data.masks)
-    if options.data.prior:
-        found += read_set(Path(options.data.prior), prior=True, masks=options.data.masks)
-    found.examples = with_held_out(found.examples, options.data.validation_split, options.output.seed)
+    if options.data.regularization_images:
+        found += read_set(Path(options.data.regularization_images), prior=True, masks=options.data.masks)
+    found = hold_out(found, options)
     prior = sum(example.repeats for example in found.examples if example.prior)
     times = max(1, round(sum(example.repeats for example in found.examples if not example.prior) / max(1, prior)))
     found.examples = [
         replace(example, repeats=example.repeats * times)
         if example.prior
-        else replace(example, caption=with_trigger(example.caption, options.data.trigger))
+        else replace(
+            example, caption=with_trigger(example.caption, options.data.trigger, options.data.trigger_position)
+        )
         for example in found.examples
     ]
     if all(example.prior for example in found.examples):
@@ -42,42 +48,67 @@ def read_examples(options: Options) -> PictureSet:
     return found
 
 
-def with_held_out(examples: list[Example], share: float, seed: int) -> list[Example]:
-    """The examples, a share of those to learn from held out, at least one where it is not 0.
+def hold_out(found: PictureSet, options: Options) -> PictureSet:
+    """The set with the images that `validation_split` names held out: their repeats are 0, they are never trained on.
 
-    They are chosen by what their files hold: copies stay together, and names or other pictures change no choice.
-    Raises `Refused` where none is left to learn from.
+    A folder adds its images, which are not trained on even where they are also in the training folder. Otherwise images
+    are chosen by a hash of their content and the seed: copies stay together, and file names or other images do not
+    change the choice. Raises `Refused` where no image would be left to train on.
     """
-    if not share:
-        return examples
-    from scumble.datasets.cache import digest_of_file  # imports torch, which `scumble check` does without
-
-    keys = {
-        example.image: hashlib.blake2b(f"{seed}/{digest_of_file(example.image)}".encode()).digest()
-        for example in examples
-        if not example.prior
-    }
-    distinct = sorted(set(keys.values()))
-    out = set(distinct[: max(1, round(share * len(distinct)))])
-    if len(out) == len(distinct):
+    split = options.data.validation_split
+    if split == "off":
+        return found
+    trained = [example for example in found.examples if not example.prior]
+    distinct = sorted({_draw(example, options.output.seed) for example in trained})
+    if isinstance(split, str) and split != "auto":
+        further = read_set(Path(split), masks=options.data.masks)
+        chosen = {example.digest for example in further.examples}
+        found.examples = [one for one in found.examples if one.prior or one.digest not in chosen]
+        further.examples = [replace(example, repeats=0) for example in further.examples]
+        if all(example.prior for example in found.examples):
+            raise Refused(f"--validation-split {split}: it holds every training image; remove some from it")
+        return found + further
+    count = num_held_out(split, len(distinct))
+    if count >= len(distinct):
         raise Refused(
-            f"--validation-split {share:g}: holds out all of {len(keys)} pictures; add some, or take a smaller share"
+            f"--validation-split {split:g}: holds out all {len(trained)} images; add images, or hold out fewer"
         )
-    return [replace(example, repeats=0) if keys.get(example.image) in out else example for example in examples]
+    out = set(distinct[:count])
+    found.examples = [
+        one if one.prior or _draw(one, options.output.seed) not in out else replace(one, repeats=0)
+        for one in found.examples
+    ]
+    return found
+
+
+def num_held_out(split: str | float, num_images: int) -> int:
+    """How many of `num_images` distinct images are held out: a count, a share (at least 1), or by the set's size."""
+    if isinstance(split, int):
+        return split
+    if isinstance(split, float):
+        return max(1, round(split * num_images))
+    return next(count for limit, count in HELD_OUT_BY_SIZE if num_images < limit)
+
+
+def _draw(example: Example, seed: int) -> bytes:
+    """A random number of the example that depends on its content and the seed only."""
+    return hashlib.blake2b(f"{seed}/{example.digest}".encode()).digest()
 
 
 def read_views(found: PictureSet, options: Options, source: Source) -> list[View]:
     """The crops of each picture at each resolution. Raises `Refused` for a step that the base cannot do."""
-    step_px = source.step_px if options.data.bucket_step == "auto" else options.data.bucket_step
+    step_px = source.step_px if options.data.bucket_reso_steps == "auto" else options.data.bucket_reso_steps
     if step_px % source.whole_px:
-        raise Refused(f"--bucket-step {step_px}: must be a multiple of {source.whole_px} for {source.label}")
+        raise Refused(f"--bucket-reso-steps {step_px}: must be a multiple of {source.whole_px} for {source.label}")
     buckets = tables(options.data, resolution_of(options, source), step_px)
     return views_of(found.examples, buckets, options.data, options.output.seed)
 
 
 def heard(example: Example, options: Options) -> str:
     """What training says of a picture where chance takes nothing away and shuffles nothing."""
-    data = options.data.model_copy(update={"trigger": "", "prefix": "", "suffix": ""} if example.prior else {})
+    data = options.data.model_copy(
+        update={"trigger": "", "caption_prefix": "", "caption_suffix": ""} if example.prior else {}
+    )
     rules = ruled(data, example.rules).model_copy(update=CERTAIN)
     return said(example.lines, rules, seed=options.output.seed, step=0, index=0)
 

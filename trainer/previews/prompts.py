@@ -40,8 +40,8 @@ def shots_of(previews: Previews, size_px: int | None, prompts: Sequence[str], cf
         _parsed(
             line,
             Shot(
-                line, previews.negative, side, side, previews.preview_seed + index, previews.preview_steps,
-                cfg if previews.cfg == "auto" else previews.cfg,
+                line, previews.negative_prompt, side, side, previews.preview_seed + index, previews.num_inference_steps,
+                cfg if previews.guidance_scale == "auto" else previews.guidance_scale,
             ),
         )
         for index, line in enumerate(lines or prompts)

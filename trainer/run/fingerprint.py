@@ -6,19 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from scumble.configs.options import Options
-from scumble.datasets.cache import digest_of_file
 from scumble.datasets.reading.folder import Example
-from scumble.datasets.reading.images import Crop
+from scumble.datasets.reading.images import Crop, digest_of_file
 
 from ..adapters.targets import LAYOUT
 from ..base_model.detect import Source
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 20
-FREE = {"model.base", "model.vae", "data.images", "data.prior"}  # where things lie; their content is compared
+FREE = {
+    "model.base",
+    "model.vae",
+    "data.images",
+    "data.regularization_images",
+}  # where things lie; their content is compared
 FREE_TABLES = {"previews", "output"}
 FIXED = {
-    "model.prediction", "model.zero_terminal_snr", "optimization.optimizer", "output.seed", "optimization.ema",
-    "data.resolution", "data.validation_split",
+    "model.prediction_type", "model.zero_terminal_snr", "optimization.optimizer", "output.seed",
+    "optimization.ema_decay", "data.resolution", "data.validation_split",
 }  # fmt: skip
 FIXED_TABLES = {"network"}
 
@@ -55,8 +59,9 @@ def fingerprints_of(examples: Sequence[Example], crops: Sequence[Sequence[Crop]]
     """Digest of each picture's and mask's bytes, caption, repeats and crops, by its path in `folder` or its name."""
     found: dict[str, str] = {}
     for example, seen in zip(examples, crops, strict=True):
-        files = (example.image, example.mask) if example.mask else (example.image,)
-        content = [digest_of_file(file, size=16) for file in files]
+        content = [example.digest]
+        if example.mask:
+            content.append(digest_of_file(example.mask))
         told = f"{content}/{example.caption}/{example.repeats}/{example.prior}/{seen}"
         told += f"/{example.rules}" if example.rules else ""
         inside = example.image.is_relative_to(folder)

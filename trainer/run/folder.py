@@ -24,6 +24,7 @@ from ..system.signals import DONE, INTERRUPTED, STOPPED, Cut
 OWNER, HEARTBEAT, EXIT, REQUESTS = "owner.json", "heartbeat.json", "exit.json", "requests"
 ROOM, ROOM_BYTES = "exit.json.room", 4096  # kept for the exit record, which a full disk must not prevent
 OPTIONS, EVENTS = "options.toml", "events.jsonl"
+FORMAT = 1  # of a run folder and the states in it; a release resumes the runs of the release before it
 KINDS_OF_REQUEST = ("sample", "save", "stop")
 BEAT_S, LOST_AFTER_S = 5.0, 300.0
 
@@ -71,9 +72,15 @@ class RunFolder:
         except OSError as error:
             what = "written" if self.path.is_dir() else "made"
             raise Refused(
-                f"--runs {self.path.parent}: {self.path} cannot be {what} ({error.strerror or error})", 73
+                f"--output-dir {self.path.parent}: {self.path} cannot be {what} ({error.strerror or error})", 73
             ) from None
-        owner = {"token": self.token, "pid": os.getpid(), "born": born(os.getpid()), "host": socket.gethostname()}
+        owner = {
+            "format": FORMAT,
+            "token": self.token,
+            "pid": os.getpid(),
+            "born": born(os.getpid()),
+            "host": socket.gethostname(),
+        }
         before = status_of(self.path)
         write_json(self.path / OWNER, owner)
         write_text(self.path / ROOM, " " * ROOM_BYTES)
@@ -162,6 +169,14 @@ def name_of_set(images: str) -> str:
 def is_run(folder: Path) -> bool:
     """Whether `folder` is one that a run left or is in."""
     return (folder / OPTIONS).is_file() and (folder / EVENTS).is_file()
+
+
+def check_format(folder: Path) -> None:
+    """Raises `Refused` where a run cannot be resumed because another version of scumble wrote it."""
+    found = read_json(folder / OWNER).get("format")
+    if found != FORMAT:
+        version = f"format {found}" if found else "no format number, from before the first release"
+        raise Refused(f"{folder}: a run of another version of scumble ({version}, this one reads {FORMAT}); train anew")
 
 
 def status_of(folder: Path) -> Status:

@@ -40,8 +40,8 @@ def check_disk(folder: Path, needed: int) -> int:
     free = free_bytes(folder)
     if needed > free + held:
         raise Refused(
-            f"--runs {folder}: the run needs up to {in_words(needed)} and {in_words(free)} are free; make room, take "
-            "another --runs, or keep fewer adapters (--keep last, a larger --save-every)",
+            f"--output-dir {folder}: the run needs up to {in_words(needed)}, {in_words(free)} are free; make room, use "
+            "another --output-dir, or keep fewer adapters (--keep-checkpoints last, a larger --save-every)",
             73,
         )
     return free

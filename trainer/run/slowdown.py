@@ -37,7 +37,7 @@ def likely_cause(device: torch.device) -> str:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         if free < 0.03 * total:
-            return "the card's memory is full and may spill into the machine's; close programs or lower --batch"
+            return "the card's memory is full and may spill into the machine's; close programs or lower --batch-size"
         return "another program may use the card, or it is hot and slows down"
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
     if load > 1.5 * cores:

@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from scumble.configs.errors import Refused
 
+from .folder import FORMAT
+
 ADAPTER, OPTIMIZER, NUMBERS = "adapter.safetensors", "optimizer.pt", "state.json"
 FOLDER, STAGED = "state", ".staged"
 NUM_KEPT = 2
@@ -79,7 +81,7 @@ def save_state(
         with (staged / OPTIMIZER).open("wb") as file:
             torch.save(dict(optimizer), file)
         digests = {name: _digest(staged / name) for name in (ADAPTER, OPTIMIZER)}
-        told = json.dumps(asdict(state) | {"digests": digests})
+        told = json.dumps({"format": FORMAT} | asdict(state) | {"digests": digests})
         (staged / NUMBERS).write_text(f"{told}\n{_digest_of(told)}\n", encoding="utf-8")
         for path in (*staged.iterdir(), staged):
             _sync(path)
@@ -108,6 +110,8 @@ def newest_state(run: Path, say: Callable[[str], None], before: float = inf) -> 
                 raise ValueError(path)
             told = json.loads(text)
             digests = told.pop("digests")
+            if told.pop("format", None) != FORMAT:
+                raise ValueError(path)
             if all(_digest(path / name) == digests[name] for name in (ADAPTER, OPTIMIZER)):
                 for name in ("rows", "checkpoints", "validated"):
                     told[name] = [tuple(row) for row in told.get(name, ())]

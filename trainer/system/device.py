@@ -36,13 +36,13 @@ def make_accelerator(machine: Machine) -> tuple[Accelerator, torch.dtype]:
     if machine.device not in ("auto", *there()):
         raise Refused(f"--device {machine.device}: this machine has none that torch can use")
     device = best_device() if machine.device == "auto" else machine.device
-    precision = machine.precision
+    precision = machine.mixed_precision
     if precision == "auto":
         precision = auto_precision(device)
     if precision == "fp16" and device != "cuda":
-        raise Refused(f"--precision fp16: the {device} device trains in bf16 or fp32")
+        raise Refused(f"--mixed-precision fp16: the {device} device trains in bf16 or fp32")
     if precision == "bf16" and device == "mps" and not torch.backends.mps.is_macos_or_newer(14, 0):
-        raise Refused("--precision bf16: the mps device has it since macOS 14; take fp32")
+        raise Refused("--mixed-precision bf16: the mps device has it since macOS 14; take fp32")
     mixed = "no" if precision == "fp32" else precision
     AcceleratorState._reset_state(reset_partial_state=True)  # a second run may differ
     return Accelerator(cpu=device == "cpu", mixed_precision=mixed), DTYPES[precision]

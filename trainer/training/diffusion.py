@@ -75,7 +75,7 @@ def perturb_input(noise: torch.Tensor, strength: float, generator: torch.Generat
 def distances(prediction: torch.Tensor, target: torch.Tensor, loss: str, huber_delta: float) -> torch.Tensor:
     """Loss of each element in fp32: e², or pseudo-Huber 2 d (sqrt(e² + d²) - d) (Charbonnier et al. 1997)."""
     error = prediction.float() - target.float()
-    if loss == "mse":
+    if loss == "l2":
         return error**2
     return 2 * huber_delta * ((error**2 + huber_delta**2).sqrt() - huber_delta)
 

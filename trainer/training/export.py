@@ -86,11 +86,11 @@ def metadata_of(
     trained_on = [example for example in examples if not example.prior and not example.is_held_out]
     entries: dict[str, object] = {
         **detection(base.family.name, v),
-        "modelspec.title": options.output.name,
+        "modelspec.title": options.output.output_name,
         "modelspec.date": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(finished)),
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.prediction_type": "v" if v else "epsilon",
-        "ss_output_name": options.output.name,
+        "ss_output_name": options.output.output_name,
         "ss_sd_model_name": Path(base.source.name).name,
         "ss_clip_skip": "None",
         "ss_resolution": f"({resolution}, {resolution})",
@@ -105,19 +105,21 @@ def metadata_of(
         "ss_tag_frequency": json.dumps(tag_frequency(trained_on)),
         "ss_dataset_dirs": json.dumps(folders(trained_on)),
         "ss_bucket_info": json.dumps({"buckets": bucket_info(buckets)}),
-        "ss_network_module": NETWORK_MODULES.get(options.network.network, NETWORK_MODULES["lora"]),
+        "ss_network_module": NETWORK_MODULES.get(options.network.algorithm, NETWORK_MODULES["lora"]),
         "ss_network_dim": unet.rank,
         "ss_network_alpha": unet.alpha,
         "ss_network_args": json.dumps(network_arguments(options.network, unet)),
-        "ss_unet_lr": options.optimization.rate,
-        "ss_text_encoder_lr": options.optimization.text_rate,
-        "ss_learning_rate": options.optimization.rate,
+        "ss_unet_lr": options.optimization.learning_rate,
+        "ss_text_encoder_lr": options.optimization.text_encoder_lr,
+        "ss_learning_rate": options.optimization.learning_rate,
         "ss_optimizer": options.optimization.optimizer,
-        "ss_lr_scheduler": options.optimization.schedule,
+        "ss_lr_scheduler": options.optimization.lr_scheduler,
         "ss_mixed_precision": PRECISIONS[base.unet.dtype],
         "ss_seed": options.output.seed,
         "ss_noise_offset": options.objective.noise_offset,
-        "ss_min_snr_gamma": options.objective.min_snr_gamma if options.objective.weighting == "min_snr" else "None",
+        "ss_min_snr_gamma": options.objective.min_snr_gamma
+        if options.objective.loss_weighting == "min_snr"
+        else "None",
         "ss_training_comment": "trained with scumble",
     }
     if options.data.trigger:
@@ -128,11 +130,11 @@ def metadata_of(
 def network_arguments(network: Network, part: Part) -> dict[str, object]:
     """What `ss_network_args` tells besides rank and alpha, by kohya's and LyCORIS's names."""
     arguments: dict[str, object] = {}
-    if network.network in ("loha", "lokr"):
-        arguments["algo"] = network.network
-    if network.network == "lokr":
+    if network.algorithm in ("loha", "lokr"):
+        arguments["algo"] = network.algorithm
+    if network.algorithm == "lokr":
         arguments["factor"] = -1 if network.lokr_factor == "auto" else network.lokr_factor
-    if network.network == "dora":
+    if network.algorithm == "dora":
         arguments["dora_wd"] = True
     if part.conv_rank:
         arguments |= {"conv_dim": part.conv_rank, "conv_alpha": part.conv_alpha}

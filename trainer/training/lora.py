@@ -91,7 +91,7 @@ def attach(base: Base, network: Network, parts: list[Part], seed: int) -> list[T
             with hidden("bitsandbytes"):  # PEFT asks for it to learn that no layer is one of its
                 inject_adapter_in_model(_config(part, network), component, ADAPTER)
             adapted = list(_adapted(base, part.name, component))
-            if network.network == "dora":
+            if network.algorithm == "dora":
                 for module in adapted:
                     assert isinstance(module.layer, LoraLayer)
                     add_magnitude(module.layer, ADAPTER)
@@ -141,12 +141,12 @@ def _config(part: Part, network: Network) -> LoraConfig | LoHaConfig | LoKrConfi
     if part.conv_rank:
         shared |= {"target_modules": f"(?:{targets})|(?:{CONVS})", **own_rank}
     alpha: Any = part.alpha  # PEFT says int and takes any number
-    if network.network == "loha":
+    if network.algorithm == "loha":
         return LoHaConfig(alpha=alpha, **shared)
-    if network.network == "lokr":
+    if network.algorithm == "lokr":
         factor = -1 if network.lokr_factor == "auto" else network.lokr_factor
         return LoKrConfig(alpha=alpha, decompose_factor=factor, **shared)
-    return LoraConfig(lora_alpha=alpha, lora_dropout=network.dropout, use_rslora=network.rslora, **shared)
+    return LoraConfig(lora_alpha=alpha, lora_dropout=network.lora_dropout, use_rslora=network.rslora, **shared)
 
 
 def _adapted(base: Base, part: str, component: torch.nn.Module) -> Iterator[Trained]:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the share of the peak rate at a step, a pure function, so that a resumed run agrees."""
+"""Learning-rate schedules as pure functions of the step, so that a resumed run follows the same curve."""
 
 import math
 from collections.abc import Callable
@@ -14,25 +14,33 @@ def rex(progress: float) -> float:
     return (1 - progress) / (0.5 + 0.5 * (1 - progress))
 
 
-SHAPES: dict[str, Callable[[float], float]] = {
+SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
+    "constant_with_warmup": lambda progress: 1.0,
     "linear": lambda progress: 1 - progress,
     "cosine": cosine,
-    "cosine_restarts": cosine,
+    "cosine_with_restarts": cosine,
     "rex": rex,
 }
 
 
-def rate_share(schedule: str, step: int, num_steps: int, warm_up: float, restarts: int = 1) -> float:
-    """Share of the peak rate in optimiser step `step` (from 0) of `num_steps`, in [0, 1].
+def num_warmup_steps(lr_scheduler: str, lr_warmup_steps: float, num_steps: int) -> int:
+    """The length of the warm-up: `lr_warmup_steps` if it is 1 or more, else that share of the run; 0 for constant."""
+    if lr_scheduler == "constant":
+        return 0
+    return round(lr_warmup_steps * num_steps if lr_warmup_steps < 1 else lr_warmup_steps)
 
-    The rate rises linearly over the first `warm_up` share of the run, then follows the shape; the first step is
-    never 0, and the shape would reach its end one step after the last.
+
+def lr_multiplier(lr_scheduler: str, step: int, num_steps: int, lr_warmup_steps: float, num_cycles: int = 1) -> float:
+    """Multiplier of the peak learning rate in optimizer step `step` (from 0) of `num_steps`, in [0, 1].
+
+    The rate rises linearly during the warm-up, then follows the schedule. It is never 0 in the first step; the
+    schedule would reach its end one step after the last.
     """
-    warm_steps = round(warm_up * num_steps)
-    if step < warm_steps:
-        return (step + 1) / (warm_steps + 1)
-    progress = (step - warm_steps) / max(1, num_steps - warm_steps)
-    if schedule == "cosine_restarts":
-        progress = progress * restarts % 1.0
-    return SHAPES[schedule](progress)
+    warmup = num_warmup_steps(lr_scheduler, lr_warmup_steps, num_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+    if lr_scheduler == "cosine_with_restarts":
+        progress = progress * num_cycles % 1.0
+    return SCHEDULES[lr_scheduler](progress)

@@ -55,7 +55,7 @@ class Objectives:
         self.base, self.examples, self.crops, self.latents = base, examples, crops, latents
         self.masks = masks or [()] * len(examples)
         self.data, self.objective, self.seed = data, objective, seed
-        self.rules_of_prior = data.model_copy(update={"trigger": "", "prefix": "", "suffix": ""})
+        self.rules_of_prior = data.model_copy(update={"trigger": "", "caption_prefix": "", "caption_suffix": ""})
         self.text_is_trained = text_is_trained
         self.device, self.dtype = base.device, base.unet.dtype
         self.alphas_cumprod = base.alphas_cumprod.to(self.device)
@@ -114,9 +114,9 @@ class Objectives:
         ).sample
         kind = self.base.source.prediction
         target = diffusion.target(kind, latents, noise, timesteps, self.alphas_cumprod)
-        distances = diffusion.distances(prediction, target, self.objective.loss, self.objective.huber_delta)
+        distances = diffusion.distances(prediction, target, self.objective.loss_type, self.objective.huber_delta)
         weights = diffusion.loss_weights(
-            self.objective.weighting,
+            self.objective.loss_weighting,
             kind,
             diffusion.snr(self.alphas_cumprod, timesteps),
             self.objective.min_snr_gamma,
@@ -131,8 +131,8 @@ class Objectives:
         low, high = self.objective.min_timestep, self.objective.max_timestep
         timestep = torch.randint(low, high + 1, (), generator=generator)
         noise = noise[None]
-        if self.objective.multires_noise:
-            noise = diffusion.multires_noise(noise, self.objective.multires_noise, generator)
+        if self.objective.multires_noise_discount:
+            noise = diffusion.multires_noise(noise, self.objective.multires_noise_discount, generator)
         if self.objective.noise_offset:
             noise = diffusion.offset_noise(noise, self.objective.noise_offset, generator)
         shown = noise
@@ -156,7 +156,7 @@ class Objectives:
         )[:, None]
 
     def _weight(self, look: Look) -> float:
-        return self.data.prior_weight if self.examples[look.index].prior else 1.0
+        return self.data.prior_loss_weight if self.examples[look.index].prior else 1.0
 
     def encode_ahead(self, looks: Iterable[Look]) -> bool:
         """Encode the captions of all looks, so that frozen text encoders can wait; not, where they are too many."""

@@ -18,18 +18,19 @@ Groups = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """An optimiser: how it is made, from which package, and what suits it.
+class OptimizerInfo:
+    """An optimizer: how it is made, from which package, and what suits it.
 
-    `rate` is its learning rate as a multiple of AdamW's, or, where `finds_rate`, the multiple of what it finds itself.
-    `schedule` is the shape that its authors recommend. One that is not `elementwise` looks at the shape of each tensor.
+    `lr_multiple` is its learning rate as a multiple of AdamW's. Where `finds_rate`, it estimates the rate itself and
+    the option is a multiple of its estimate. `lr_scheduler` is what its authors recommend. An optimizer that is not
+    `elementwise` looks at the shape of each tensor.
     """
 
     make: Callable[[Any, Groups, float], torch.optim.Optimizer]
     package: str = "torch"
-    rate: float = 1.0
+    lr_multiple: float = 1.0
     finds_rate: bool = False
-    schedule: str = "cosine"
+    lr_scheduler: str = "cosine"
     elementwise: bool = True
 
 
@@ -59,20 +60,20 @@ def _schedule_free(schedulefree: Any, groups: Groups, weight_decay: float) -> to
     return schedulefree.AdamWScheduleFree(groups, weight_decay=weight_decay)  # Defazio et al. 2024
 
 
-KINDS: dict[str, Kind] = {
-    "adamw": Kind(_adamw),
-    "adamw8bit": Kind(_adamw8bit, "bitsandbytes", elementwise=False),
-    "lion": Kind(_lion, "lion_pytorch", rate=0.2),
-    "prodigy": Kind(_prodigy, "prodigyopt", finds_rate=True),
-    "adafactor": Kind(_adafactor, "transformers", elementwise=False),
-    "schedule_free": Kind(_schedule_free, "schedulefree", schedule="constant"),
+OPTIMIZERS: dict[str, OptimizerInfo] = {
+    "adamw": OptimizerInfo(_adamw),
+    "adamw8bit": OptimizerInfo(_adamw8bit, "bitsandbytes", elementwise=False),
+    "lion": OptimizerInfo(_lion, "lion_pytorch", lr_multiple=0.2),
+    "prodigy": OptimizerInfo(_prodigy, "prodigyopt", finds_rate=True),
+    "adafactor": OptimizerInfo(_adafactor, "transformers", elementwise=False),
+    "schedule_free": OptimizerInfo(_schedule_free, "schedulefree", lr_scheduler="constant"),
 }
 
 
 def check_optimizer(name: str, device: str) -> None:
     """Raises `Refused` (69) where the optimiser's package is not installed, or (2) does not compute on the device."""
     _package(name)
-    if device == "mps" and KINDS[name].package == "bitsandbytes":
+    if device == "mps" and OPTIMIZERS[name].package == "bitsandbytes":
         raise Refused(f"--optimizer {name}: bitsandbytes does not compute it on the mps device; take adamw")
 
 
@@ -95,10 +96,10 @@ def grouped(
 
 def make_optimizer(name: str, groups: Groups, weight_decay: float, flat: Flat | None = None) -> torch.optim.Optimizer:
     """The optimiser over `grouped` parameters; one that is elementwise over those of `flat`, one for each group."""
-    if flat and KINDS[name].elementwise:
+    if flat and OPTIMIZERS[name].elementwise:
         groups = [group | {"params": [one]} for group, one in zip(groups, flat.groups, strict=True)]
     with redirect_stdout(StringIO()):  # prodigyopt prints, into events that programs read
-        optimizer = KINDS[name].make(_package(name), groups, weight_decay)
+        optimizer = OPTIMIZERS[name].make(_package(name), groups, weight_decay)
     if train := getattr(optimizer, "train", None):  # schedule-free has two points, and must be told which
         train()
     return optimizer
@@ -111,7 +112,7 @@ def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
 
 
 def _package(name: str) -> Any:
-    package = KINDS[name].package
+    package = OPTIMIZERS[name].package
     try:
         return import_module(package)
     except ImportError:

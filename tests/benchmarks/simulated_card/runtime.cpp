@@ -1,11 +1,12 @@
-// A played card: what torch asks of CUDA 13, cuBLAS and cuDNN, answered without a device.
+// A simulated GPU: the functions of CUDA 13, cuBLAS and cuDNN that torch calls, answered without a device.
 //
-// Memory is the machine's, and only what is written to takes room. Copies happen, kernels compute nothing, so numbers
-// are those that happen to lie there. The rules of stream capture are kept (CUDA C++ Programming Guide, "CUDA Graphs";
-// error codes of driver_types.h): who breaks one gets the error that CUDA gives, and the capture is lost. What breaks a
-// rule, and what a card would silently do wrong, is said on stderr after "played card:" and counted.
+// Memory is host memory, and only pages that are written to are allocated. Copies happen; kernels compute nothing, so
+// results are whatever the memory holds. The rules of stream capture are checked (CUDA C++ Programming Guide, "CUDA
+// Graphs"; error codes of driver_types.h): a call that breaks one returns the error that CUDA returns, and the capture
+// is invalid. Broken rules, and errors that a GPU would not report, are written to stderr after "simulated GPU:" and
+// counted.
 //
-// Functions that are not here return 0; card.py generates them.
+// Functions that are not defined here return 0; card.py generates them.
 
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -21,7 +22,7 @@
 
 extern "C" {
 // Read by card.py, in this order.
-long played_counts[6];
+long simulated_counts[6];
 }
 enum { KERNELS, CAPTURED_KERNELS, CAPTURES, REPLAYS, WAITS, BROKEN_RULES };
 
@@ -33,24 +34,24 @@ struct Graph { Stream* origin; bool lost = false; };
 
 std::recursive_mutex lock;
 std::set<Stream*> streams;
-std::map<long, Graph*> captures;  // those under way
-std::map<char*, size_t> on_card, pinned;
+std::map<long, Graph*> captures;  // in progress
+std::map<char*, size_t> on_gpu, pinned;
 std::map<void*, cudaStream_t> stream_of;  // handles of cuBLAS and cuDNN
 std::map<const void*, std::string> names;  // of kernels
-std::map<std::string, long> launches;  // of each kernel, copies and memsets too, since they were last told
+std::map<std::string, long> launches;  // of each kernel, copy and memset since they were last written
 size_t used = 0;
 long num_captures = 0;
 thread_local cudaError_t last = cudaSuccess;
 thread_local auto mode = cudaStreamCaptureModeGlobal;
 
 size_t total() {
-    const char* wanted = getenv("PLAYED_GIB");
+    const char* wanted = getenv("SIMULATED_GIB");
     return size_t((wanted ? atof(wanted) : 80.0) * (1ull << 30));
 }
 
 void say(const std::string& what) {
-    played_counts[BROKEN_RULES]++;
-    fprintf(stderr, "played card: %s\n", what.c_str());
+    simulated_counts[BROKEN_RULES]++;
+    fprintf(stderr, "simulated GPU: %s\n", what.c_str());
 }
 
 cudaError_t broken(cudaError_t error, const std::string& what) {
@@ -62,7 +63,7 @@ cudaError_t broken(cudaError_t error, const std::string& what) {
 bool is_legacy(cudaStream_t stream) { return size_t(stream) < 10; }
 long capture_of(cudaStream_t stream) { return is_legacy(stream) ? 0 : ((Stream*)stream)->capture; }
 
-// Calls that CUDA forbids while any stream is captured in global mode, but for a thread that says it knows better.
+// Calls that CUDA forbids while any stream is captured in global mode, except in a thread in relaxed mode.
 cudaError_t unless_captured(const char* call) {
     if (captures.empty() || mode == cudaStreamCaptureModeRelaxed) return cudaSuccess;
     return broken(cudaErrorStreamCaptureUnsupported, std::string(call) + " while a stream is captured");
@@ -72,7 +73,7 @@ cudaError_t waited(cudaStream_t stream, long event_capture, const char* call) {
     if (capture_of(stream) || captures.count(event_capture))
         return broken(cudaErrorStreamCaptureUnsupported, std::string(call) + " for what is captured");
     if (auto error = unless_captured(call)) return error;
-    played_counts[WAITS]++;
+    simulated_counts[WAITS]++;
     return cudaSuccess;
 }
 
@@ -88,7 +89,7 @@ void launched(cudaStream_t stream, const std::string& name) {
     std::lock_guard guard(lock);
     queued(stream, "a kernel");
     launches[name]++;
-    played_counts[capture_of(stream) ? CAPTURED_KERNELS : KERNELS]++;
+    simulated_counts[capture_of(stream) ? CAPTURED_KERNELS : KERNELS]++;
 }
 
 bool lies_in(const std::map<char*, size_t>& blocks, const void* address) {
@@ -107,7 +108,7 @@ cudaError_t copied(void* to, const void* from, size_t size, cudaStream_t stream)
     std::lock_guard guard(lock);
     queued(stream, "a copy");
     launches["memcpy"]++;
-    auto is_known = [](const void* address) { return lies_in(on_card, address) || lies_in(pinned, address); };
+    auto is_known = [](const void* address) { return lies_in(on_gpu, address) || lies_in(pinned, address); };
     if (!capture_of(stream)) memcpy(to, from, size);
     else if (!is_known(from) || !is_known(to))
         say("a copy of pageable memory is captured, which each replay repeats at the same address");
@@ -118,14 +119,14 @@ cudaError_t copied(void* to, const void* from, size_t size, cudaStream_t stream)
 
 extern "C" {
 
-// The card
+// The device
 cudaError_t cudaGetDeviceCount(int* count) { *count = 1; return cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { *device = 0; return cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int* version) { *version = 13000; return cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* version) { *version = 13000; return cudaSuccess; }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* found, int) {
     memset(found, 0, sizeof *found);
-    strcpy(found->name, "played card");
+    strcpy(found->name, "simulated GPU");
     found->totalGlobalMem = total();
     found->major = 9;
     found->multiProcessorCount = 132;
@@ -163,13 +164,13 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
 }
 cudaError_t cudaGetLastError() { auto error = last; last = cudaSuccess; return error; }
 cudaError_t cudaPeekAtLastError() { return last; }
-const char* cudaGetErrorName(cudaError_t) { return "cudaErrorPlayed"; }
+const char* cudaGetErrorName(cudaError_t) { return "cudaErrorSimulated"; }
 const char* cudaGetErrorString(cudaError_t error) {
     switch (error) {
         case cudaErrorMemoryAllocation: return "out of memory";
         case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
         case cudaErrorStreamCaptureInvalidated: return "operation failed due to a previous error during capture";
-        default: return "played error";
+        default: return "simulated error";
     }
 }
 cudaError_t cudaGetDriverEntryPointByVersion(
@@ -186,7 +187,7 @@ cudaError_t cudaMalloc(void** found, size_t size) {
     if (auto error = unless_captured("cudaMalloc")) return error;
     if (used + size > total()) return last = cudaErrorMemoryAllocation;
     char* block = taken(size);
-    on_card[block] = size;
+    on_gpu[block] = size;
     used += size;
     *found = block;
     return cudaSuccess;
@@ -194,11 +195,11 @@ cudaError_t cudaMalloc(void** found, size_t size) {
 cudaError_t cudaFree(void* address) {
     std::lock_guard guard(lock);
     if (auto error = unless_captured("cudaFree")) return error;
-    auto found = on_card.find((char*)address);
-    if (found == on_card.end()) return cudaSuccess;
+    auto found = on_gpu.find((char*)address);
+    if (found == on_gpu.end()) return cudaSuccess;
     used -= found->second;
     munmap(address, found->second);
-    on_card.erase(found);
+    on_gpu.erase(found);
     return cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void** found, size_t size, unsigned) {
@@ -223,7 +224,7 @@ cudaError_t cudaMemGetInfo(size_t* unused, size_t* all) {
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* found, const void* address) {
     std::lock_guard guard(lock);
     memset(found, 0, sizeof *found);
-    found->type = lies_in(on_card, address) ? cudaMemoryTypeDevice
+    found->type = lies_in(on_gpu, address) ? cudaMemoryTypeDevice
         : lies_in(pinned, address) ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
     found->devicePointer = found->hostPointer = const_cast<void*>(address);
     return cudaSuccess;
@@ -320,7 +321,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     if (is_legacy(stream)) return broken(cudaErrorStreamCaptureUnsupported, "the default stream is captured");
     long number = ((Stream*)stream)->capture = ++num_captures;
     captures[number] = new Graph{(Stream*)stream};
-    played_counts[CAPTURES]++;
+    simulated_counts[CAPTURES]++;
     return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* found) {
@@ -368,7 +369,7 @@ cudaError_t cudaGraphGetNodes(cudaGraph_t, cudaGraphNode_t*, size_t* count) { *c
 cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t stream) {
     std::lock_guard guard(lock);
     if (!captures.empty()) say("a graph is launched during a capture");
-    played_counts[REPLAYS]++;
+    simulated_counts[REPLAYS]++;
     return cudaSuccess;
 }
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
@@ -381,7 +382,7 @@ void __cudaRegisterFunction(
     void**, const char* function, char*, const char* name, int, void*, void*, void*, void*, int*) {
     names[function] = name;
 }
-void played_write_launches(const char* path) {
+void simulated_write_launches(const char* path) {
     std::lock_guard guard(lock);
     FILE* file = fopen(path, "w");
     for (auto& [name, count] : launches) fprintf(file, "%ld %s\n", count, name.c_str());
@@ -427,15 +428,15 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* count, c
     return cudaSuccess;
 }
 
-// The driver, of which torch asks little
+// The driver functions that torch calls
 int cuInit(unsigned) { return 0; }
 int cuDeviceGet(int* device, int) { *device = 0; return 0; }
 int cuDevicePrimaryCtxGetState(int, unsigned* flags, int* is_active) { *flags = 0; *is_active = 1; return 0; }
 int cuDevicePrimaryCtxRetain(void** context, int) { *context = (void*)1; return 0; }
 int cuCtxGetCurrent(void** context) { *context = (void*)1; return 0; }
-int cuGetErrorString(int, const char** found) { *found = "played error"; return 0; }
+int cuGetErrorString(int, const char** found) { *found = "simulated error"; return 0; }
 
-// and of which Triton asks more
+// The driver functions that Triton calls
 struct DriverLaunch { unsigned grid[3], block[3], shared; cudaStream_t stream; };  // CUlaunchConfig
 int cuDeviceGetAttribute(int* value, int attribute, int) {
     return cudaDeviceGetAttribute(value, cudaDeviceAttr(attribute), 0);
@@ -447,7 +448,7 @@ int cuModuleGetFunction(void** found, void*, const char* name) {
 }
 int cuFuncGetAttribute(int* value, int attribute, void*) { *value = attribute ? 0 : 1024; return 0; }  // 0: threads
 int cuPointerGetAttribute(void* found, int, void* address) {
-    if (!lies_in(on_card, address)) return cudaErrorInvalidValue;
+    if (!lies_in(on_gpu, address)) return cudaErrorInvalidValue;
     *(void**)found = address;
     return 0;
 }
@@ -487,9 +488,9 @@ int cublasLtMatmul(
     return 0;
 }
 
-// cuDNN's backend: one engine for everything, without a workspace
+// cuDNN's backend: one engine for all operations, without a workspace
 enum { ENGINES = 202, INT64 = 3, BACKEND_DESCRIPTOR = 15 };  // of cudnn_graph.h
-const char* cudnnGetErrorString(int) { return "played error"; }
+const char* cudnnGetErrorString(int) { return "simulated error"; }
 int cudnnCreate(void** made) { *made = malloc(1); return 0; }
 int cudnnSetStream(void* handle, cudaStream_t stream) { return cublasSetStream_v2(handle, stream); }
 int cudnnGetStream(void* handle, cudaStream_t* found) { *found = stream_of[handle]; return 0; }

@@ -347,7 +347,7 @@ def test_the_frame_is_the_part_that_training_crops(tmp_path: Path):
     wide = Image.new("RGB", (300, 100), "red")
     wide.paste("blue", (50, 0, 250, 100))
     wide.save(tmp_path / "wide.png")
-    done = checkup_of(tmp_path, max_side=64)
+    done = checkup_of(tmp_path, max_bucket_reso=64)
     frame = frame_of(done.looks[0].crop)
     assert (frame.left, frame.top, frame.width, frame.height) == pytest.approx((16.7, 0, 66.7, 100), abs=0.1)
     seen = np.asarray(sheet(done, "wide", "sketch")).reshape(-1, 3).astype(int)

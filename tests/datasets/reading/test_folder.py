@@ -252,7 +252,7 @@ def test_a_list_of_folders_gives_each_its_repeats_words_and_place(tmp_path: Path
     listing = tmp_path / "set.toml"
     listing.write_text(
         '[[folders]]\npath = "photos/cat"\nrepeats = 3\nwords = "zwx cat"\n[[folders]]\npath = "photos"\n'
-        '[[folders]]\npath = "class"\nprior = true\n'
+        '[[folders]]\npath = "class"\nregularization = true\n'
     )
     found = read_set(listing, repeats=2)
     told = [(example.image.name, example.caption, example.repeats, example.prior) for example in found.examples]
@@ -304,12 +304,18 @@ def test_kohyas_dataset_file_is_read_and_what_is_not_followed_is_named(tmp_path:
     ]  # fmt: skip
     assert [remark.text for remark in found.remarks] == [
         "resolution = 512 is not followed: it is one for the whole set here: give --resolution",
-        "batch_size = 4 is not followed: it is one for the whole set here: give --batch",
+        "batch_size = 4 is not followed: it is one for the whole set here: give --batch-size",
         "color_aug = True is not followed: colours are part of what is learned",
     ]
     assert left_out(found) == {"deeper": "a folder inside, which a subset of kohya's does not enter"}
     general = {"shuffle_tags": True, "keep_tags": 2}
-    cat = general | {"wildcards": True, "caption_lines": "pick", "flip": True, "crop": "random", "tag_dropout": 0.25}
+    cat = general | {
+        "wildcards": True,
+        "caption_lines": "pick",
+        "random_flip": True,
+        "crop": "random",
+        "tag_dropout": 0.25,
+    }
     reg = general | {"wildcards": False, "caption_dropout": 0.1}
     assert [dict(example.rules) for example in found.examples] == [cat, cat, reg]
 
@@ -319,7 +325,7 @@ def test_options_of_one_folder_hold_for_its_pictures_alone_whatever_the_run_says
     put(tmp_path / "dog/b.png", "a, b, c, d")
     listing = tmp_path / "set.toml"
     listing.write_text(
-        '[[folders]]\npath = "cat"\nflip = true\nshuffle_tags = true\nsuffix = "in ink"\ncaption_dropout = 0\n'
+        '[[folders]]\npath = "cat"\nrandom_flip = true\nshuffle_tags = true\ncaption_suffix = "in ink"\ncaption_dropout = 0\n'
         '[[folders]]\npath = "dog"\ncaption_dropout = 1\n'
     )
     cat, dog = read_set(listing).examples
@@ -392,7 +398,7 @@ def test_flags_that_stand_for_kohyas_keys_exist():
         ("[[folders]]\npath = 'a'\nrepeats = '2'\n", "repeats = 2: must be a whole number"),
         ("[[folders]]\npath = 'a'\nrepeats = 0\n", "repeats = 0: must be a whole number from 1 to 10000"),
         ("[[folders]]\npath = 'a'\ntag_dropout = 1.0\n", "tag_dropout = 1.0: must be a number from 0 to below 1"),
-        ("[[folders]]\npath = 'a'\nflop = true\n", "no such key flop in [[folders]] (did you mean flip?)"),
+        ("[[folders]]\npath = 'a'\nrandom_flap = true\n", "no such key random_flap in [[folders]] (did you mean random_flip?)"),
         (
             "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\nkeep_tokens = 1.5\n",
             "keep_tokens = 1.5: must be a whole number",

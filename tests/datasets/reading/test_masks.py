@@ -136,7 +136,7 @@ def test_a_mask_that_is_black_in_the_crop_is_refused_by_name_before_anything_is_
     mask = Image.new("L", (256, 64), 0)
     mask.paste(255, (0, 0, 12, 64))
     mask.save(tmp_path / "wide-masklabel.png")
-    data = {"images": str(tmp_path), "max_side": 64}
+    data = {"images": str(tmp_path), "max_bucket_reso": 64}
     with pytest.raises(Refused, match=r"wide\.png: its mask is black in the crop that is seen; .*--crop focus"):
         ran(tmp_path / "runs", dry_run=True, data=data)
     ran(tmp_path / "runs", dry_run=True, data=data | {"crop": "focus"})
@@ -156,7 +156,15 @@ def test_a_masked_loss_is_the_plain_loss_of_what_the_mask_shows():
     def losses(masks: list[tuple[torch.Tensor, ...]], floor: float = 0.0) -> torch.Tensor:
         data = Data(caption_dropout=0.0, mask_floor=floor)
         objectives = Objectives(
-            base, examples, crops, latents, data, Objective(weighting="none"), 5, text_is_trained=False, masks=masks
+            base,
+            examples,
+            crops,
+            latents,
+            data,
+            Objective(loss_weighting="none"),
+            5,
+            text_is_trained=False,
+            masks=masks,
         )
         with torch.no_grad():
             return objectives.losses(looks)

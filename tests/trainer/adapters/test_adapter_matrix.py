@@ -30,9 +30,9 @@ SAMPLES = CHECKOUT / "datasets/samples/clay-style"
 NETWORKS = {
     "lora": Network(),
     "rslora": Network(rslora=True),
-    "dora": Network(network="dora"),
-    "loha": Network(network="loha"),
-    "lokr": Network(network="lokr", lokr_factor=4),
+    "dora": Network(algorithm="dora"),
+    "loha": Network(algorithm="loha"),
+    "lokr": Network(algorithm="lokr", lokr_factor=4),
 }
 CASES = [("sketch", True), *((base, text) for base in ("sd1", "sd2", "sdxl") for text in (True, False))]
 LAYERS = {"attention": ("attention", 0), "full": ("full", 0), "convs": ("full", 3)}  # targets, rank of convolutions

@@ -345,7 +345,7 @@ def test_kinds_that_diffusers_does_not_know_are_tried_on_the_base_and_it_is_said
     base = load(model, recognise(model), torch.device("cpu"), torch.float32)
     names = ["text", "text2"][: len(base.text_encoders)]
     parts = [Part("unet", 4, 4.0), *(Part(name, 2, 2.0) for name in names)]
-    trained = attach(base, Network(network=network, lokr_factor=4), parts, seed=0)  # ty: ignore[invalid-argument-type]
+    trained = attach(base, Network(algorithm=network, lokr_factor=4), parts, seed=0)  # ty: ignore[invalid-argument-type]
     generator = torch.Generator().manual_seed(0)
     for module in trained:
         for slot, parameter in module.tensors.items():

@@ -122,7 +122,7 @@ def test_a_single_file_tells_its_kind_by_shapes_and_keys(
 
 def test_options_go_before_what_the_file_says(tmp_path: Path):
     path = header_only(tmp_path / "m.safetensors", 768, {})
-    source = recognise(Model(base=str(path), prediction="v_prediction", zero_terminal_snr=True))
+    source = recognise(Model(base=str(path), prediction_type="v_prediction", zero_terminal_snr=True))
     assert source.prediction == "v_prediction" and source.zero_terminal_snr
 
 

@@ -74,7 +74,7 @@ def places(monkeypatch: pytest.MonkeyPatch) -> Places:
 
 def options(folder: Path, kind: str, **tables: Any) -> dict[str, Any]:
     base = str(tiny_base(kind, folder / "base"))
-    frozen = {"text_rank": 0, "text2_rank": 0}
+    frozen = {"text_encoder_rank": 0, "text_encoder_2_rank": 0}
     return {
         "model": {"base": base},
         "data": {"resolution": 64},
@@ -101,7 +101,7 @@ def test_only_the_unet_is_there_in_a_step_and_the_adapter_is_the_same(
 
 
 def test_a_text_encoder_that_learns_stays(tmp_path: Path, places: Places):
-    ran(tmp_path, **options(tmp_path, "sd1", network={"text_rank": 4}))
+    ran(tmp_path, **options(tmp_path, "sd1", network={"text_encoder_rank": 4}))
     assert all(seen == {"unet": False, "vae": True, "text": False} for seen in places.in_passes)
 
 

@@ -108,7 +108,7 @@ def test_every_adapter_learns_on_it_as_on_a_dense_base_of_its_weights(network: A
         dense.unet.get_submodule(path).weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
     gradients = []
     for base in (few, dense):
-        trained = attach(base, Network(network=network), PARTS, seed=0)
+        trained = attach(base, Network(algorithm=network), PARTS, seed=0)
         loss_of(base).backward()
         gradients.append([p.grad for module in trained for p in module.tensors.values() if p.grad is not None])
     assert len(gradients[0]) == len(gradients[1]) > 0
@@ -130,7 +130,8 @@ def test_weights_come_out_the_same_whether_bits_were_asked_for_or_taken_step_by_
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
 def test_a_run_on_a_quantised_base_previews_exports_and_goes_on_bit_for_bit(kind: str, tmp_path: Path):
     tables: dict[str, Any] = {
-        "machine": {"quantize": kind}, "optimization": {"steps": 4}, "output": {"preview_every": 2, "save_every": 2},
+        "machine": {"base_quantization": kind}, "optimization": {"steps": 4},
+        "output": {"preview_every": 2, "save_every": 2},
     }  # fmt: skip
     whole = ran(tmp_path / "whole", **tables)
     cut = begun(tmp_path / "cut", 2, **tables)
@@ -185,8 +186,8 @@ def test_auto_takes_what_costs_least_speed_first_and_a_resumed_run_what_was_take
 def test_what_was_asked_for_stays_and_a_step_that_does_not_fit_is_refused(
     quantize_: str, tmp_path: Path, memory: list[tuple[bool, int, int]]
 ):
-    with pytest.raises(Refused, match=r"the memory of the cpu device: 4 pictures of .* lower --batch"):
-        ran(tmp_path, machine={"quantize": quantize_})
+    with pytest.raises(Refused, match=r"the memory of the cpu device: 4 pictures of .* lower --batch-size"):
+        ran(tmp_path, machine={"base_quantization": quantize_})
     assert {bits for _, _, bits in memory} == {{"off": 16, "int8": 8}[quantize_]}
 
 
@@ -202,7 +203,7 @@ def test_a_base_that_does_not_fit_is_loaded_in_fewer_bits(tmp_path: Path, monkey
     run = ran(tmp_path, optimization={"steps": 1}, output={"preview_every": 0})
     assert [event["bits"] for event in run.of("measured")] == [8]
     with pytest.raises(Refused, match="does not fit into the memory of the cpu device") as error:
-        ran(tmp_path, machine={"quantize": "off"})
+        ran(tmp_path, machine={"base_quantization": "off"})
     assert error.value.exit_code == 69
 
 
@@ -211,15 +212,17 @@ def test_nf4_without_bitsandbytes_is_refused_with_the_cure_and_auto_ends_at_8_bi
     assert [fewer_bits(bits, "mps") for bits in (16, 8)] == [8, 0]
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     assert [fewer_bits(bits, "cuda") for bits in (16, 8)] == [8, 0]
-    with pytest.raises(Refused, match=r'--quantize nf4 needs bitsandbytes: pip install "scumble\[quantize\]"') as error:
+    with pytest.raises(
+        Refused, match=r'--base-quantization nf4 needs bitsandbytes: pip install "scumble\[quantize\]"'
+    ) as error:
         check_bits(4, "cuda")
     assert error.value.exit_code == 69
 
 
 def test_other_bits_in_the_middle_of_a_run_are_named(tmp_path: Path):
     run = begun(tmp_path, 1, optimization={"steps": 3}, output={"preview_every": 0})
-    (plan,) = go_on(run, machine={"quantize": "int8"}).of("plan")
-    assert "changed: --quantize int8 instead of auto" in plan["why"]
+    (plan,) = go_on(run, machine={"base_quantization": "int8"}).of("plan")
+    assert "changed: --base-quantization int8 instead of auto" in plan["why"]
 
 
 def test_4_bits_are_packed_by_bitsandbytes():

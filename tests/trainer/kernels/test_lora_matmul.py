@@ -20,7 +20,7 @@ from scumble.trainer.kernels.lora_matmul import is_plain, speed_up, together
 from scumble.trainer.training.flat_parameters import Flat
 from scumble.trainer.training.forward_backward import Passes
 from scumble.trainer.training.objective import Batch, Look
-from scumble.trainer.training.optimizers import KINDS, grouped, make_optimizer
+from scumble.trainer.training.optimizers import OPTIMIZERS, grouped, make_optimizer
 
 
 class Two(torch.nn.Module):
@@ -275,13 +275,13 @@ def test_a_base_that_is_quantised_later_computes_by_itself():
     torch.testing.assert_close(flat.gradients[0], torch.cat(wanted), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_flat_parameters_move_as_loose_ones_do(name: str):
     moved = []
     for flatten in (False, True):
         torch.manual_seed(0)
         parameters = [torch.nn.Parameter(torch.randn(size)) for size in ((3, 5), (7,), (2, 2, 3))]
-        second = 1e-2 if KINDS[name].finds_rate else 1e-3  # such a rate is one for all
+        second = 1e-2 if OPTIMIZERS[name].finds_rate else 1e-3  # such a rate is one for all
         groups = grouped([(1e-2, parameters[:2]), (second, parameters[2:])], parameters[1:2])
         flat = Flat([group["params"] for group in groups]) if flatten else None
         optimizer = make_optimizer(name, groups, 0.1, flat)
@@ -398,9 +398,9 @@ def test_fifty_steps_have_the_losses_of_pefts_forward_and_of_an_update_of_each_t
 ):
     def losses_and_file(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
         run = ran(
-            folder, network={"rank": 4, "text_rank": 2, "conv_rank": 2},
-            optimization={"steps": 50, "batch": 1, "rate": 1e-3, "text_rate": 1e-3},
-            output={"preview_every": 0, "save_dtype": "fp32"},
+            folder, network={"rank": 4, "text_encoder_rank": 2, "conv_rank": 2},
+            optimization={"steps": 50, "batch_size": 1, "learning_rate": 1e-3, "text_encoder_lr": 1e-3},
+            output={"preview_every": 0, "save_precision": "fp32"},
         )  # fmt: skip
         return run.losses, read_tensors(run.folder / "clay.safetensors")[0]
 

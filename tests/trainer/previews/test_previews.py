@@ -119,7 +119,7 @@ def test_many_pictures_at_once_are_not_captured(base: Base):
 
 
 def test_options_of_the_base_reach_its_schedule():
-    scheduler = loaded(Model(prediction="v_prediction", zero_terminal_snr=True)).pipeline.scheduler
+    scheduler = loaded(Model(prediction_type="v_prediction", zero_terminal_snr=True)).pipeline.scheduler
     assert scheduler.config["prediction_type"] == "v_prediction"
     assert float(scheduler.alphas_cumprod[-1]) == pytest.approx(0, abs=1e-6)
 
@@ -201,7 +201,7 @@ def test_derived_prompts_are_three_captions_and_one_far_from_them_in_their_words
 def test_bad_places_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     def refused(*arguments: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as stop:
-            cli.main(["preview", "--preview-steps", "1", "--prompts", "a", *arguments])
+            cli.main(["preview", "--num-inference-steps", "1", "--prompts", "a", *arguments])
         return int(stop.value.code or 0), capsys.readouterr().err
 
     (tmp_path / "there.png").write_bytes(b"mine")
@@ -227,7 +227,7 @@ def test_bad_places_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Captu
 
 def test_the_command_writes_a_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "new" / "grid.png"
-    cli.main(["preview", "--prompts", "tiger", "--prompts", "owl", "--preview-steps", "2", "--out", str(out)])
+    cli.main(["preview", "--prompts", "tiger", "--prompts", "owl", "--num-inference-steps", "2", "--out", str(out)])
     assert Image.open(out).width > 2 * 128
     assert str(out) in capsys.readouterr().out
 
@@ -280,7 +280,7 @@ def test_kinds_that_diffusers_cannot_load_are_painted_as_they_were_trained(netwo
     base, shots = loaded(Model()), [replace(SHOT, cfg=1.5, steps=2)]
     plain = paint(base, shots, "ddim")[0]
     live = loaded(Model())
-    settings = Network.model_validate({"network": network, "targets": "full", "lokr_factor": 4})
+    settings = Network.model_validate({"algorithm": network, "targets": "full", "lokr_factor": 4})
     trained = attach(live, settings, [Part("unet", 4, 8.0, 2, 2.0), Part("text", 2, 2.0)], seed=0)
     generator = torch.Generator().manual_seed(0)
     for module in trained:
@@ -305,7 +305,7 @@ def test_a_row_is_a_file_at_a_strength_and_a_column_a_prompt(tmp_path: Path):
     again.write_bytes(file.read_bytes())
     out = tmp_path / "grid.png"
     prompts = ["--prompts", "tiger", "owl", "--prompts", "car"]
-    cli.main(["preview", str(file), str(again), *prompts, "--strengths", "1,0", "2", "--preview-steps", "1",
+    cli.main(["preview", str(file), str(again), *prompts, "--strengths", "1,0", "2", "--num-inference-steps", "1",
               "--out", str(out)])  # fmt: skip
     picture, side = Image.open(out).convert("RGB"), 128 + grid.GAP_PX
     margin = picture.width - 3 * side - grid.GAP_PX
@@ -316,7 +316,7 @@ def test_a_row_is_a_file_at_a_strength_and_a_column_a_prompt(tmp_path: Path):
     ]
     assert np.array_equal(rows[1], rows[3]) and np.array_equal(rows[2], rows[4])  # the same bytes under two names
     assert not any(np.array_equal(rows[one], rows[other]) for one, other in ((0, 1), (0, 2), (1, 2)))
-    cli.main(["preview", *prompts, "--preview-steps", "1", "--out", str(tmp_path / "base.png")])
+    cli.main(["preview", *prompts, "--num-inference-steps", "1", "--out", str(tmp_path / "base.png")])
     plain = Image.open(tmp_path / "base.png").convert("RGB")
     assert np.array_equal(
         rows[0][:side, : plain.width], np.asarray(plain)[top : top + side]

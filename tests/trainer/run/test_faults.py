@@ -210,7 +210,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, owner: Any, method: str, most: int)
 def test_previews_that_do_not_fit_at_once_are_painted_in_parts_and_are_the_same(monkeypatch: pytest.MonkeyPatch):
     model = Model(base="sketch")
     base = load(model, recognise(model), CPU, torch.float32)
-    shots = shots_of(Previews(prompts=("owl", "fox", "cup"), preview_steps=2), 64, [], 5.0)
+    shots = shots_of(Previews(prompts=("owl", "fox", "cup"), num_inference_steps=2), 64, [], 5.0)
     whole = paint(base, shots, "ddim")
     tried = limited(monkeypatch, StableDiffusionPipeline, "__call__", 1)
     parts = paint(base, shots, "ddim")
@@ -285,7 +285,14 @@ def test_a_step_that_fits_in_no_way_stops_the_run_which_can_go_on():
 
 
 def test_a_run_of_broken_numbers_goes_back_to_its_last_good_state(tmp_path: Path):
-    wanted = {"steps": 60, "rate": 100.0, "text_rate": 100.0, "schedule": "constant", "warm_up": 0.0, "clip": 0.0}
+    wanted = {
+        "steps": 60,
+        "learning_rate": 100.0,
+        "text_encoder_lr": 100.0,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0.0,
+        "max_grad_norm": 0.0,
+    }
     with pytest.raises(Refused, match=r"until step \d+ is in .*clay\.safetensors") as error:
         ran(tmp_path, optimization=wanted, output={"preview_every": 0, "save_every": 1})
     run = tmp_path / "runs/clay"
@@ -313,9 +320,9 @@ def test_a_full_disk_stops_the_run_loses_nothing_and_says_how_to_go_on(tmp_path:
             disk.fill()
 
     tables: dict[str, Any] = {
-        "network": {"rank": 2, "text_rank": 0},
+        "network": {"rank": 2, "text_encoder_rank": 0},
         "optimization": {"steps": 6},
-        "output": {"runs": str(disk.place), "preview_every": 0, "save_every": 2, "save_dtype": "fp32"},
+        "output": {"output_dir": str(disk.place), "preview_every": 0, "save_every": 2, "save_precision": "fp32"},
     }
     with pytest.raises(
         Refused, match=rf"cannot be written \(.*\); then `scumble train {disk.place}/clay` goes on"
@@ -333,7 +340,7 @@ def test_a_full_disk_stops_the_run_loses_nothing_and_says_how_to_go_on(tmp_path:
         [sys.executable, "-m", "scumble.trainer.cli", "train", str(run)], capture_output=True, text=True
     )
     assert again.returncode == 0, again.stderr
-    tables["output"] |= {"runs": str(tmp_path / "whole")}
+    tables["output"] |= {"output_dir": str(tmp_path / "whole")}
     unbroken = ran(tmp_path / "whole", **tables)
     ours, theirs = read_tensors(run / "clay.safetensors")[0], read_tensors(unbroken.folder / "clay.safetensors")[0]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -341,7 +348,7 @@ def test_a_full_disk_stops_the_run_loses_nothing_and_says_how_to_go_on(tmp_path:
 
 def test_too_little_room_is_refused_before_training_with_what_is_needed(tmp_path: Path):
     with pytest.raises(
-        Refused, match=r"--runs .*: the run needs up to 1000000\.0 GB and .* are free; make room"
+        Refused, match=r"--output-dir .*: the run needs up to 1000000\.0 GB and .* are free; make room"
     ) as error:
         check_disk(tmp_path / "runs", 10**15)
     assert error.value.exit_code == 73
@@ -353,7 +360,7 @@ def test_too_little_room_is_refused_before_training_with_what_is_needed(tmp_path
 
 
 def test_a_run_takes_no_more_room_than_was_told(tmp_path: Path):
-    run = ran(tmp_path, optimization={"steps": 4, "ema": 0.5}, output={"preview_every": 1, "save_every": 1})
+    run = ran(tmp_path, optimization={"steps": 4, "ema_decay": 0.5}, output={"preview_every": 1, "save_every": 1})
     used = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
     (told,) = (event["disk_bytes"] for event in run.of("measured"))
     assert 0.3 * told < used <= told
@@ -368,7 +375,7 @@ def test_which_saved_adapters_stay(keep: str, stay: str):
 
 
 def test_only_the_last_adapters_stay_where_that_is_asked(tmp_path: Path):
-    output = {"preview_every": 0, "save_every": 1, "keep": "last", "keep_count": 2}
+    output = {"preview_every": 0, "save_every": 1, "keep_checkpoints": "last", "keep_count": 2}
     run = ran(tmp_path, optimization={"steps": 6}, output=output)
     assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == [
         "clay-000004.safetensors", "clay-000005.safetensors",
@@ -417,11 +424,11 @@ def test_pictures_that_vanish_while_the_run_lasts_do_not_matter(tmp_path: Path):
 
 
 def test_a_folder_that_cannot_be_written_stops_runs_but_no_cache(tmp_path: Path, disk: Disk):
-    output = {"preview_every": 0, "runs": str(disk.place)}
-    tables: dict[str, Any] = {"network": {"rank": 2, "text_rank": 0}, "output": output}
+    output = {"preview_every": 0, "output_dir": str(disk.place)}
+    tables: dict[str, Any] = {"network": {"rank": 2, "text_encoder_rank": 0}, "output": output}
     run = ran(tmp_path, optimization={"steps": 1}, **tables).folder
     disk.make_read_only()
-    with pytest.raises(Refused, match=rf"--runs {disk.place}: .* cannot be made \(") as error:
+    with pytest.raises(Refused, match=rf"--output-dir {disk.place}: .* cannot be made \(") as error:
         ran(tmp_path, **tables)
     assert error.value.exit_code == 73
     longer = files.resolve(run / "options.toml", flags={"optimization": {"steps": 2}})
@@ -430,9 +437,11 @@ def test_a_folder_that_cannot_be_written_stops_runs_but_no_cache(tmp_path: Path,
     ) as error:
         train(longer, [], go_on=run)
     assert error.value.exit_code == 73 and status_of(run).state == "done"
-    without = ran(tmp_path, data={"cache": str(disk.place)}, optimization={"steps": 1}, output={"preview_every": 0})
-    (said,) = [event["text"] for event in without.of("note") if "--cache" in event["text"]]
-    assert f"--cache: {disk.place}" in said and said.endswith("goes on without") and len(without.losses) == 1
+    without = ran(
+        tmp_path, data={"latent_cache": str(disk.place)}, optimization={"steps": 1}, output={"preview_every": 0}
+    )
+    (said,) = [event["text"] for event in without.of("note") if "--latent-cache" in event["text"]]
+    assert f"--latent-cache: {disk.place}" in said and said.endswith("goes on without") and len(without.losses) == 1
 
 
 @pytest.mark.parametrize("lost_at", ["checkpoint", "export"])
@@ -445,8 +454,8 @@ def test_a_disk_that_becomes_read_only_stops_the_run_with_what_was_saved_whole(
 
     run = disk.place / "clay"
     with pytest.raises(Refused, match="cannot be written") as error:
-        ran(tmp_path, readers=[lose], network={"rank": 2, "text_rank": 0}, optimization={"steps": 6},
-            output={"runs": str(disk.place), "preview_every": 0, "save_every": 2})  # fmt: skip
+        ran(tmp_path, readers=[lose], network={"rank": 2, "text_encoder_rank": 0}, optimization={"steps": 6},
+            output={"output_dir": str(disk.place), "preview_every": 0, "save_every": 2})  # fmt: skip
     assert error.value.exit_code == 73
     kept = newest_state(run, pytest.fail)
     assert kept and kept.state.step == {"checkpoint": 2, "export": 4}[lost_at]

@@ -28,13 +28,19 @@ OPTIMISERS = ["adamw", "adamw8bit", "lion", "prodigy", "adafactor", "schedule_fr
 @pytest.mark.parametrize("optimizer", OPTIMISERS)
 def test_a_run_cut_twice_ends_with_the_very_adapter_of_an_unbroken_one(optimizer: str, tmp_path: Path):
     tables: dict[str, Any] = {
-        "data": {"shuffle_tags": True, "caption_dropout": 0.3, "flip": True},
-        "network": {"dropout": 0.2},
-        "optimization": {"optimizer": optimizer, "steps": 8, "accumulate": 2, "ema": 0.5, "batch": 3},
-        "output": {"preview_every": 3, "save_every": 4, "save_dtype": "fp32"},
+        "data": {"shuffle_tags": True, "caption_dropout": 0.3, "random_flip": True},
+        "network": {"lora_dropout": 0.2},
+        "optimization": {
+            "optimizer": optimizer,
+            "steps": 8,
+            "gradient_accumulation_steps": 2,
+            "ema_decay": 0.5,
+            "batch_size": 3,
+        },
+        "output": {"preview_every": 3, "save_every": 4, "save_precision": "fp32"},
     }
     if optimizer == "schedule_free":
-        tables["optimization"]["ema"] = 0.0
+        tables["optimization"]["ema_decay"] = 0.0
     unbroken = ran(tmp_path / "a", **tables)
     cut = begun(tmp_path / "b", stop_at=3, **tables)
     go_on(cut, stop_at=5)
@@ -47,8 +53,8 @@ def test_a_run_cut_twice_ends_with_the_very_adapter_of_an_unbroken_one(optimizer
 
 
 def test_a_finished_run_is_left_alone_and_more_steps_go_on_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    output = {"preview_every": 0, "save_every": 0, "save_dtype": "fp32"}
-    plain = {"schedule": "constant", "warm_up": 0.0}
+    output = {"preview_every": 0, "save_every": 0, "save_precision": "fp32"}
+    plain = {"lr_scheduler": "constant", "lr_warmup_steps": 0.0}
     longer = ran(tmp_path / "a", optimization=plain | {"steps": 5}, output=output)
     run = ran(tmp_path / "b", optimization=plain | {"steps": 3}, output=output).folder
     cli.main(["train", str(run)])
@@ -62,13 +68,15 @@ def test_a_finished_run_is_left_alone_and_more_steps_go_on_with_it(tmp_path: Pat
 
 def test_a_longer_run_says_what_becomes_of_its_rate(tmp_path: Path):
     output = {"preview_every": 0, "save_every": 0}
-    run = ran(tmp_path, optimization={"steps": 2, "schedule": "linear", "warm_up": 0.0}, output=output).folder
+    run = ran(
+        tmp_path, optimization={"steps": 2, "lr_scheduler": "linear", "lr_warmup_steps": 0.0}, output=output
+    ).folder
     (plan,) = go_on(run, optimization={"steps": 4}).of("plan")  # shares of the peak: 1, 1/2, then 2/4, 1/4
     assert "the linear rate spans 4 steps now: from 50.0% of its peak it goes to 50.0%" in plan["why"]
 
 
 def test_a_run_moved_to_another_place_goes_on_there(tmp_path: Path):
-    tables: dict[str, Any] = {"optimization": {"steps": 4}, "output": {"preview_every": 2, "save_dtype": "fp32"}}
+    tables: dict[str, Any] = {"optimization": {"steps": 4}, "output": {"preview_every": 2, "save_precision": "fp32"}}
     unbroken = ran(tmp_path / "a", **tables)
     cut = begun(tmp_path / "b", stop_at=2, **tables)
     moved, pictures = tmp_path / "elsewhere", tmp_path / "pictures"
@@ -82,8 +90,8 @@ def test_the_resume_flag_begins_what_is_not_there_and_goes_on_with_what_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     command = [
-        "train", str(SAMPLES), "--name", "it", "--runs", str(tmp_path), "--resume", "--preview-every", "0",
-        "--device", "cpu", "--precision", "fp32",
+        "train", str(SAMPLES), "--output-name", "it", "--output-dir", str(tmp_path), "--resume", "--preview-every", "0",
+        "--device", "cpu", "--mixed-precision", "fp32",
     ]  # fmt: skip
     cli.main([*command, "--steps", "2"])
     kept = newest_state(tmp_path / "it", pytest.fail)
@@ -115,9 +123,9 @@ def test_what_changed_since_is_named_and_taken_only_when_forced(tmp_path: Path, 
     with pytest.raises(Refused, match=rf"{captions[0].stem}\.webp: picture, caption.* changed; put it back, or --fo"):
         go_on(run)
     assert status_of(run).state == "stopped"
-    last = go_on(run, force=True, optimization={"rate": 1e-4})
+    last = go_on(run, force=True, optimization={"learning_rate": 1e-4})
     why = "\n".join(last.of("plan")[0]["why"])
-    assert "changed: --rate 0.0001 instead of" in why and f"{captions[0].stem}.webp: picture" in why
+    assert "changed: --learning-rate 0.0001 instead of" in why and f"{captions[0].stem}.webp: picture" in why
     assert {event["rate"] for event in last.of("step")} and max(event["rate"] for event in last.of("step")) <= 1e-4
 
 
@@ -125,7 +133,7 @@ def test_what_changed_since_is_named_and_taken_only_when_forced(tmp_path: Path, 
 def test_a_damaged_state_is_left_aside_and_the_one_before_goes_on(damaged: str, tmp_path: Path):
     tables: dict[str, Any] = {
         "optimization": {"steps": 4},
-        "output": {"preview_every": 0, "save_every": 1, "save_dtype": "fp32"},
+        "output": {"preview_every": 0, "save_every": 1, "save_precision": "fp32"},
     }
     unbroken = ran(tmp_path / "a", **tables)
     cut = begun(tmp_path / "b", stop_at=3, **tables)
@@ -248,7 +256,7 @@ def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path):
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["terminal", "json"])
 def test_a_run_whose_output_is_no_longer_read_goes_on_to_its_end(flags: list[str], tmp_path: Path):
     command = [sys.executable, "-m", "scumble.trainer.cli", "train", str(SAMPLES), *flags, "--steps", "2",
-               "--preview-every", "0", "--runs", str(tmp_path), "--name", "it"]  # fmt: skip
+               "--preview-every", "0", "--output-dir", str(tmp_path), "--output-name", "it"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stderr
         assert process.stdout.readline()
@@ -299,7 +307,7 @@ def test_the_run_without_a_state_begins_anew_in_its_folder(tmp_path: Path):
 
 
 def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    tables: dict[str, Any] = {"optimization": {"steps": 4}, "output": {"preview_every": 2, "save_dtype": "fp32"}}
+    tables: dict[str, Any] = {"optimization": {"steps": 4}, "output": {"preview_every": 2, "save_precision": "fp32"}}
     plain = ran(tmp_path / "a", **tables)
     ahead_s, real, run = [0.0], time.time, tmp_path / "b/runs/clay"
     monkeypatch.setattr(time, "time", lambda: real() + ahead_s[0])

@@ -41,7 +41,7 @@ def test_a_run_of_several_processes_is_refused_at_once(
 ):
     monkeypatch.setenv(name, "2")
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["train", str(SAMPLES), "--steps", "1", "--runs", str(tmp_path / "runs")])
+        cli.main(["train", str(SAMPLES), "--steps", "1", "--output-dir", str(tmp_path / "runs")])
     said = capsys.readouterr().err.splitlines()
     assert said == [
         f"scumble: 2 processes ({name}): a run is one process on one device; start it without a launcher, or with "
@@ -52,7 +52,7 @@ def test_a_run_of_several_processes_is_refused_at_once(
 
 def test_a_launcher_of_one_process_may_start_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    cli.main(["train", str(SAMPLES), "--dry-run", "--runs", str(tmp_path / "runs")])
+    cli.main(["train", str(SAMPLES), "--dry-run", "--output-dir", str(tmp_path / "runs")])
 
 
 class Xformers(ModuleType):
@@ -91,7 +91,12 @@ def test_a_run_with_xformers_attends_through_it_and_learns_the_same(
 ):
     monkeypatch.setattr(job, "check_attention", lambda attention, device: None)  # which wants CUDA
     plain, through = (
-        ran(tmp_path / kind, machine={"attention": kind}, optimization={"rate": 0.01}, output={"preview_every": 0})
+        ran(
+            tmp_path / kind,
+            machine={"attention": kind},
+            optimization={"learning_rate": 0.01},
+            output={"preview_every": 0},
+        )
         for kind in ("sdpa", "xformers")
     )
     assert plain.losses[0] != plain.losses[2]
@@ -159,10 +164,10 @@ def test_on_mps_times_wait_for_the_device_and_memory_is_its_own(mps: list[str]):
 
 
 def test_a_precision_that_mps_has_not_is_refused(mps: list[str], monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(Refused, match="--precision fp16: the mps device trains in bf16 or fp32"):
-        make_accelerator(Machine(precision="fp16"))
-    with pytest.raises(Refused, match="--precision bf16: the mps device has it since macOS 14; take fp32"):
-        make_accelerator(Machine(precision="bf16"))
+    with pytest.raises(Refused, match="--mixed-precision fp16: the mps device trains in bf16 or fp32"):
+        make_accelerator(Machine(mixed_precision="fp16"))
+    with pytest.raises(Refused, match="--mixed-precision bf16: the mps device has it since macOS 14; take fp32"):
+        make_accelerator(Machine(mixed_precision="bf16"))
     with pytest.raises(Refused, match="--device cuda: this machine has none"):
         make_accelerator(Machine(device="cuda"))
     monkeypatch.setattr(PartialState, "default_device", property(lambda self: MPS))
@@ -191,13 +196,13 @@ def test_a_run_needs_no_64_bit_floats_which_mps_has_not(tmp_path: Path):
     for path in sorted(SAMPLES.glob("*.webp"))[:4]:
         (pictures / path.name).write_bytes(path.read_bytes())
         Image.new("L", Image.open(path).size, 128).save(pictures / f"{path.stem}-masklabel.png")
-    objective = {"noise_offset": 0.1, "multires_noise": 0.3, "input_perturbation": 0.1, "loss": "huber"}
+    objective = {"noise_offset": 0.1, "multires_noise_discount": 0.3, "input_perturbation": 0.1, "loss_type": "huber"}
     with Wide() as wide:
         for number, weighting in enumerate(("min_snr", "debiased")):
             run = ran(
                 tmp_path / str(number), data={"images": str(pictures)},
-                objective=objective | {"weighting": weighting}, optimization={"steps": 2, "ema": 0.9},
-                network={"network": ("dora", "lokr")[number]}, output={"preview_every": 2},
+                objective=objective | {"loss_weighting": weighting}, optimization={"steps": 2, "ema_decay": 0.9},
+                network={"algorithm": ("dora", "lokr")[number]}, output={"preview_every": 2},
             )  # fmt: skip
             assert len(run.losses) == 2
         torch.zeros(2).double()

@@ -52,15 +52,15 @@ OUT_OF_MEMORY = [
 @pytest.mark.parametrize("fits_after", [0, 1, 2])
 def test_a_pass_is_tried_with_less_until_it_fits(fits_after: int, error: Exception):
     device = Device(fits_after, ways=2, error=error)
-    measured = measure(device.trial, CPU, device.need_less, "lower --batch")
+    measured = measure(device.trial, CPU, device.need_less, "lower --batch-size")
     assert device.asked == fits_after and device.passes == fits_after + TRIALS  # the first that fits warms up
     assert measured.seconds < 1 and measured.memory_mb > 0
 
 
 def test_a_pass_that_never_fits_is_refused_with_the_cure():
     device = Device(3, ways=2, error=OUT_OF_MEMORY[0])
-    with pytest.raises(Refused, match="does not fit into the memory of the cpu device: lower --batch"):
-        measure(device.trial, CPU, device.need_less, "lower --batch")
+    with pytest.raises(Refused, match="does not fit into the memory of the cpu device: lower --batch-size"):
+        measure(device.trial, CPU, device.need_less, "lower --batch-size")
 
 
 def test_a_later_pass_that_needs_more_is_met_too():
@@ -76,13 +76,13 @@ def test_a_later_pass_that_needs_more_is_met_too():
         done.append("less")
         return True
 
-    measure(trial, CPU, need_less, "lower --batch")
+    measure(trial, CPU, need_less, "lower --batch-size")
     assert done == [*["pass"] * 2, "less", *["pass"] * TRIALS]
 
 
 def test_another_error_of_a_pass_is_no_lack_of_memory():
     with pytest.raises(RuntimeError, match="shapes"):
-        measure(Device(1, 1, RuntimeError("shapes differ")).trial, CPU, lambda: True, "lower --batch")
+        measure(Device(1, 1, RuntimeError("shapes differ")).trial, CPU, lambda: True, "lower --batch-size")
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
@@ -141,5 +141,5 @@ def test_a_pass_that_another_program_delayed_is_not_what_the_run_expects(monkeyp
     for times, passes in (([5.0, 0.2, 0.1], 3), ([5.0, 6.0], 2), ([12.0], 1)):
         left = list(times)
         monkeypatch.setattr("scumble.trainer.system.out_of_memory.timed", lambda trial, device, left=left: left.pop(0))
-        measured = measure(lambda: None, CPU, lambda: False, "lower --batch")
+        measured = measure(lambda: None, CPU, lambda: False, "lower --batch-size")
         assert measured.seconds == min(times) and len(times) - len(left) == passes

@@ -81,4 +81,4 @@ def test_pseudo_huber_is_square_near_zero_and_straight_far_away():
     zero = torch.zeros(2)
     near, far = diffusion.distances(torch.tensor([1e-3, 100.0]), zero, "huber", 0.1)
     assert float(near) == pytest.approx(1e-6, rel=1e-2) and float(far) == pytest.approx(2 * 0.1 * 99.9, rel=1e-3)
-    assert diffusion.distances(torch.tensor([2.0]), torch.zeros(1), "mse", 0.1).tolist() == [4.0]
+    assert diffusion.distances(torch.tensor([2.0]), torch.zeros(1), "l2", 0.1).tolist() == [4.0]

@@ -23,7 +23,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[Trained]:
     """A Linear and convolutions of 1 x 1 and 3 x 3 (one with stride), their factors and magnitudes shaken."""
     base = loaded("sd1", tmp_path_factory.mktemp("sd1"))
     targets = r"down_blocks\.0\.(attentions\.0\.(proj_in|transformer_blocks\.0\.attn2\.to_k)|downsamplers\.0\.conv)"
-    adapted = attach(base, Network(network="dora", targets=targets), [Part("unet", 4, 8.0)], seed=0)
+    adapted = attach(base, Network(algorithm="dora", targets=targets), [Part("unet", 4, 8.0)], seed=0)
     generator = torch.Generator().manual_seed(1)
     for module in adapted:
         up, magnitude = module.tensors["lora_up"], module.tensors["dora_scale"]
@@ -65,7 +65,7 @@ def inputs_for(module: Trained) -> torch.Tensor:
 def test_at_the_start_nothing_changes_not_even_a_bit(kind: str, tmp_path: Path):
     base = loaded(kind, tmp_path)
     before = painted(base)
-    trained = attach(base, Network(network="dora", targets="full"), parts_of(base, 3), seed=0)
+    trained = attach(base, Network(algorithm="dora", targets="full"), parts_of(base, 3), seed=0)
     np.testing.assert_array_equal(painted(base), before)
     for module in trained:
         weight = plain(module).weight
@@ -128,7 +128,7 @@ def test_recomputed_activations_give_the_same_gradients(tmp_path: Path):
     found = []
     for recomputed in (False, True):
         base = loaded("sd1", tmp_path / str(recomputed))
-        trained = attach(base, Network(network="dora"), parts, seed=0)
+        trained = attach(base, Network(algorithm="dora"), parts, seed=0)
         for part in parts:
             component_of(base, part.name).train()
         if recomputed:
@@ -149,4 +149,4 @@ def test_the_file_keeps_magnitudes_in_full_precision_and_its_metadata_tells_of_t
     for module in trained:
         assert torch.equal(tensors[f"{module.key}.dora_scale"], module.tensors["dora_scale"])
         assert tensors[f"{module.key}.lora_up.weight"].dtype == torch.float16
-    assert network_arguments(Network(network="dora"), Part("unet", 4, 4.0)) == {"dora_wd": True}
+    assert network_arguments(Network(algorithm="dora"), Part("unet", 4, 4.0)) == {"dora_wd": True}

@@ -31,8 +31,8 @@ def test_what_is_written_tells_no_path_and_no_user(pictures: str, tmp_path: Path
         "model": {"base": str(home / ".models/my base")},
         "data": {"images": str(home / pictures)},
         "optimization": {"steps": 1},
-        "previews": {"prompts": ("owl",), "preview_steps": 1},
-        "output": {"runs": str(home / "runs"), "name": "clay"},
+        "previews": {"prompts": ("owl",), "num_inference_steps": 1},
+        "output": {"output_dir": str(home / "runs"), "output_name": "clay"},
     }
     result = train(files.resolve(flags=flags), [], dry_run=False)
     assert result

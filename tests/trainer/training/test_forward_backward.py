@@ -26,9 +26,9 @@ from scumble.trainer.training.optimizers import grouped
 
 META = torch.device("meta")
 OBJECTIVES = {
-    "plain": Objective(weighting="none"),
-    "min_snr": Objective(noise_offset=0.05, multires_noise=0.3, input_perturbation=0.1),
-    "huber": Objective(loss="huber", weighting="debiased"),
+    "plain": Objective(loss_weighting="none"),
+    "min_snr": Objective(noise_offset=0.05, multires_noise_discount=0.3, input_perturbation=0.1),
+    "huber": Objective(loss_type="huber", loss_weighting="debiased"),
 }
 
 

@@ -195,8 +195,8 @@ def test_the_file_carries_its_metadata_and_the_hash_of_its_tensors(tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("network", "whole"),
-    [(Network(network="loha"), False), (Network(network="lokr", lokr_factor=4), True),
-     (Network(network="lokr", lokr_factor="auto"), True)],
+    [(Network(algorithm="loha"), False), (Network(algorithm="lokr", lokr_factor=4), True),
+     (Network(algorithm="lokr", lokr_factor="auto"), True)],
 )  # fmt: skip
 def test_loha_and_lokr_start_at_nothing_and_their_files_hold_the_product_of_pefts(
     network: Network, whole: bool, tmp_path: Path
@@ -218,7 +218,7 @@ def test_loha_and_lokr_start_at_nothing_and_their_files_hold_the_product_of_peft
         expected = module.layer.get_delta_weight(ADAPTER)
         read = modules[module.place]
         torch.testing.assert_close(read.delta().view(expected.shape), expected, rtol=1e-4, atol=1e-5)
-        assert read.kind == module.kind == network.network
+        assert read.kind == module.kind == network.algorithm
     live = [p for net in (base.unet, *base.text_encoders) for p in net.parameters() if p.requires_grad]
     assert sum(p.numel() for p in live) == num_parameters(trained)
 
@@ -234,7 +234,7 @@ def test_loha_and_lokr_start_at_nothing_and_their_files_hold_the_product_of_peft
 )
 def test_parameters_of_square_layers_at_rank_2_by_kind(network: str, of_16: int, of_32: int, tmp_path: Path):
     base = loaded("sd1", tmp_path)
-    options = Network.model_validate({"network": network, "lokr_factor": 4, "targets": r".*attn1\.to_q"})
+    options = Network.model_validate({"algorithm": network, "lokr_factor": 4, "targets": r".*attn1\.to_q"})
     trained = attach(base, options, [Part("unet", 2, 2.0)], seed=0)
     for module in trained:
         original = module.layer.get_base_layer()

@@ -17,7 +17,7 @@ from scumble.trainer.training.flat_parameters import Flat
 from scumble.trainer.training.forward_backward import Passes
 from scumble.trainer.training.objective import Batch, Look
 from scumble.trainer.training.optimizer_step import HALVED_AFTER, STOPPED_AFTER, Outcome, Update
-from scumble.trainer.training.optimizers import KINDS, grouped, make_optimizer
+from scumble.trainer.training.optimizers import OPTIMIZERS, grouped, make_optimizer
 
 
 class Cubes:
@@ -122,7 +122,7 @@ def test_a_step_that_the_device_looks_at_itself_asks_for_no_number():
 
 def test_torchs_adamw_looks_itself_and_other_optimisers_are_waited_for():
     looks = {}
-    for name in KINDS:
+    for name in OPTIMIZERS:
         optimizer = make_optimizer(name, grouped([(0.01, [torch.nn.Parameter(torch.ones(2, 2))])]), 0.0)
         looks[name] = getattr(optimizer, "_step_supports_amp_scaling", False)
     assert [name for name, itself in looks.items() if itself] == ["adamw"]
@@ -164,9 +164,9 @@ def told(run: Run) -> list[tuple[Any, ...]]:
 
 
 TABLES: dict[str, Any] = {
-    "optimization": {"steps": 7, "ema": 0.9, "accumulate": 2},
+    "optimization": {"steps": 7, "ema_decay": 0.9, "gradient_accumulation_steps": 2},
     "output": {"save_every": 4, "preview_every": 5},
-    "previews": {"prompts": ("owl, clay style",), "preview_steps": 1},
+    "previews": {"prompts": ("owl, clay style",), "num_inference_steps": 1},
 }
 
 

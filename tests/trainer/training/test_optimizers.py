@@ -9,7 +9,7 @@ import torch
 from paths import CHECKOUT
 
 from scumble.configs.errors import Refused
-from scumble.trainer.training.optimizers import KINDS, check_optimizer, grouped, make_optimizer, set_rate
+from scumble.trainer.training.optimizers import OPTIMIZERS, check_optimizer, grouped, make_optimizer, set_rate
 
 RATES = {"prodigy": 1.0}
 SAMPLES = CHECKOUT / "datasets/samples/clay-style"
@@ -34,7 +34,7 @@ def fitted(name: str, steps: int = 150) -> tuple[float, float, torch.optim.Optim
     return losses[0], losses[-1], optimizer
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimiser_learns_a_low_rank_matrix_from_the_zero_start(name: str):
     before, after, _ = fitted(name)
     assert after < 0.5 * before
@@ -81,7 +81,7 @@ def test_an_optimiser_that_does_not_compute_on_the_device_is_refused():
 
 
 def test_no_optimiser_prints_into_the_events_that_programs_read(capsys: pytest.CaptureFixture[str]):
-    for name in KINDS:
+    for name in OPTIMIZERS:
         make_optimizer(name, grouped([(0.01, [torch.nn.Parameter(torch.ones(2, 2))])]), weight_decay=0.01)
     assert capsys.readouterr().out == ""
 
@@ -96,13 +96,13 @@ print("imported" if "bitsandbytes" in sys.modules else "not imported")
 
 @pytest.mark.parametrize(
     ("flags", "told"),
-    [([], "not imported"), (["--optimizer", "adamw8bit"], "imported"), (["--quantize", "nf4"], "imported")],
+    [([], "not imported"), (["--optimizer", "adamw8bit"], "imported"), (["--base-quantization", "nf4"], "imported")],
     ids=["adamw", "adamw8bit", "nf4"],
 )
 def test_bitsandbytes_which_takes_long_is_imported_where_it_is_wanted(flags: list[str], told: str, tmp_path: Path):
     command = [
-        "train", str(SAMPLES), "--base", "sketch", "--resolution", "64", "--steps", "1", "--batch", "1",
-        "--preview-every", "0", "--device", "cpu", "--cache", "off", "--runs", str(tmp_path), *flags,
+        "train", str(SAMPLES), "--base", "sketch", "--resolution", "64", "--steps", "1", "--batch-size", "1",
+        "--preview-every", "0", "--device", "cpu", "--latent-cache", "off", "--output-dir", str(tmp_path), *flags,
     ]  # fmt: skip
     done = subprocess.run([sys.executable, "-c", IMPORTED, *command], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == told

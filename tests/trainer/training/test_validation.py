@@ -14,9 +14,10 @@ from runs import SAMPLES, adapter_of, assert_same, begun, go_on, ran
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Options
-from scumble.datasets.reading.folder import Example
+from scumble.datasets.reading.folder import Example, PictureSet
+from scumble.datasets.reading.images import digest_of_file
 from scumble.trainer.adapters.files import read_tensors
-from scumble.trainer.plan.training_set import read_examples, with_held_out
+from scumble.trainer.plan.training_set import hold_out, num_held_out, read_examples
 from scumble.trainer.run.loss_plot import loss_curve
 from scumble.trainer.run.state import newest_state
 from scumble.trainer.training.diffusion import stratified
@@ -24,7 +25,10 @@ from scumble.trainer.training.objective import generator_for
 from scumble.trainer.training.validation import DRAWS
 
 EMBEDDED = CHECKOUT / "configs/bases/sketch"
-FOUR_OF_20: dict[str, Any] = {"data": {"validation_split": 0.2}, "output": {"preview_every": 0, "save_dtype": "fp32"}}
+FOUR_OF_20: dict[str, Any] = {
+    "data": {"validation_split": 0.2},
+    "output": {"preview_every": 0, "save_precision": "fp32"},
+}
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -52,25 +56,57 @@ def test_the_choice_depends_on_what_pictures_hold_and_keeps_copies_together(tmp_
     assert held_out(folder) == chosen - {first} | {f"copy{suffix}", f"other_name{suffix}"}
 
 
-def test_regularisation_pictures_stay_and_at_least_one_picture_is_held_out_and_one_trained():
-    pictures = pictures_in(SAMPLES)
-    examples = [Example(path, "", 3) for path in pictures[:2]] + [Example(path, "", 3, True) for path in pictures[2:]]
-    assert with_held_out(examples, 0.0, seed=0) == examples
-    repeats = [example.repeats for example in with_held_out(examples, 0.01, seed=0)]
+def options_with(split: object) -> Options:
+    return Options.model_validate({"data": {"validation_split": split}})
+
+
+def test_regularization_images_stay_and_at_least_one_image_is_held_out_and_one_trained():
+    digests = [digest_of_file(path) for path in pictures_in(SAMPLES)]
+    examples = [Example(Path(one), "", 3, prior=number > 1, digest=one) for number, one in enumerate(digests)]
+    assert hold_out(PictureSet(examples), options_with("off")).examples == examples
+    repeats = [example.repeats for example in hold_out(PictureSet(examples), options_with(0.01)).examples]
     assert sorted(repeats[:2]) == [0, 3] and set(repeats[2:]) == {3}
-    with pytest.raises(Refused, match=r"--validation-split 0.9: holds out all of 2 pictures; add some"):
-        with_held_out(examples, 0.9, seed=0)
+    for split in (0.9, 2):
+        with pytest.raises(Refused, match=rf"--validation-split {split}: holds out all 2 images; add images"):
+            hold_out(PictureSet(examples), options_with(split))
+
+
+@pytest.mark.parametrize(
+    ("split", "num_images", "expected"),
+    [("auto", 7, 0), ("auto", 8, 2), ("auto", 15, 2), ("auto", 16, 4), ("auto", 30, 4), ("auto", 31, 6),
+     ("auto", 50, 6), ("auto", 51, 8), ("auto", 5000, 8), (3, 20, 3), (0.2, 20, 4), (0.001, 20, 1)],
+)  # fmt: skip
+def test_the_number_of_held_out_images_is_a_count_a_share_or_follows_the_size(
+    split: Any, num_images: int, expected: int
+):
+    assert num_held_out(split, num_images) == expected
+
+
+def test_a_folder_of_validation_images_is_measured_and_its_copies_are_not_trained_on(tmp_path: Path):
+    exam = tmp_path / "exam"
+    exam.mkdir()
+    shutil.copy(SAMPLES / "fox.webp", exam / "copy.webp")
+    Image.new("RGB", (64, 64), "red").save(exam / "red.png")
+    found = read_examples(Options.model_validate({"data": {"images": str(SAMPLES), "validation_split": str(exam)}}))
+    out = {example.image.name for example in found.examples if example.is_held_out}
+    trained = {example.image.name for example in found.examples if not example.is_held_out}
+    assert out == {"copy.webp", "red.png"} and len(trained) == 19 and "fox.webp" not in trained
+
+
+def test_a_validation_folder_that_holds_every_training_image_is_refused():
+    with pytest.raises(Refused, match="it holds every training image"):
+        read_examples(Options.model_validate({"data": {"images": str(SAMPLES), "validation_split": str(SAMPLES)}}))
 
 
 def test_a_run_that_holds_pictures_out_is_the_run_that_never_had_them(tmp_path: Path):
-    measured = ran(tmp_path / "a", **FOUR_OF_20, network={"dropout": 0.2})
+    measured = ran(tmp_path / "a", **FOUR_OF_20, network={"lora_dropout": 0.2})
     fewer = tmp_path / "fewer"
     shutil.copytree(SAMPLES, fewer)
     for name in held_out(SAMPLES):
         (fewer / name).unlink()
         (fewer / name).with_suffix(".txt").unlink(missing_ok=True)
-    data = {"images": str(fewer), "validation_split": 0.0}
-    other = ran(tmp_path / "b", data=data, network={"dropout": 0.2}, output=FOUR_OF_20["output"])
+    data = {"images": str(fewer), "validation_split": "off"}
+    other = ran(tmp_path / "b", data=data, network={"lora_dropout": 0.2}, output=FOUR_OF_20["output"])
     assert [event["step"] for event in measured.of("validated")] == [0, 3] and not other.of("validated")
     assert measured.losses == other.losses
     assert_same(adapter_of(measured.folder), adapter_of(other.folder))
@@ -89,8 +125,8 @@ def test_timesteps_fall_evenly_into_each_part_of_the_range():
 
 def test_the_loss_is_that_of_stock_diffusers_with_the_saved_file(tmp_path: Path):
     run = ran(
-        tmp_path, data={"validation_split": 0.2, "caption_dropout": 1.0}, network={"text_rank": 4},
-        objective={"weighting": "none", "min_timestep": 50}, optimization={"steps": 6},
+        tmp_path, data={"validation_split": 0.2, "caption_dropout": 1.0}, network={"text_encoder_rank": 4},
+        objective={"loss_weighting": "none", "min_timestep": 50}, optimization={"steps": 6},
         output=FOUR_OF_20["output"] | {"save_every": 0},
     )  # fmt: skip
     stock = StableDiffusionPipeline.from_pretrained(EMBEDDED)
@@ -129,8 +165,19 @@ def test_the_loss_is_that_of_stock_diffusers_with_the_saved_file(tmp_path: Path)
 def test_a_run_that_goes_on_knows_what_was_measured_and_keeps_the_best(tmp_path: Path):
     tables: dict[str, Any] = {
         "data": {"validation_split": 0.2},
-        "optimization": {"steps": 8, "rate": 0.1, "warm_up": 0.0, "ema": 0.5},  # a rate that breaks what was learned
-        "output": {"preview_every": 0, "save_every": 2, "keep": "best", "keep_count": 1, "save_dtype": "fp32"},
+        "optimization": {
+            "steps": 8,
+            "learning_rate": 0.1,
+            "lr_warmup_steps": 0.0,
+            "ema_decay": 0.5,
+        },  # a rate that breaks what was learned
+        "output": {
+            "preview_every": 0,
+            "save_every": 2,
+            "keep_checkpoints": "best",
+            "keep_count": 1,
+            "save_precision": "fp32",
+        },
     }
     unbroken = ran(tmp_path / "a", **tables)
     losses = {event["step"]: event["loss"] for event in unbroken.of("validated")}

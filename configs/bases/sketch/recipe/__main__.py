@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=4500)
     parser.add_argument("--steps", type=int, default=6500, help="of UNet and text encoder on the pictures as they are")
     parser.add_argument("--varied-steps", type=int, default=1500, help="of both on variants, after that")
-    parser.add_argument("--keep", type=float, default=0.35, help="share of the weights before the variants")
+    parser.add_argument("--keep-checkpoints", type=float, default=0.35, help="share of the weights before the variants")
     chosen = parser.parse_args()
     chosen.work.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
