@@ -16,7 +16,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from scumble.configs.atomic import atomic_write
 from scumble.configs.errors import Refused
+from scumble.configs.exit_codes import CANNOT_WRITE
 
 PLACE = Path(".scumble") / "captions"
 WRITTEN = "written.jsonl"
@@ -70,7 +72,7 @@ class Change:
             append(place / f"{self.number}.jsonl", line)
             replace_file(file, data)
         except OSError as error:
-            raise Refused(f"{error.filename or file} cannot be written ({error.strerror})", 73) from None
+            raise Refused(f"{error.filename or file} cannot be written ({error.strerror})", CANNOT_WRITE) from None
 
 
 def hashed(data: bytes) -> str:
@@ -94,23 +96,19 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def replace_file(file: Path, data: bytes) -> None:
-    """Whole or not at all; a link stays one, and who may read the file stays as it was."""
+    """Write a file atomically. A link stays a link, and the permissions stay. Raises `Refused` (73)."""
     target = file.resolve()
-    part = target.with_name(f".{target.name[:100]}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
+    with atomic_write(target) as temporary:
+        temporary.write_bytes(data)
         if target.exists():
-            part.chmod(target.stat().st_mode & 0o7777)
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+            temporary.chmod(target.stat().st_mode & 0o7777)
 
 
 def written_in(folder: Path) -> dict[tuple[str, str], Origin]:
     """(name of a file, hash of its text) -> who wrote that, for every text that captioners wrote in a folder."""
     return {
         (str(line.get("file")), str(line.get("sha256"))): Origin(str(line.get("request")), bool(line.get("mixed")))
-        for line in lines_of(folder / PLACE / WRITTEN)
+        for line in log_lines(folder / PLACE / WRITTEN)
     }
 
 
@@ -142,7 +140,7 @@ def undo(roots: Sequence[Path], overwrite: bool) -> tuple[str, list[Path]]:
         for log in latest:
             log.unlink()
     except OSError as error:
-        raise Refused(f"{error.filename} cannot be written ({error.strerror})", 73) from None
+        raise Refused(f"{error.filename} cannot be written ({error.strerror})", CANNOT_WRITE) from None
     return told, [one.file for one in moved]
 
 
@@ -162,7 +160,7 @@ def logs_below(root: Path) -> Iterator[Path]:
 def read_log(log: Path) -> tuple[str, list[Before]]:
     """What a change did, and every file as it found it; of a file that it wrote twice, the first and the last."""
     folder, did, found = log.parents[2], "", {}
-    for line in lines_of(log):
+    for line in log_lines(log):
         if "did" in line:
             did = str(line["did"])
         elif file := line.get("file"):
@@ -172,7 +170,7 @@ def read_log(log: Path) -> tuple[str, list[Before]]:
     return did, list(found.values())
 
 
-def lines_of(path: Path) -> Iterable[dict[str, Any]]:
+def log_lines(path: Path) -> Iterable[dict[str, Any]]:
     """The objects of a file of JSON lines; a last line that was cut is none."""
     if not path.exists():
         return

@@ -9,16 +9,16 @@ from scumble.configs.errors import Refused
 
 from .captioners.request import Device, Existing, Precision
 from .commands_edit import Folder, take_back
-from .flags import Wanted
+from .flags import CaptionFlags
 
-DEFAULTS = Wanted()
+DEFAULTS = CaptionFlags()
 
 
 def caption(
     source: Folder,
     /,
     *,
-    wanted: Annotated[Wanted, Parameter(name="*")] = DEFAULTS,
+    wanted: Annotated[CaptionFlags, Parameter(name="*")] = DEFAULTS,
     existing: Annotated[
         Existing, Parameter(help="Captions that are there: replace touches none by hand, line adds one as a new line")
     ] = "keep",
@@ -52,14 +52,14 @@ def caption(
             f"--batch-size {batch_size}: must be a whole number above 0, or 0 for the default of the captioner"
         )
     request = wanted.request(device, precision)
-    from .progress import Progress, told
+    from .progress import caption_progress, describe_outcome
     from .recipe import caption_set
 
     way: Existing = "replace" if overwrite else existing
     try:
-        with Progress(everything=dry_run) as progress:
-            outcome = caption_set(source, request, way, overwrite, batch_size, dry_run, progress.tell)
+        with caption_progress(show_all=dry_run) as tell:
+            outcome = caption_set(source, request, way, overwrite, batch_size, dry_run, tell)
     except KeyboardInterrupt:
         print("stopped: the captions so far stay, and the same command goes on with the others", file=sys.stderr)
         raise SystemExit(130) from None
-    print(told(outcome, source, request.captioner, dry_run))
+    print(describe_outcome(outcome, source, request.captioner, dry_run))

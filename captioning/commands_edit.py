@@ -12,7 +12,7 @@ from cyclopts import App, Parameter
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Captions, section
-from scumble.datasets.captions import ruled, said
+from scumble.datasets.captions import caption_at_step, with_folder_rules
 
 from . import edits
 
@@ -42,18 +42,21 @@ def list_captions(
     json: Annotated[bool, Parameter(help="Print one JSON object, for programs", negative="")] = False,
 ) -> None:
     """Count the tags of the captions, and show what training will hear of them."""
-    from .tables import count_table, headline, heard_table
+    from .tables import count_table, table_headline, training_table
     from .texts import read_texts
     from .tokens import WINDOW, num_tokens
 
     looked_for = _pattern(only)
     found, whole_set = read_texts(source)
-    _warn([str(one) for one in whole_set.left_out if one.picture])
+    _warn([str(one) for one in whole_set.left_out if one.is_image])
     texts = [text for text in found if not looked_for or any(map(looked_for.search, text.lines))]
     spoken = [" ".join(text.lines) for text in texts if text.lines]
-    counts = edits.counted_words(spoken) if words else edits.counted(spoken)
+    counts = edits.word_counts(spoken) if words else edits.tag_counts(spoken)
     rows = [
-        (text.picture, said(text.example.lines, _audible(rules, text.example.rules), seed=0, step=step, index=index))
+        (
+            text.picture,
+            caption_at_step(text.example.lines, _audible(rules, text.example.rules), seed=0, step=step, index=index),
+        )
         for index, text in enumerate(texts)
         for step in range(max(heard, 1 if json else 0))
     ]
@@ -72,9 +75,9 @@ def list_captions(
         ]  # fmt: skip
         print(json_library.dumps({"counts": dict(counts.most_common()), "captions": told}, ensure_ascii=False))
         return
-    _print(headline(texts))
+    _print(table_headline(texts))
     if heard:
-        _print(heard_table([(*row, count) for row, count in zip(rows, tokens, strict=True)], WINDOW))
+        _print(training_table([(*row, count) for row, count in zip(rows, tokens, strict=True)], WINDOW))
     else:
         _print(count_table(counts, len(spoken), top, "words" if words else "tags"))
 
@@ -153,7 +156,7 @@ def sort(
     from .texts import read_texts
 
     texts, _ = read_texts(source)
-    counts = edits.counted([line for text in texts for line in text.lines]) if by == "count" else None
+    counts = edits.tag_counts([line for text in texts for line in text.lines]) if by == "count" else None
     _edit(source, edits.sorting(counts, max(0, keep_tags)), only, dry_run, show, ["sort", "by", by])
 
 
@@ -175,7 +178,7 @@ def take_back(source: Path, overwrite: bool) -> None:
 
 def _audible(rules: Captions, own: Iterable[tuple[str, Any]]) -> Captions:
     """The rules for one picture, but for those steps in which nothing is heard: every caption is to be seen."""
-    return ruled(rules, own).model_copy(update={"caption_dropout": 0.0})
+    return with_folder_rules(rules, own).model_copy(update={"caption_dropout": 0.0})
 
 
 def _pattern(only: str) -> re.Pattern[str] | None:
@@ -189,14 +192,14 @@ def _edit(source: Path, edit: edits.Edit, only: str, dry_run: bool, show: int, w
     looked_for = _pattern(only)
     texts, found = read_texts(source)
     check_writable(texts)
-    _warn([str(one) for one in found.left_out if one.picture])
+    _warn([str(one) for one in found.left_out if one.is_image])
     changes = edited(texts, edit, looked_for)
     if not changes:
         print("nothing to change")
         return
-    from .tables import difference
+    from .tables import diff_table
 
-    _print(difference(changes, source, max(0, show)))
+    _print(diff_table(changes, source, max(0, show)))
     count = f"{len(changes)} caption file{'s' * (len(changes) != 1)}"
     if dry_run:
         print(f"would change {count} (--dry-run)")

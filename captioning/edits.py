@@ -101,11 +101,11 @@ def tidy(caption: str) -> str:
     return caption.strip(" ,")
 
 
-def counted(captions: Sequence[str]) -> Counter[str]:
+def tag_counts(captions: Sequence[str]) -> Counter[str]:
     """Tag, in small letters -> number of captions that have it."""
     return Counter(tag for caption in captions for tag in {tag.lower() for tag in tags_of(caption)})
 
 
-def counted_words(captions: Sequence[str]) -> Counter[str]:
+def word_counts(captions: Sequence[str]) -> Counter[str]:
     """Word, in small letters -> number of captions that have it."""
     return Counter(word for caption in captions for word in set(re.findall(r"[^\W_][\w'-]*", caption.lower())))

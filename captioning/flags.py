@@ -7,11 +7,11 @@ from cyclopts import Parameter
 
 from scumble.configs.errors import Refused
 
-from .captioners.request import Category, Detail, Device, Precision, Request, Subject
+from .captioners.request import Category, Detail, Device, Precision, Request, SubjectKind
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CaptionFlags:
     """One flag a field; None is the captioner's own default."""
 
     captioner: Annotated[
@@ -22,7 +22,7 @@ class Wanted:
         ),
     ] = "filename"
     kind: Annotated[
-        Subject, Parameter(help="What the set teaches: captions leave out its looks, or who the character is")
+        SubjectKind, Parameter(help="What the set teaches: captions leave out its looks, or who the character is")
     ] = "style"
     model: Annotated[str | None, Parameter(help="Folder or hub id of the model; none: the captioner's usual")] = None
     detail: Annotated[Detail | None, Parameter(help="How much is told; CLIP reads about 50 words")] = None

@@ -1,52 +1,39 @@
 """What a person sees while a folder is captioned, and what became of it afterwards."""
 
 import shlex
-import sys
 from collections import Counter
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from scumble.configs.errors import printable
+from scumble.configs.progress import progress_bar
 from scumble.configs.words import counted
 
-from .recipe import Outcome
+from .recipe import CaptionOutcome
 
 EXAMPLES = 3  # captions that are shown so that a wrong captioner is noticed at once
 NAMED = 10  # files named one by one
 
 
-class Progress:
-    """A bar with the latest caption; the first few captions stay, or `everything`."""
+@contextmanager
+def caption_progress(show_all: bool) -> Generator[Callable[[int, int, Path, str], None]]:
+    """Yield a function that is called with each caption: a bar shows the latest; the first few, or all, are printed."""
+    num_shown = 0
+    with progress_bar("captioning") as advance:
 
-    def __init__(self, everything: bool):
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
+        def tell(done: int, total: int, image: Path, caption: str) -> None:
+            nonlocal num_shown
+            line = printable(f"{image.name}: {' / '.join(caption.splitlines())}")
+            advance(done, total, line[:60])
+            if show_all or num_shown < EXAMPLES:
+                print(f"  {line}")
+                num_shown += 1
 
-        self.everything, self.shown = everything, 0
-        self.bar = Bar(
-            TextColumn("captioning"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[caption]}", table_column=None, markup=False),
-            transient=True, disable=not sys.stdout.isatty(),
-        )  # fmt: skip
-        self.task: Any = None
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *trouble: object) -> None:
-        self.bar.stop()
-
-    def tell(self, done: int, total: int, picture: Path, caption: str) -> None:
-        if self.task is None:
-            self.bar.start()
-            self.task = self.bar.add_task("", total=total, caption="")
-        one_line = " / ".join(caption.splitlines())
-        self.bar.update(self.task, completed=done, caption=f"{picture.name}: {one_line}"[:60])
-        if self.everything or self.shown < EXAMPLES:
-            self.bar.console.print(f"  {picture.name}: {one_line}", soft_wrap=True, markup=False, highlight=False)
-            self.shown += 1
+        yield tell
 
 
-def told(outcome: Outcome, source: Path, captioner: str, dry_run: bool) -> str:
+def describe_outcome(outcome: CaptionOutcome, source: Path, captioner: str, dry_run: bool) -> str:
     """What became of the pictures, a line for each thing to know."""
     lines = [f"{'would write' if dry_run else 'wrote'} {counted(len(outcome.written), 'caption')} by {captioner}"]
     if outcome.kept:

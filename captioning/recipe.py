@@ -9,7 +9,7 @@ from scumble.configs.errors import Refused
 from scumble.datasets.captions import tags_of, with_trigger
 from scumble.datasets.reading.discovery import LeftOut
 
-from .captioners.captioner import KINDS, make
+from .captioners.captioner import CAPTIONERS, make_captioner
 from .captioners.picture import Picture
 from .captioners.request import Existing, Request
 from .captioners.wording import cleaned
@@ -21,7 +21,7 @@ Tell = Callable[[int, int, Path, str], None]  # done, of how many, picture, its 
 
 
 @dataclass
-class Outcome:
+class CaptionOutcome:
     """What became of the pictures: `written` by name of the caption file, the rest by name of the picture."""
 
     written: list[Path] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ReadImage:
     """A picture that was looked at: its fingerprint under the request, or why it cannot be read."""
 
     text: Text
@@ -44,13 +44,13 @@ class Seen:
 
 def caption_set(
     source: Path, request: Request, existing: Existing, overwrite: bool, batch: int, dry_run: bool, tell: Tell
-) -> Outcome:
+) -> CaptionOutcome:
     """Caption the pictures of a folder. What is written so far stays when the run is cut, and is not made again."""
     # 1. Which pictures: those without a caption, and what the request lets touch.
-    kind, outcome = KINDS[request.captioner], Outcome()
+    kind, outcome = CAPTIONERS[request.captioner], CaptionOutcome()
     texts, found = read_texts(source)
     check_writable(texts)
-    outcome.lost = [one for one in found.left_out if one.picture]
+    outcome.lost = [one for one in found.left_out if one.is_image]
     wanted = []
     for text in texts:
         fate = fate_of(text, request, existing, overwrite)
@@ -62,10 +62,10 @@ def caption_set(
         return outcome
 
     # 2. Say something of each, a batch at a time, the next one being read meanwhile.
-    captioner = make(request)
+    captioner = make_captioner(request)
     change = Change(f"caption by {request.captioner}" + (f" ({request.model})" if request.model else ""))
     done = 0
-    for seen in looked_at(wanted, request, batch or kind.batch, kind.sees):
+    for seen in read_ahead(wanted, request, batch or kind.batch, kind.sees):
         outcome.lost += [LeftOut(one.picture.path, one.reason, True) for one in seen if one.reason]
         usable = [one for one in seen if not one.reason]
         answers = captioner.captions([one.picture for one in usable]) if usable else []
@@ -89,7 +89,7 @@ def caption_set(
 
 
 def fate_of(text: Text, request: Request, existing: Existing, overwrite: bool) -> str:
-    """`make`, `kept`, or `by hand`, which is kept because a person wrote it."""
+    """`make_captioner`, `kept`, or `by hand`, which is kept because a person wrote it."""
     if not text.is_caption:
         return "make"
     if existing == "keep":
@@ -103,15 +103,15 @@ def fate_of(text: Text, request: Request, existing: Existing, overwrite: bool) -
 
 def fingerprint(picture: Path, request: Request) -> str:
     """Of the request and of all that the captioner goes by: the picture's bytes, or its name."""
-    if not KINDS[request.captioner].sees:
+    if not CAPTIONERS[request.captioner].sees:
         return request.fingerprint(picture.name.encode())
     return request.fingerprint(hashed(picture.read_bytes()).encode())
 
 
-def looked_at(texts: Sequence[Text], request: Request, batch: int, sees: bool) -> Iterator[list[Seen]]:
+def read_ahead(texts: Sequence[Text], request: Request, batch: int, sees: bool) -> Iterator[list[ReadImage]]:
     """The pictures in batches, decoded one batch ahead."""
     with ThreadPoolExecutor(max_workers=min(batch, 4)) as pool:
-        ahead: list[Future[Seen]] = []
+        ahead: list[Future[ReadImage]] = []
         for start in range(0, len(texts), batch):
             now, ahead = ahead, [pool.submit(_look, text, request, sees) for text in texts[start : start + batch]]
             if now:
@@ -119,19 +119,19 @@ def looked_at(texts: Sequence[Text], request: Request, batch: int, sees: bool) -
         yield [future.result() for future in ahead]
 
 
-def _look(text: Text, request: Request, sees: bool) -> Seen:
+def _look(text: Text, request: Request, sees: bool) -> ReadImage:
     picture = Picture(text.picture)
     try:
         if sees:
             picture.pixels.load()
-        return Seen(text, picture, fingerprint(text.picture, request))
+        return ReadImage(text, picture, fingerprint(text.picture, request))
     except (Refused, OSError) as error:
-        return Seen(text, picture, reason=str(error).removeprefix(f"{text.picture} "))
+        return ReadImage(text, picture, reason=str(error).removeprefix(f"{text.picture} "))
 
 
 def composed(answer: str, text: Text, request: Request, existing: Existing) -> str:
     """What is written for a picture; nothing where the captioner said nothing. Lines stand below each other."""
-    is_tags = KINDS[request.captioner].says_tags
+    is_tags = CAPTIONERS[request.captioner].says_tags
     words = without(" ".join(answer.split()) if is_tags else cleaned(answer, request.subject), request.drop)
     if not words:
         return ""

@@ -12,9 +12,9 @@ from rich.text import Text as Line
 from scumble.datasets.captions import tags_of
 
 from .editing import Edited
-from .texts import Source, Text
+from .texts import CaptionSource, Text
 
-SOURCES: dict[Source, str] = {
+SOURCES: dict[CaptionSource, str] = {
     "hand": "by hand",
     "scumble": "by scumble",
     "table": "from a table",
@@ -23,7 +23,7 @@ SOURCES: dict[Source, str] = {
 }
 
 
-def headline(texts: Sequence[Text]) -> str:
+def table_headline(texts: Sequence[Text]) -> str:
     """`24 pictures; captions: 20 by hand, 3 by scumble, 1 none`."""
     counts = Counter(text.source for text in texts)
     told = ", ".join(f"{counts[source]} {label}" for source, label in SOURCES.items() if counts[source])
@@ -48,7 +48,7 @@ def count_table(counts: Counter[str], num_captions: int, top: int, what: str) ->
     return Group(table, Line(rest, "dim"))
 
 
-def heard_table(rows: Sequence[tuple[Path, str, int]], window: int) -> RenderableType:
+def training_table(rows: Sequence[tuple[Path, str, int]], window: int) -> RenderableType:
     """Picture, what is heard of its caption, and its tokens; those above the window are cut there."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("picture", overflow="fold", max_width=32)
@@ -68,7 +68,7 @@ def heard_table(rows: Sequence[tuple[Path, str, int]], window: int) -> Renderabl
     return Group(table, Line(told, "red" if cut else "dim"))
 
 
-def difference(changes: Sequence[Edited], root: Path, show: int) -> RenderableType:
+def diff_table(changes: Sequence[Edited], root: Path, show: int) -> RenderableType:
     """Each file with its lines before (-) and after (+), what differs in bold."""
     lines: list[Line] = []
     for one in changes[:show]:

@@ -8,12 +8,12 @@ from typing import Literal
 
 from scumble.configs.errors import Refused
 from scumble.datasets.reading.discovery import TABLES
-from scumble.datasets.reading.folder import Example, PictureSet, read_set
+from scumble.datasets.reading.folder import Example, ImageSet, read_set
 from scumble.datasets.reading.sidecars import folded, lines_of, read_text
 
 from .changes import Origin, hashed, written_in
 
-Source = Literal["none", "words", "table", "hand", "scumble"]
+CaptionSource = Literal["none", "words", "table", "hand", "scumble"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Text:
     file: Path
     stands_in: Path | None
     lines: tuple[str, ...]
-    source: Source
+    source: CaptionSource
     origin: Origin | None = None
 
     @property
@@ -58,7 +58,7 @@ def check_writable(texts: Sequence[Text]) -> None:
             )
 
 
-def read_texts(source: Path) -> tuple[list[Text], PictureSet]:
+def read_texts(source: Path) -> tuple[list[Text], ImageSet]:
     """The captions of the pictures to learn from, and the set; regularisation pictures stay out, pixels unread.
 
     Of pictures that share one text file each has one of its own to be written: `a.jpg.txt` beside `a.png.txt`.
@@ -69,7 +69,7 @@ def read_texts(source: Path) -> tuple[list[Text], PictureSet]:
     written: dict[Path, dict[tuple[str, str], Origin]] = {}
     texts = []
     for example in examples:
-        if example.prior:
+        if example.is_regularization:
             continue
         usual = _usual(example)
         file = usual if owners[_name(usual)] == 1 else example.image.with_name(f"{example.image.name}.txt")
@@ -107,7 +107,7 @@ def _name(file: Path) -> tuple[Path, str]:
     return file.parent, folded(file.name)
 
 
-def _source(example: Example) -> Source:
+def _source(example: Example) -> CaptionSource:
     if not example.lines:
         return "none"
     if example.sidecar is None:

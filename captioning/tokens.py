@@ -12,4 +12,4 @@ WINDOW = 75  # 77 with the marks of begin and end
 def num_tokens(captions: Sequence[str]) -> list[int]:
     """How many tokens each caption has, begin and end not counted."""
     window = read_window(TOKENIZER)
-    return [window.hears(caption).tokens for caption in captions]
+    return [window.count(caption).tokens for caption in captions]

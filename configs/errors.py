@@ -20,7 +20,7 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
-def nearest(name: str, known: list[str]) -> str:
+def did_you_mean(name: str, known: list[str]) -> str:
     """` (did you mean X?)`, or nothing where no known name is near."""
     close = get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""

@@ -12,7 +12,7 @@ import tomlkit
 from pydantic import ValidationError
 from tomlkit.items import Table
 
-from .errors import Refused, nearest
+from .errors import Refused, did_you_mean
 from .foreign_names import hint
 from .options import Declared, Options, Section, declared
 
@@ -41,10 +41,10 @@ def resolve(
     named = top.pop("preset", "")
     if not isinstance(named, str):
         raise Refused(f"{file}: preset = {_shown(named)}: must be text; `scumble presets` lists them")
-    layers = [checked(top, _in_file(file))] if file else []
+    layers = [validated(top, _in_file(file))] if file else []
     if preset or named:
         layers.insert(0, _preset(preset or named, "--preset" if preset else f"{file}: preset ="))
-    layers.append(checked({table: dict(keys) for table, keys in (flags or {}).items()}, as_flag))
+    layers.append(validated({table: dict(keys) for table, keys in (flags or {}).items()}, as_flag))
     merged: Layer = {}
     for layer in layers:
         for table, keys in layer.items():
@@ -78,7 +78,7 @@ def refusal(error: ValidationError, where: Callable[[str, str, Any], str]) -> Re
         homes = [entry.table for entry in declared() if entry.key == table]
         if not homes and (elsewhere := hint(table)):
             return Refused(f"{place}: {elsewhere}")
-        cure = f" (it stands in [{homes[0]}])" if homes else nearest(table, list(known))
+        cure = f" (it stands in [{homes[0]}])" if homes else did_you_mean(table, list(known))
         return Refused(f"{place}: no such table{cure}; there are {', '.join(known)}")
     if not key:
         return Refused(f"{place}: [{table}] is a table of options, not a value")
@@ -88,7 +88,7 @@ def refusal(error: ValidationError, where: Callable[[str, str, Any], str]) -> Re
     homes = [entry.table for entry in declared() if entry.key == key]
     if not homes and (elsewhere := hint(key)):
         return Refused(f"{place}: {elsewhere}")
-    cure = f" (it stands in [{homes[0]}])" if homes else nearest(key, [entry.key for entry in declared()])
+    cure = f" (it stands in [{homes[0]}])" if homes else did_you_mean(key, [entry.key for entry in declared()])
     return Refused(f"{place}: no such option in [{table}]{cure}; `scumble options` lists them all")
 
 
@@ -101,9 +101,9 @@ def _preset(name: str, source: str) -> Layer:
     path = PRESETS / f"{name}.toml"
     if name not in presets():
         raise Refused(
-            f"{source} {name}: no such preset{nearest(name, list(presets()))}; there are {', '.join(presets())}"
+            f"{source} {name}: no such preset{did_you_mean(name, list(presets()))}; there are {', '.join(presets())}"
         )
-    return checked(_read(path), _in_file(path))
+    return validated(_read(path), _in_file(path))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise Refused(f"{path} is not TOML: {error}") from None
 
 
-def checked(layer: dict[str, Any], where: Callable[[str, str, Any], str]) -> Layer:
+def validated(layer: dict[str, Any], where: Callable[[str, str, Any], str]) -> Layer:
     """The same layer with its values in their types; a TOML number is not taken for a text, nor the other way."""
     for keys in layer.values():
         if isinstance(keys, dict):

@@ -50,7 +50,7 @@ def batch_sizes(buckets: Sequence[Hashable], repeats: Sequence[int], batch: int)
     return Counter(size for count in counts.values() for size in even(count, batch))
 
 
-def told_batches(buckets: Sequence[Hashable], repeats: Sequence[int], batch: int) -> str:
+def describe_batches(buckets: Sequence[Hashable], repeats: Sequence[int], batch: int) -> str:
     """Which batches are smaller than `batch`, in a line for people; empty where none is."""
     sizes = batch_sizes(buckets, repeats, batch)
     if sizes.keys() == {batch}:

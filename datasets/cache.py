@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from scumble.configs.atomic import atomic_write
+
 DAY_S = 86400
 
 
@@ -52,18 +54,11 @@ class Cache:
         return found if digest == digest_of_tensors(found) else None
 
     def put(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write an entry whole. Raises `OSError` where the place cannot be written or the disk is full."""
+        """Write an entry whole. Raises `Refused` (73) where the place cannot be written."""
         path = self._path(key)
-        temporary = path.with_name(f"{key}.{os.getpid()}.part")
-        path.parent.mkdir(parents=True, exist_ok=True)
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try:
+        with atomic_write(path) as temporary:
             temporary.write_bytes(save(plain, {"digest": digest_of_tensors(plain)}))
-            temporary.replace(path)
-        except OSError:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
 
     def sizes(self) -> list[int]:
         """Bytes of each entry."""

@@ -9,11 +9,11 @@ from scumble.configs.options import Captions
 from .wildcards import chosen
 
 Rules = TypeVar("Rules", bound=Captions)
-CERTAIN = {"caption_dropout": 0.0, "tag_dropout": 0.0, "shuffle_tags": False}
+NOT_RANDOM = {"caption_dropout": 0.0, "tag_dropout": 0.0, "shuffle_tags": False}
 """Rules under which nothing is left out and all stays in its order."""
 
 
-def ruled(rules: Rules, own: Iterable[tuple[str, Any]]) -> Rules:
+def with_folder_rules(rules: Rules, own: Iterable[tuple[str, Any]]) -> Rules:
     """The rules with those in their place that a list of folders has for one of its own."""
     known = {key: value for key, value in own if key in type(rules).model_fields}
     return rules.model_copy(update=known) if known else rules
@@ -32,7 +32,7 @@ def tags_of(caption: str) -> list[str]:
     return [tag.strip() for tag in caption.split(",") if tag.strip()]
 
 
-def said(lines: Sequence[str], rules: Captions, *, seed: int, step: int, index: int) -> str:
+def caption_at_step(lines: Sequence[str], rules: Captions, *, seed: int, step: int, index: int) -> str:
     """What is heard of example `index` in optimiser step `step`; `lines` are those of its caption.
 
     Now and then nothing (Ho and Salimans 2022, for guidance). Else in this order: one line or all of them, one way

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .crops import View
+from .crops import CroppedExample
 from .reading.images import Size
 
 LITTLE = 0.01
@@ -20,15 +20,15 @@ class BucketUse:
 
     width: int
     height: int
-    pictures: int
-    looks: int
+    images: int
+    samples: int
     cut: float
     enlarged: int
 
 
-def bucket_uses(views: Sequence[View]) -> list[BucketUse]:
+def bucket_uses(views: Sequence[CroppedExample]) -> list[BucketUse]:
     """One entry for each bucket, that of the most pictures first."""
-    by_size: dict[Size, list[View]] = {}
+    by_size: dict[Size, list[CroppedExample]] = {}
     for view in views:
         by_size.setdefault(view.size, []).append(view)
     uses = [
@@ -39,17 +39,17 @@ def bucket_uses(views: Sequence[View]) -> list[BucketUse]:
         )
         for size, held in by_size.items()
     ]  # fmt: skip
-    return sorted(uses, key=lambda use: (-use.pictures, -use.width))
+    return sorted(uses, key=lambda use: (-use.images, -use.width))
 
 
-def told_waste(views: Sequence[View]) -> str:
+def describe_crop_loss(views: Sequence[CroppedExample]) -> str:
     """The waste in a line for people: buckets with their pictures, what is cut on the whole, and of which the most.
 
     Empty where one bucket holds everything and nothing to speak of is lost.
     """
     if len({view.size for view in views}) == 1 and _mean_cut(views) < LITTLE:
         return ""
-    buckets = ", ".join(f"{use.width}x{use.height} ({use.pictures})" for use in bucket_uses(views))
+    buckets = ", ".join(f"{use.width}x{use.height} ({use.images})" for use in bucket_uses(views))
     worst = max(views, key=lambda view: view.crops[0].cut)
     told = f"  buckets: {buckets}; cropping leaves out {_mean_cut(views):.0%} of the pixels"
     if worst.crops[0].cut > MUCH:
@@ -61,5 +61,5 @@ def told_waste(views: Sequence[View]) -> str:
     )
 
 
-def _mean_cut(views: Sequence[View]) -> float:
+def _mean_cut(views: Sequence[CroppedExample]) -> float:
     return sum(view.crops[0].cut for view in views) / len(views)

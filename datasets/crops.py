@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from scumble.configs.options import Data
 
 from .buckets import Buckets, make_buckets
-from .captions import ruled
+from .captions import with_folder_rules
 from .focus import best_share, focus_map
 from .reading.folder import Example
 from .reading.images import Crop, Size, crop_at, read_size
 
 
 @dataclass(frozen=True)
-class View:
+class CroppedExample:
     """A picture at one resolution. In each look one of its crops, which share one size, is drawn."""
 
     example: Example
@@ -33,7 +33,9 @@ def tables(data: Data, resolution_px: int, step_px: int) -> list[Buckets]:
     ]
 
 
-def views_of(examples: Sequence[Example], buckets: Sequence[Buckets], data: Data, seed: int) -> list[View]:
+def crop_examples(
+    examples: Sequence[Example], buckets: Sequence[Buckets], data: Data, seed: int
+) -> list[CroppedExample]:
     """Every picture at every resolution, but once only where two resolutions give it one size.
 
     Raises `Refused` naming a picture that cannot be read, or OpenCV where it is needed and missing.
@@ -41,8 +43,8 @@ def views_of(examples: Sequence[Example], buckets: Sequence[Buckets], data: Data
     return [view for example in examples for view in _views(example, buckets, data, seed)]
 
 
-def _views(example: Example, buckets: Sequence[Buckets], data: Data, seed: int) -> Iterator[View]:
-    original, data = read_size(example.image), ruled(data, example.rules)
+def _views(example: Example, buckets: Sequence[Buckets], data: Data, seed: int) -> Iterator[CroppedExample]:
+    original, data = read_size(example.image), with_folder_rules(data, example.rules)
     interest = None
     if data.crop in ("focus", "faces"):
         interest = focus_map(example.image, example.mask, data.crop == "faces")
@@ -56,7 +58,7 @@ def _views(example: Example, buckets: Sequence[Buckets], data: Data, seed: int) 
         crops = dict.fromkeys(crop_at(original, size, share) for share in shares)
         if data.random_flip:
             crops = dict.fromkeys(variant for crop in crops for variant in (crop, replace(crop, mirrored=True)))
-        yield View(example, tuple(crops))
+        yield CroppedExample(example, tuple(crops))
 
 
 def spread(number: int, seed: str) -> list[float]:

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from scumble.configs.errors import Refused
+from scumble.configs.exit_codes import UNAVAILABLE
 
 from .reading.images import Size, read_rgb
 from .reading.masks import read_mask
@@ -108,5 +109,7 @@ def _cascade() -> Any:
         import cv2
         import cv2.data
     except ImportError:
-        raise Refused("--crop faces needs OpenCV: pip install 'scumble[faces]', or take --crop focus", 69) from None
+        raise Refused(
+            "--crop faces needs OpenCV: pip install 'scumble[faces]', or take --crop focus", UNAVAILABLE
+        ) from None
     return cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / "haarcascade_frontalface_default.xml"))

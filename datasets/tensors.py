@@ -9,7 +9,7 @@ from PIL import Image
 
 from scumble.configs.errors import Refused
 
-from .crops import View
+from .crops import CroppedExample
 from .reading.images import ENOUGH, Crop, Size, read_rgb, resized
 from .reading.masks import read_mask
 
@@ -31,7 +31,7 @@ def all_cropped(path: Path, crops: Sequence[Crop]) -> Iterator[torch.Tensor]:
         yield pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
-def masks_of(view: View, latent_px: int, floor: float) -> tuple[torch.Tensor, ...]:
+def masks_of(view: CroppedExample, latent_px: int, floor: float) -> tuple[torch.Tensor, ...]:
     """Masks (H, W) over a view's latents, as `cropped_masks` gives them, for each of its crops; none where it has none.
 
     They stay in memory for a whole run: bytes are a quarter of the weights that `mask_weights` makes of them. Raises

@@ -10,8 +10,9 @@ from tiny import tiny_base
 
 from scumble.configs.options import Model
 from scumble.trainer.adapters.targets import Part
-from scumble.trainer.base_model.load import Base, load, recognise
-from scumble.trainer.base_model.text_encoding import encode
+from scumble.trainer.base_model.detect import detect_base
+from scumble.trainer.base_model.load import Base, load
+from scumble.trainer.base_model.text_encoding import encode_prompts
 from scumble.trainer.kernels.capture import Replay
 
 CPU = torch.device("cpu")
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 
 def loaded(kind: str, folder: Path) -> Base:
     model = Model(base="sketch" if kind == "sketch" else str(tiny_base(kind, folder / kind)))
-    return load(model, recognise(model), CPU, torch.float32)
+    return load(model, detect_base(model), CPU, torch.float32)
 
 
 def parts_of(base: Base, conv_rank: int = 0) -> list[Part]:
@@ -49,7 +50,7 @@ PARTS = [Part("unet", 4, 4.0), Part("text", 2, 2.0)]
 
 def loss_of(base: Base) -> torch.Tensor:
     torch.manual_seed(3)
-    conditioning = encode(base, ["a cat", "a dog"])
+    conditioning = encode_prompts(base, ["a cat", "a dog"])
     added = None
     if conditioning.pooled is not None:
         added = {"text_embeds": conditioning.pooled, "time_ids": torch.ones(2, 6)}

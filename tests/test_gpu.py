@@ -14,13 +14,14 @@ from scumble.configs.errors import Refused
 from scumble.configs.options import Model
 from scumble.trainer import train as recipe
 from scumble.trainer.adapters.files import read_tensors
-from scumble.trainer.base_model.load import Base, load, place_unet, recognise
+from scumble.trainer.base_model.detect import detect_base
+from scumble.trainer.base_model.load import Base, load, place_unet
 from scumble.trainer.kernels import fused_norms
 from scumble.trainer.kernels.cuda_graphs import CudaGraphs
 from scumble.trainer.kernels.lora_matmul import _adds_to_fp32, _given
 from scumble.trainer.preflight import try_out
-from scumble.trainer.previews.prompts import Shot
-from scumble.trainer.previews.sampling import SAMPLERS, paint
+from scumble.trainer.previews.prompts import PreviewPrompt
+from scumble.trainer.previews.sampling import SAMPLERS, render
 from scumble.trainer.training.flat_parameters import Flat
 from scumble.trainer.training.objective import Batch, Objectives
 from scumble.trainer.training.optimizer_step import Update
@@ -234,15 +235,15 @@ def test_compiled_blocks_train_as_the_others_do(tmp_path: Path):
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_captured_previews_are_those_of_run_passes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = Model(base=str(tiny_base(kind, tmp_path)))
-    base = load(model, recognise(model), torch.device("cuda"), torch.float32)
-    shots = [Shot(word, "", 64, side, 3, 5, 4.0) for word, side in (("cat", 64), ("dog", 64), ("cat", 96))]
+    base = load(model, detect_base(model), torch.device("cuda"), torch.float32)
+    shots = [PreviewPrompt(word, "", 64, side, 3, 5, 4.0) for word, side in (("cat", 64), ("dog", 64), ("cat", 96))]
     made: list[object] = []
     capture = CudaGraphs.__call__
     monkeypatch.setattr(CudaGraphs, "__call__", lambda self, run: made.append(run) or capture(self, run))
     for sampler in SAMPLERS:
         made.clear()
-        captured = paint(base, shots, sampler, pytest.fail)
+        captured = render(base, shots, sampler, pytest.fail)
         assert len(made) == 2
-        run = paint(base, shots, sampler, capture=lambda run: run)
+        run = render(base, shots, sampler, capture=lambda run: run)
         for one, other in zip(captured, run, strict=True):
             assert np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() <= 2

@@ -7,21 +7,23 @@ from math import ceil
 from pathlib import Path
 from statistics import fmean
 
+from scumble.configs.exit_codes import UNAVAILABLE
+
 from .base_model.load import Base
 from .plan.job import Job
 from .previews.gallery import Gallery
-from .previews.grid import write_picture
+from .previews.grid import write_png
 from .run.events import Events
 from .run.folder import RunFolder
 from .run.loss_plot import loss_curve
 from .run.retention import surplus
 from .run.state import State, save_state
 from .system.device import DTYPES, free_unused, memory_mb
-from .system.formatting import in_words
-from .system.out_of_memory import Found, TooLarge, unless_too_large
-from .training.export import Progress, export, metadata_of
-from .training.lora import Trained
-from .training.optimizer_step import Outcome, Update
+from .system.formatting import format_bytes
+from .system.out_of_memory import T, TooLarge, unless_too_large
+from .training.export import TrainingProgress, export, metadata_of
+from .training.lora import AdaptedLayer
+from .training.optimizer_step import StepOutcome, Update
 from .training.validation import Validation
 
 
@@ -32,7 +34,7 @@ class Artifacts:
         self,
         job: Job,
         base: Base,
-        trained: list[Trained],
+        trained: list[AdaptedLayer],
         update: Update,
         validation: Validation | None,
         state: State,
@@ -42,8 +44,8 @@ class Artifacts:
         self.job, self.base, self.trained, self.update, self.validation = job, base, trained, update, validation
         self.state, self.run, self.events = state, run, events
         self.losses, self.checkpoints = list(state.losses), list(state.checkpoints)
-        self.validated = dict(state.validated)
-        self.gallery = Gallery(base, job.shots, job.options.previews.sampler, run.path / "previews", events)
+        self.validated = dict(state.validation_losses)
+        self.gallery = Gallery(base, job.preview_prompts, job.options.previews.sampler, run.path / "previews", events)
         self.gallery.restore(state.rows)
         self.preview_s: list[float] = []
         self.trained_s = 0.0
@@ -61,15 +63,15 @@ class Artifacts:
         if not step:
             self.validate(step)
 
-    def tell(self, outcome: Outcome, seconds: float) -> None:
+    def tell(self, outcome: StepOutcome, seconds: float) -> None:
         """A step that took so long."""
         done = outcome.step + 1
         self.trained_s += seconds
-        if not outcome.broken:
+        if not outcome.non_finite:
             self.losses.append(outcome.loss)
         self.events.emit(
-            "step", step=done, epoch=self.epoch(done), loss=None if outcome.broken else outcome.loss,
-            num_steps=self.job.plan.num_steps, rate=outcome.rate, memory_mb=memory_mb(self.job.accelerator.device),
+            "step", step=done, epoch=self.epoch(done), loss=None if outcome.non_finite else outcome.loss,
+            num_steps=self.job.plan.num_steps, learning_rate=outcome.learning_rate, memory_mb=memory_mb(self.job.accelerator.device),
             steps_per_s=round((done - self.state.step) / self.trained_s, 3),
         )  # fmt: skip
         self.run.beat(done, self.job.plan.num_steps)
@@ -110,7 +112,7 @@ class Artifacts:
             self.events.emit("note", text=f"  {error}; this row is left out")
         self.preview_s.append(time.monotonic() - began)
 
-    def _in_room(self, what: str, compute: Callable[[], Found]) -> Found:
+    def _in_room(self, what: str, compute: Callable[[], T]) -> T:
         """What `compute` gives; where it does not fit into memory, once more without the captured passes, which keep
         their own and are captured anew in the next step. Where that does not help, it is not tried again."""
         try:
@@ -133,7 +135,7 @@ class Artifacts:
 
         def measured() -> float:
             if (loss := unless_too_large(measure)) is None:
-                raise TooLarge("the held-out pictures do not fit into memory", 69)
+                raise TooLarge("the held-out pictures do not fit into memory", UNAVAILABLE)
             return loss
 
         try:
@@ -143,7 +145,9 @@ class Artifacts:
             self.events.emit("note", text=f"  {error}; they are left out")
             return
         self.validated[step] = loss
-        self.events.emit("validated", step=step, epoch=self.epoch(step), loss=loss, text=told_loss(self.validated))
+        self.events.emit(
+            "validation", step=step, epoch=self.epoch(step), loss=loss, text=describe_validation(self.validated)
+        )
 
     def save(self, step: int, file: Path, with_state: bool = True) -> None:
         """The adapter first, then the state."""
@@ -151,8 +155,8 @@ class Artifacts:
         job, options, plan, epoch = self.job, self.job.options, self.job.plan, self.epoch(step)
         if not self.run.code:  # who stops a run does not wait for it, and an unbroken one would not measure here
             self.validate(step)
-        progress = Progress(epoch, step, plan.num_epochs, plan.num_steps, self.state.started)
-        metadata = metadata_of(self.base, options, plan.parts, job.pictures.examples, job.buckets, progress)
+        progress = TrainingProgress(epoch, step, plan.num_epochs, plan.num_steps, self.state.started)
+        metadata = metadata_of(self.base, options, plan.parts, job.image_set.examples, job.buckets, progress)
         with self.update.finished_weights():
             export(file, self.trained, metadata, DTYPES[options.output.save_precision])
         self.events.emit("saved", step=step, epoch=epoch, file=file.name, bytes=file.stat().st_size)
@@ -165,10 +169,10 @@ class Artifacts:
         if with_state:
             update = self.update
             now = replace(
-                self.state, step=step, losses=self.losses, rate_factor=update.rate_factor,
-                broken_in_a_row=update.broken_in_a_row, micro_batch=update.micro_batch, recomputed=update.recomputed,
+                self.state, step=step, losses=self.losses, lr_factor=update.rate_factor,
+                non_finite_in_a_row=update.broken_in_a_row, micro_batch=update.micro_batch, checkpointing_level=update.recomputed,
                 bits=self.base.bits, compiled=update.is_compiled, rows=self.gallery.rows, checkpoints=self.checkpoints,
-                validated=list(self.validated.items()),
+                validation_losses=list(self.validated.items()),
             )  # fmt: skip
             save_state(self.run.path, now, update.tensors(), update.optimizer_state(), self.run.check_owner)
 
@@ -177,16 +181,16 @@ class Artifacts:
         folder, name = self.run.path, self.path.stem
         self.save(step, self.path, with_state)
         if self.gallery.cover:
-            write_picture(self.gallery.cover, folder / f"{name}.png")
+            write_png(self.gallery.cover, folder / f"{name}.png")
         if self.losses:
-            write_picture(loss_curve(self.losses, f"{name}: loss", self.validated), folder / "loss.png")
-        text = f"adapter {self.path} ({in_words(self.path.stat().st_size)})"
+            write_png(loss_curve(self.losses, f"{name}: loss", self.validated), folder / "loss.png")
+        text = f"adapter {self.path} ({format_bytes(self.path.stat().st_size)})"
         if (previews := folder / "previews").is_dir():
             text += f", previews {previews}"
         if total := sum(self.preview_s):
             text += f"\npreviews took {total / (total + self.trained_s):.0%} of the time of steps and previews"
         if self.validated:
-            text += f"\n{told_best(self.validated, [name for name, _ in self.checkpoints])}"
+            text += f"\n{describe_lowest_validation(self.validated, [name for name, _ in self.checkpoints])}"
         if self.run.code:
             text += f"\nstopped after step {step} of {self.job.plan.num_steps}; `scumble train {folder}` goes on"
         self.events.emit("done", step=step, epoch=self.epoch(step), stopped=bool(self.run.code), text=text)
@@ -209,14 +213,14 @@ def share_of_previews(seconds: Sequence[float], trained_s: float) -> float:
     return total / (total + trained_s)
 
 
-def told_loss(validated: Mapping[int, float]) -> str:
+def describe_validation(validated: Mapping[int, float]) -> str:
     """The latest loss on held-out pictures, against that of the base."""
     step, loss = list(validated.items())[-1]
     change = f", {loss / validated[0] - 1:+.1%} against before" if step and validated.get(0) else ""
     return f"  held-out pictures, step {step}: loss {loss:.4f}{change}"
 
 
-def told_best(validated: Mapping[int, float], checkpoints: Sequence[str]) -> str:
+def describe_lowest_validation(validated: Mapping[int, float], checkpoints: Sequence[str]) -> str:
     """After which step the loss on held-out pictures was lowest, and which of `checkpoints` is of that step."""
     best, last = min(validated, key=lambda step: validated[step]), max(validated)
     text = f"held-out pictures: loss {validated[last]:.4f} after step {last}"

@@ -17,7 +17,7 @@ from pydantic import ValidationError as PydanticError
 from scumble.captioning.commands import caption
 from scumble.captioning.commands_edit import captions
 from scumble.configs import files, reference
-from scumble.configs.errors import Refused, nearest, printable
+from scumble.configs.errors import Refused, did_you_mean, printable
 from scumble.configs.foreign_names import hint
 from scumble.configs.options import Model, Options, Previews, section
 
@@ -237,7 +237,7 @@ def _one_line(error: CycloptsError) -> str:
         if elsewhere := hint(flag):
             return f"{flag}: {elsewhere}"
         known = [name.removeprefix("--").replace("-", "_") for name in flags_of(app)]
-        close = "" if key in known else nearest(key, known).replace("_", "-").replace("mean ", "mean --")
+        close = "" if key in known else did_you_mean(key, known).replace("_", "-").replace("mean ", "mean --")
         return f"{flag}: no such option of this command{close}; --help lists its own, `scumble options` all"
     if isinstance(error, UnusedCliTokensError):
         return f"{' '.join(error.unused_tokens or ())}: too much; --help shows what the command takes"

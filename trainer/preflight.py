@@ -15,8 +15,8 @@ from .plan.job import Job
 from .run.events import Events
 from .run.retention import check_disk, disk_needed
 from .system.device import DTYPES, total_memory_mb
-from .system.formatting import duration, in_words
-from .system.out_of_memory import Measured, measure, timed
+from .system.formatting import duration, format_bytes
+from .system.out_of_memory import StepCost, measure, timed
 from .training.optimizer_step import Update
 
 
@@ -45,12 +45,12 @@ def try_out(
         update.passes.forget()
         update.is_compiled = compiled_s is not None
         if update.is_compiled and device.type == "cpu":
-            update.passes.run_as_they_are()  # a recording knows nothing of compiled kernels
+            update.passes.disable_capture()  # a recording knows nothing of compiled kernels
         measured = replace(measured, seconds=compiled_s or measured.seconds)
     step_s = measured.seconds * passes
     num_saves = plan.num_steps // plan.save_every if plan.save_every else 0
     num_previews = plan.num_steps // plan.preview_every + 2 if plan.preview_every else 0
-    pixels = sum((shot.width or size.width) * (shot.height or size.height) for shot in job.shots)
+    pixels = sum((shot.width or size.width) * (shot.height or size.height) for shot in job.preview_prompts)
     num_parameters = sum(parameter.numel() for parameter in update.named.values())
     needed = disk_needed(
         num_parameters, DTYPES[options.output.save_precision].itemsize, num_saves, options.output.keep_checkpoints,
@@ -66,14 +66,14 @@ def try_out(
     ]
     events.emit(
         "measured", seconds=round(measured.seconds, 4), memory_mb=measured.memory_mb, expected_s=round(steps * step_s),
-        checkpointing=checkpointing, micro_batch=update.micro_batch, bits=base.bits, disk_bytes=needed,
+        gradient_checkpointing=checkpointing, micro_batch=update.micro_batch, bits=base.bits, disk_bytes=needed,
         text=f"  a step takes {step_s:.2f} s and {measured.memory_mb:,} of {total_memory_mb(device):,} MB"
         f"{''.join(f', {saving}' for saving in savings)}: {steps} steps in about {duration(steps * step_s)} without "
-        f"previews; up to {in_words(needed)} of {in_words(free)} free on the disk",
+        f"previews; up to {format_bytes(needed)} of {format_bytes(free)} free on the disk",
     )  # fmt: skip
 
 
-def measured_step(job: Job, update: Update, batch: Sequence[int]) -> Measured:
+def measured_step(job: Job, update: Update, batch: Sequence[int]) -> StepCost:
     """What a pass of a batch takes. Raises `Refused` (69) where none fits into memory."""
     trials = count()
 

@@ -11,37 +11,38 @@ from typing import Any
 
 from scumble.configs import files
 from scumble.configs.errors import Refused
+from scumble.configs.exit_codes import RESUMABLE, UNAVAILABLE
 from scumble.configs.options import Optimization, Options
 from scumble.datasets.batches import epoch_batches
 from scumble.datasets.cache import cache_in
 
 from .artifacts import Artifacts
 from .base_model.latents import encode_set
-from .base_model.load import Base, load_waiting, place_unet, resting_place, take_fewer_bits
-from .base_model.offload import at_hand, fetch
+from .base_model.load import Base, load_offloaded, offload_device, place_unet, take_fewer_bits
+from .base_model.offload import fetch, on_device
 from .base_model.quantize import BITS, fewer_bits
 from .kernels.attention import choose_kernels
 from .kernels.capture import capture_for
 from .kernels.cuda_graphs import own_stream
-from .kernels.lora_matmul import speed_up
-from .plan.job import Job, announce, look
+from .kernels.lora_matmul import use_fast_lora
+from .plan.job import Job, emit_plan, prepare_job
 from .plan.plan import Plan
 from .preflight import try_out
 from .run.events import Events, Reader, file_reader
 from .run.fingerprint import allowed_changes, doubtful_changes, identity_of, refused_changes
 from .run.folder import EVENTS, OPTIONS, RunFolder, TakenOver, is_run, status_of, write_text
-from .run.slowdown import Pace
-from .run.state import Kept, State, newest_state
+from .run.slowdown import SlowdownWatch
+from .run.state import LoadedState, State, newest_state
 from .system.device import device_may_fail
 from .system.out_of_memory import TooLarge, unless_too_large
-from .system.signals import STOPPED, Cut, Interrupts
+from .system.signals import Interrupted, Interrupts
 from .training.checkpointing import recompute_activations
 from .training.flat_parameters import Flat
 from .training.forward_backward import Passes
-from .training.lora import ADAPTER, Trained, attach, component_of, laid_out, num_parameters
+from .training.lora import ADAPTER, AdaptedLayer, attach, component_of, memory_order, num_parameters
 from .training.lr_schedules import lr_multiplier
-from .training.objective import Look, Objectives
-from .training.optimizer_step import STOPPED_AFTER, Update, looks_of
+from .training.objective import Objectives, Sample
+from .training.optimizer_step import STOPPED_AFTER, Update, samples_of
 from .training.optimizers import grouped, make_optimizer
 from .training.validation import Validation
 
@@ -51,7 +52,7 @@ class Ready:
     """What a job needs, loaded and tried."""
 
     base: Base
-    trained: list[Trained]
+    trained: list[AdaptedLayer]
     update: Update
     validation: Validation | None
 
@@ -78,14 +79,14 @@ def train(
     `dry_run` stops after the plan, `measured` with it after a measured step. `force` goes on with another base or other
     pictures. Raises `Refused` for what a person can mend, before anything slow starts.
     """
-    job = look(options, goes_on=go_on is not None)
+    job = prepare_job(options, goes_on=go_on is not None)
     folder, device = (
         go_on or Path(job.options.output.output_dir) / job.options.output.output_name,
         job.accelerator.device,
     )
     if dry_run:
         events = Events(readers)
-        announce(job, events)
+        emit_plan(job, events)
         if measured:
             with device_may_fail(device), own_stream(device):
                 ready = make_ready(job, events)
@@ -99,7 +100,7 @@ def train(
         return Result(folder / f"{job.options.output.output_name}.safetensors", 0)
     if kept:
         notes += changes(kept.state, identity, force)
-        notes += told_schedule(kept.state, job.plan, job.options.optimization)
+        notes += describe_schedule_change(kept.state, job.plan, job.options.optimization)
     try:
         with (
             Interrupts() as interrupts,
@@ -110,20 +111,20 @@ def train(
             run.beat(kept.state.step if kept else 0, job.plan.num_steps)
             write_text(folder / OPTIONS, files.dumps(job.options))
             events = Events([*readers, file_reader(folder / EVENTS)])
-            announce(job, events, notes)
+            emit_plan(job, events, notes)
             ready = make_ready(job, events, kept)
             state = replace(kept.state if kept else State(started=time.time()), identity=identity)
             try_out(job, ready.base, ready.update, folder, events, state.step, state.compiled)
             return learn(job, ready, state, run, interrupts, events)
-    except Cut as cut:
+    except Interrupted as cut:
         raise Refused(f"stopped by {cut.by}; `scumble train {folder}` goes on", cut.code) from None
     except Refused as error:
-        if isinstance(error, TakenOver) or error.exit_code not in (73, STOPPED) or not is_run(folder):
+        if isinstance(error, TakenOver) or error.exit_code not in (73, RESUMABLE) or not is_run(folder):
             raise
         raise Refused(f"{error}; then `scumble train {folder}` goes on", error.exit_code) from None
 
 
-def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
+def make_ready(job: Job, events: Events, kept: LoadedState | None = None) -> Ready:
     """Load the base, encode the pictures, put the adapter on; where a run goes on, as its state `kept` tells."""
 
     def say(line: str) -> None:
@@ -131,22 +132,22 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
 
     # 1. The base, every picture and caption encoded once, and the adapter.
     options, plan, wanted, device = job.options, job.plan, job.options.optimization, job.accelerator.device
-    base = unless_too_large(partial(load_waiting, options.model, job.source, device, job.dtype))
+    base = unless_too_large(partial(load_offloaded, options.model, job.source, device, job.dtype))
     if base is None:
-        raise TooLarge(f"{job.source.label} does not fit into the memory of this machine", 69)
+        raise TooLarge(f"{job.source.label} does not fit into the memory of this machine", UNAVAILABLE)
     cache = None if options.data.latent_cache == "off" else cache_in(options.data.latent_cache)
-    with at_hand(base, base.vae):
+    with on_device(base, base.vae):
         latents = encode_set(
-            base, [(view.example.image, view.crops) for view in job.views],
-            tell=lambda done: events.emit("encoded", done=done, total=len(job.views)), cache=cache,
+            base, [(view.example.image, view.crops) for view in job.cropped],
+            tell=lambda done: events.emit("encoded", done=done, total=len(job.cropped)), cache=cache,
             say=say, digests={example.image: example.digest for example in job.examples},
         )  # fmt: skip
     objectives = Objectives(
         base, job.examples, job.crops, latents, options.data, options.objective, options.output.seed,
         text_is_trained=len(plan.parts) > 1, masks=job.masks,
     )  # fmt: skip
-    can_wait = resting_place(device) != device and not objectives.text_is_trained
-    if not (can_wait and objectives.encode_ahead(looks_of_run(job))):
+    can_wait = offload_device(device) != device and not objectives.text_is_trained
+    if not (can_wait and objectives.encode_ahead(samples_of_run(job))):
         fetch(base, *base.text_encoders)
     place_unet_that_fits(job, base, kept.state.bits if kept else 16, say)
     trained = attach(base, options.network, plan.parts, options.output.seed)
@@ -157,13 +158,13 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
 
     # 2. What is optimised, and how; then as the state that is gone on from.
     rated = [
-        (plan.learning_rates[part.name], laid_out(module for module in trained if module.part == part.name))
+        (plan.learning_rates[part.name], memory_order(module for module in trained if module.part == part.name))
         for part in plan.parts
     ]
     named = {f"{module.key}.{slot}": p for module in trained for slot, p in module.tensors.items()}
     groups = grouped(rated, [module.tensors["dora_scale"] for module in trained if "dora_scale" in module.tensors])
     flat = Flat([group["params"] for group in groups], job.dtype)
-    all_fast = speed_up([module.layer for module in trained], ADAPTER, flat.lowered)
+    all_fast = use_fast_lora([module.layer for module in trained], ADAPTER, flat.lowered)
     runs = (plan.num_steps - (kept.state.step if kept else 0)) * wanted.gradient_accumulation_steps
     passes = Passes(
         objectives, flat, job.accelerator.backward, nullcontext if all_fast else job.accelerator.autocast,
@@ -185,9 +186,9 @@ def make_ready(job: Job, events: Events, kept: Kept | None = None) -> Ready:
         update.quantize = lambda: take_fewer_bits(base, options.model)
     if kept:
         update.restore(kept.tensors, kept.optimizer)
-        update.rate_factor, update.broken_in_a_row = kept.state.rate_factor, kept.state.broken_in_a_row
+        update.rate_factor, update.broken_in_a_row = kept.state.lr_factor, kept.state.non_finite_in_a_row
         update.micro_batch = kept.state.micro_batch
-        for _ in range(min(kept.state.recomputed, len(update.recompute))):
+        for _ in range(min(kept.state.checkpointing_level, len(update.recompute))):
             update.recompute_next()
 
     validation = None
@@ -207,11 +208,11 @@ def place_unet_that_fits(job: Job, base: Base, bits: int, say: Callable[[str], N
     while unless_too_large(partial(place_unet, base, options.model, bits)) is None:
         bits = fewer_bits(bits, device.type) if is_free else 0
         if not bits:
-            raise TooLarge(f"{job.source.label} does not fit into the memory of the {device.type} device", 69)
+            raise TooLarge(f"{job.source.label} does not fit into the memory of the {device.type} device", UNAVAILABLE)
         say(f"out of memory: the base has {bits} bits (slower, a little less exact)")
 
 
-def looks_of_run(job: Job) -> Iterator[Look]:
+def samples_of_run(job: Job) -> Iterator[Sample]:
     """Every look of the run, in order."""
     options, plan = job.options, job.plan
     steps = steps_of(
@@ -223,7 +224,7 @@ def looks_of_run(job: Job) -> Iterator[Look]:
         options.output.seed,
     )
     for step, _, batches in steps:
-        yield from looks_of(step, [index for batch in batches for index in batch])
+        yield from samples_of(step, [index for batch in batches for index in batch])
 
 
 def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Interrupts, events: Events) -> Result:
@@ -233,9 +234,9 @@ def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Inte
     """
     plan, wanted, seed, update = job.plan, job.options.optimization, job.options.output.seed, ready.update
     artifacts = Artifacts(job, ready.base, ready.trained, update, ready.validation, state, run, events)
-    pace, trouble = Pace(job.accelerator.device), ""
+    pace, trouble = SlowdownWatch(job.accelerator.device), ""
     done, proven, is_whole = state.step, state.step, True
-    interrupts.careful = True
+    interrupts.is_deferred = True
     if done:
         events.emit("resumed", step=done, text=f"  goes on after step {done}")
     artifacts.before(done)
@@ -250,11 +251,13 @@ def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Inte
         update.take(step, batches, share, after[0])
         pauses = artifacts.is_due(step + 1) or run.is_asked or bool(interrupts)
         for outcome in update.outcomes(of_all=pauses):
-            if outcome.broken and update.is_hopeless:
-                trouble = f"step {outcome.step + 1}: the {outcome.broken} is not finite, as in the {STOPPED_AFTER - 1} "
+            if outcome.non_finite and update.is_hopeless:
+                trouble = (
+                    f"step {outcome.step + 1}: the {outcome.non_finite} is not finite, as in the {STOPPED_AFTER - 1} "
+                )
                 trouble += "steps before; try a lower --learning-rate, or --mixed-precision fp32"
                 break
-            done, is_whole = outcome.step + 1, not outcome.broken
+            done, is_whole = outcome.step + 1, not outcome.non_finite
             if is_whole:
                 proven = outcome.step  # its loss was that of the weights after so many steps
             seconds, clock = time.monotonic() - clock, time.monotonic()
@@ -268,7 +271,7 @@ def learn(job: Job, ready: Ready, state: State, run: RunFolder, interrupts: Inte
         asked = run.requests()
         artifacts.after(done, asked, is_whole)
         if interrupts or "stop" in asked:
-            run.stopped(interrupts.code or STOPPED, f"stopped {f'by {interrupts.by}' if interrupts else 'as asked'}")
+            run.stopped(interrupts.code or RESUMABLE, f"stopped {f'by {interrupts.by}' if interrupts else 'as asked'}")
             break
         clock = time.monotonic()
     if trouble and (good := newest_state(run.path, lambda line: None, before=proven + 1)):
@@ -292,7 +295,7 @@ def changes(state: State, identity: dict[str, Any], force: bool) -> list[str]:
     return [f"changed: {line}" for line in [*doubtful, *allowed_changes(before, identity)]]
 
 
-def told_schedule(state: State, plan: Plan, wanted: Optimization) -> list[str]:
+def describe_schedule_change(state: State, plan: Plan, wanted: Optimization) -> list[str]:
     """What another number of steps does to the rate of a run that goes on after its state: a line, or none."""
     before = state.identity["options"]["optimization"]
     if before["steps"] == plan.num_steps or plan.lr_scheduler == "constant":

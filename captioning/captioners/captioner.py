@@ -20,7 +20,7 @@ class Captioner(Protocol):
 
 
 @dataclass(frozen=True)
-class Kind:
+class CaptionerInfo:
     """One captioner: how it is made, its usual model, and which flags are for it.
 
     `sees` says that it looks at pixels; `says_tags` that its words are tags, not sentences that need cleaning.
@@ -69,12 +69,12 @@ def _tagger(request: Request) -> Captioner:
 
 NEURAL = frozenset({"model", "device", "precision", "prompt", "max_tokens"})
 
-KINDS = {
-    "filename": Kind(lambda request: Filename(), batch=256, sees=False, says_tags=True),
-    "blip": Kind(_blip, "Salesforce/blip-image-captioning-large", NEURAL, batch=8),
-    "florence2": Kind(_florence, "florence-community/Florence-2-large", NEURAL | {"detail"}, batch=8),
-    "vlm": Kind(_vlm, "Qwen/Qwen3-VL-4B-Instruct", NEURAL | {"detail"}, batch=4),
-    "wd-tagger": Kind(
+CAPTIONERS = {
+    "filename": CaptionerInfo(lambda request: Filename(), batch=256, sees=False, says_tags=True),
+    "blip": CaptionerInfo(_blip, "Salesforce/blip-image-captioning-large", NEURAL, batch=8),
+    "florence2": CaptionerInfo(_florence, "florence-community/Florence-2-large", NEURAL | {"detail"}, batch=8),
+    "vlm": CaptionerInfo(_vlm, "Qwen/Qwen3-VL-4B-Instruct", NEURAL | {"detail"}, batch=4),
+    "wd-tagger": CaptionerInfo(
         _tagger, "SmilingWolf/wd-eva02-large-tagger-v3",
         frozenset({"model", "device", "threshold", "character_threshold", "categories", "keep_underscores"}),
         packages=("onnxruntime",), batch=8, says_tags=True,
@@ -98,13 +98,13 @@ def request_for(captioner: str, given: Mapping[str, Any], **common: Any) -> Requ
 
     Raises `Refused` for a flag that this captioner does not take.
     """
-    kind = KINDS[captioner]
+    kind = CAPTIONERS[captioner]
     values: dict[str, Any] = {**DEFAULTS, "model": kind.model}
     for name, value in given.items():
         if value is None:
             continue
         if name not in kind.takes:
-            takers = ", ".join(other for other, one in KINDS.items() if name in one.takes)
+            takers = ", ".join(other for other, one in CAPTIONERS.items() if name in one.takes)
             flag = "--" + name.replace("_", "-")
             raise Refused(f"{flag}: not for --captioner {captioner}; {takers} take{'s' * (', ' not in takers)} it")
         values[name] = value
@@ -112,8 +112,8 @@ def request_for(captioner: str, given: Mapping[str, Any], **common: Any) -> Requ
     return Request(captioner=captioner, **values, **common)
 
 
-def make(request: Request) -> Captioner:
+def make_captioner(request: Request) -> Captioner:
     """The captioner, loaded. Raises `Refused` where a package or the model is not to be had."""
-    kind = KINDS[request.captioner]
+    kind = CAPTIONERS[request.captioner]
     check_packages(request.captioner, kind.packages)
     return kind.make(request)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scumble.configs.errors import Refused
+from scumble.configs.exit_codes import UNAVAILABLE
 
 TRANSFORMERS_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
 
@@ -27,7 +28,9 @@ def located(model: str, patterns: Sequence[str]) -> Path:
             f"--model {model}: no such folder here, not in the hub's local cache, and the hub cannot be reached", 69
         ) from None
     except (HfHubHTTPError, HFValidationError) as error:
-        raise Refused(f"--model {model}: no such folder here, and the hub refuses it ({_first(error)})", 69) from None
+        raise Refused(
+            f"--model {model}: no such folder here, and the hub refuses it ({_first(error)})", UNAVAILABLE
+        ) from None
 
 
 def transformers_folder(model: str, kinds: Sequence[str] = ()) -> Path:
@@ -60,7 +63,9 @@ def check_packages(captioner: str, packages: Sequence[str]) -> None:
     """Raises `Refused` (69) with the command that installs what is not there."""
     for package in packages:
         if find_spec(package) is None:
-            raise Refused(f'--captioner {captioner}: {package} is not installed; pip install "scumble[captions]"', 69)
+            raise Refused(
+                f'--captioner {captioner}: {package} is not installed; pip install "scumble[captions]"', UNAVAILABLE
+            )
 
 
 def _config(model: str, folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-Subject = Literal["style", "character"]
+SubjectKind = Literal["style", "character"]
 Detail = Literal["short", "medium", "long"]
 Device = Literal["auto", "cuda", "cpu", "mps"]
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
@@ -22,7 +22,7 @@ class Request:
 
     captioner: str
     model: str
-    subject: Subject
+    subject: SubjectKind
     detail: Detail
     prompt: str
     max_tokens: int

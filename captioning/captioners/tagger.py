@@ -14,10 +14,11 @@ import onnxruntime
 from PIL import Image
 
 from scumble.configs.errors import Refused
+from scumble.configs.exit_codes import UNAVAILABLE
 
 from .checkpoint import located
 from .picture import Picture
-from .request import Device, Subject
+from .request import Device, SubjectKind
 from .wording import belongs
 
 FILES = ("model.onnx", "selected_tags.csv")
@@ -44,7 +45,7 @@ class Rules:
     character_threshold: float
     categories: tuple[str, ...]
     keep_underscores: bool
-    subject: Subject
+    subject: SubjectKind
 
 
 class Tagger:
@@ -133,7 +134,7 @@ def providers(device: Device) -> list[str]:
     if device in ("auto", "cuda") and "CUDAExecutionProvider" in there:
         wanted.insert(0, "CUDAExecutionProvider")
     elif device == "cuda":
-        raise Refused("--device cuda: this onnxruntime computes on the CPU; pip install onnxruntime-gpu", 69)
+        raise Refused("--device cuda: this onnxruntime computes on the CPU; pip install onnxruntime-gpu", UNAVAILABLE)
     return wanted
 
 

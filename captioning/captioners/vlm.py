@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from scumble.configs.errors import Refused
+from scumble.configs.exit_codes import UNAVAILABLE
 
 from .checkpoint import quiet, transformers_folder
 from .picture import Picture, in_halves, within
@@ -29,7 +30,7 @@ class Vlm:
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True
             ).to(device)
         except ImportError as error:
-            raise Refused(f"--model {model}: {' '.join(str(error).split())}", 69) from None
+            raise Refused(f"--model {model}: {' '.join(str(error).split())}", UNAVAILABLE) from None
         except (ValueError, KeyError, AttributeError) as error:
             what = str(error).strip().partition("\n")[0][:200]
             raise Refused(

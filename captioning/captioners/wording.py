@@ -10,7 +10,7 @@ import re
 from scumble.datasets.captions import tags_of
 
 from ..edits import tidy
-from .request import Detail, Subject
+from .request import Detail, SubjectKind
 
 LENGTHS: dict[Detail, str] = {
     "short": "one phrase of at most 12 words",
@@ -19,7 +19,7 @@ LENGTHS: dict[Detail, str] = {
 }
 MAX_TOKENS: dict[Detail, int] = {"short": 32, "medium": 96, "long": 224}
 
-TEMPLATES: dict[Subject, str] = {
+TEMPLATES: dict[SubjectKind, str] = {
     "style": (
         "Write a caption that tells what is in this picture: the subject, what it does, what it wears or carries, "
         "what is around it, the framing and the point of view. Say nothing of how the picture is made: no word on "
@@ -84,12 +84,12 @@ IDENTITY_TAG = re.compile(
 )
 
 
-def asked(subject: Subject, detail: Detail, name: str) -> str:
+def asked(subject: SubjectKind, detail: Detail, name: str) -> str:
     """The words for a model that takes some."""
     return TEMPLATES[subject].format(length=LENGTHS[detail], name=f"'{name}'" if name else "'the character'")
 
 
-def cleaned(answer: str, subject: Subject) -> str:
+def cleaned(answer: str, subject: SubjectKind) -> str:
     """A model's sentence without what no caption needs, and for a style without words on how it is painted."""
     text = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
     text = re.sub(r"[*_#`]{1,3}(?=\S)|(?<=\S)[*_#`]{1,3}", "", " ".join(text.split())).strip(QUOTES)
@@ -106,6 +106,6 @@ def cleaned(answer: str, subject: Subject) -> str:
     return tidy(text).strip(QUOTES)
 
 
-def belongs(tag: str, subject: Subject) -> bool:
+def belongs(tag: str, subject: SubjectKind) -> bool:
     """Whether a tagger's tag should be said: none on the painting for a style, none on who it is for a character."""
     return not (STYLE_TAG if subject == "style" else IDENTITY_TAG).fullmatch(tag)

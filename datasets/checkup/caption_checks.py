@@ -8,8 +8,8 @@ from textwrap import shorten
 
 from scumble.configs.words import counted
 
-from .evidence import Found, Material, details, others
-from .measure import Look
+from .evidence import Evidence, Observation, details, others
+from .measure import ImageMeasures
 
 TAG_WORDS = 4  # a longer part between commas is a sentence
 TAGGED = 4  # median tags of a caption from which a set is taken to be tagged
@@ -18,26 +18,28 @@ LOST_SHOWN = 60  # characters
 MOST_TAGS = 400  # compared with each other
 
 
-def missing(material: Material) -> Iterator[Found]:
+def missing(material: Evidence) -> Iterator[Observation]:
     bare = [look for look, caption in material.written if not caption]
     if not bare:
         return
     told = details([(look, "its caption file is empty" if look.subject.example.sidecar else "no caption")
                     for look in bare])  # fmt: skip
-    if len(bare) < len(material.looks):
-        yield Found("warning", f"{counted(len(bare), 'picture')} of {len(material.looks)} without a caption", told)
+    if len(bare) < len(material.measures):
+        yield Observation(
+            "warning", f"{counted(len(bare), 'picture')} of {len(material.measures)} without a caption", told
+        )
     elif material.trigger:
         what = "no picture has a caption: the trigger alone stands for all that is in them"
-        yield Found("warning", what, told)
+        yield Observation("warning", what, told)
     else:
         cure = "give --trigger a word, and write NAME.txt beside each picture: what is to be seen, without the style"
-        yield Found(
+        yield Observation(
             "serious", "no picture has a caption, and there is no trigger: nothing calls the adapter", told, cure
         )
 
 
-def alike(material: Material) -> Iterator[Found]:
-    by_caption: dict[str, list[Look]] = {}
+def alike(material: Evidence) -> Iterator[Observation]:
+    by_caption: dict[str, list[ImageMeasures]] = {}
     for look, caption in material.written:
         if caption and caption != look.subject.example.words:
             by_caption.setdefault(caption.lower(), []).append(look)
@@ -45,13 +47,15 @@ def alike(material: Material) -> Iterator[Found]:
     if groups:
         count = sum(map(len, groups))
         told = [(look, f"same caption as {others(look, group)}") for group in groups for look in group]
-        yield Found("warning", f"{count} different pictures share {counted(len(groups), 'caption')}", details(told))
+        yield Observation(
+            "warning", f"{count} different pictures share {counted(len(groups), 'caption')}", details(told)
+        )
 
 
-def long(material: Material) -> Iterator[Found]:
+def long(material: Evidence) -> Iterator[Observation]:
     told, lacking = [], []
-    for look, text in zip(material.looks, material.heard, strict=True):
-        heard = material.hears(text)
+    for look, text in zip(material.measures, material.caption_texts, strict=True):
+        heard = material.count_tokens(text)
         if heard.lost:
             lost = shorten(heard.lost, LOST_SHOWN, placeholder=" …")
             told.append((look, f"{heard.tokens} tokens; not heard: “{lost}”"))
@@ -62,35 +66,35 @@ def long(material: Material) -> Iterator[Found]:
         what = f"{counted(len(told), 'caption')} longer than the {size} tokens that the base hears"
         if lacking:
             what += f"; of {len(lacking)} the trigger itself is cut off"
-        yield Found("serious" if lacking else "warning", what, details(told))
+        yield Observation("serious" if lacking else "warning", what, details(told))
 
 
-def trigger(material: Material) -> Iterator[Found]:
+def trigger(material: Evidence) -> Iterator[Observation]:
     if not material.trigger:
         return
     lacking = [look for look, caption in material.written if material.trigger.lower() not in caption.lower()]
-    if lacking and len(lacking) < len(material.looks):
-        what = f"“{material.trigger}” stands in {len(material.looks) - len(lacking)} of {len(material.looks)} captions"
-        yield Found(
+    if lacking and len(lacking) < len(material.measures):
+        what = f"“{material.trigger}” stands in {len(material.measures) - len(lacking)} of {len(material.measures)} captions"
+        yield Observation(
             "note", f"{what}; it is put before the others", details([(x, "lacks the trigger") for x in lacking])
         )
 
 
-def uncalled(material: Material) -> Iterator[Found]:
+def uncalled(material: Evidence) -> Iterator[Observation]:
     written = any(caption for _, caption in material.written)
     if material.kind == "character" and written and not material.trigger and not _shared(material):
-        yield Found("warning", "there is no trigger, and no words that all captions share")
+        yield Observation("warning", "there is no trigger, and no words that all captions share")
 
 
-def shared(material: Material) -> Iterator[Found]:
+def shared(material: Evidence) -> Iterator[Observation]:
     tags = [tag for tag in _shared(material) if material.trigger.lower() not in tag or not material.trigger]
-    if tags and len(material.looks) > 1:
+    if tags and len(material.measures) > 1:
         named = ", ".join(f"“{tag}”" for tag in tags[:SHOWN])
         more = f" and {len(tags) - SHOWN} more" if len(tags) > SHOWN else ""
-        yield Found("note", f"{named}{more} in all {len(material.looks)} captions")
+        yield Observation("note", f"{named}{more} in all {len(material.measures)} captions")
 
 
-def spellings(material: Material) -> Iterator[Found]:
+def spellings(material: Evidence) -> Iterator[Observation]:
     counts = _counts(material)
     usual = [tag for tag, _ in counts.most_common(MOST_TAGS)]
     pairs = [pair for pair in combinations(usual, 2) if _joined(*pair) or _slipped(*pair, material)]
@@ -101,17 +105,17 @@ def spellings(material: Material) -> Iterator[Found]:
             for look, caption in material.written
             if any(rarer in _tags(caption) for _, rarer in pairs)
         ]
-        yield Found("warning", f"tags that look like two spellings of one: {named}", details(told))
+        yield Observation("warning", f"tags that look like two spellings of one: {named}", details(told))
 
 
-def once(material: Material) -> Iterator[Found]:
+def once(material: Evidence) -> Iterator[Observation]:
     tagged = [len(_tags(caption)) for _, caption in material.written if caption]
     if not tagged or median(tagged) < TAGGED:
         return
     rare = [tag for tag, count in _counts(material).items() if count == 1]
     if rare:
         more = f" and {len(rare) - SHOWN} more" if len(rare) > SHOWN else ""
-        yield Found("note", f"{counted(len(rare), 'tag')} in one caption only: {', '.join(rare[:SHOWN])}{more}")
+        yield Observation("note", f"{counted(len(rare), 'tag')} in one caption only: {', '.join(rare[:SHOWN])}{more}")
 
 
 def _tags(caption: str) -> set[str]:
@@ -120,13 +124,13 @@ def _tags(caption: str) -> set[str]:
     return {part for part in parts if part and len(part.split()) <= TAG_WORDS}
 
 
-def _counts(material: Material) -> Counter[str]:
+def _counts(material: Evidence) -> Counter[str]:
     """How many captions each tag stands in, the commonest first."""
     return Counter(tag for _, caption in material.written for tag in sorted(_tags(caption)))
 
 
-def _shared(material: Material) -> list[str]:
-    return [tag for tag, count in _counts(material).items() if count == len(material.looks)]
+def _shared(material: Evidence) -> list[str]:
+    return [tag for tag, count in _counts(material).items() if count == len(material.measures)]
 
 
 def _joined(one: str, other: str) -> bool:
@@ -136,7 +140,7 @@ def _joined(one: str, other: str) -> bool:
     )
 
 
-def _slipped(one: str, rarer: str, material: Material) -> bool:
+def _slipped(one: str, rarer: str, material: Evidence) -> bool:
     """A slip of one letter that makes the rarer tag a word that the tokenizer does not know.
 
     “white shirt” and “white skirt” are words of one token each, “white shrit” is of more.
@@ -145,7 +149,7 @@ def _slipped(one: str, rarer: str, material: Material) -> bool:
         return False
     if abs(len(one) - len(rarer)) > 1 or not _one_slip(one, rarer):
         return False
-    return any(window.hears(rarer).tokens > window.hears(one).tokens for window in material.windows)
+    return any(window.count(rarer).tokens > window.count(one).tokens for window in material.windows)
 
 
 def _one_slip(one: str, other: str) -> bool:

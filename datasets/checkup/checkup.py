@@ -11,12 +11,12 @@ from typing import Literal
 from scumble.configs.words import counted
 
 from ..crop_loss import BucketUse, bucket_uses
-from ..crops import View
-from ..reading.folder import Example, PictureSet
+from ..crops import CroppedExample
+from ..reading.folder import Example, ImageSet
 from . import caption_checks, picture_checks
 from .duplicates import nearest
-from .evidence import Found, Material, Severity
-from .measure import Look, Subject, looks_at
+from .evidence import Evidence, Observation, Severity
+from .measure import CheckedImage, ImageMeasures, measure_images
 from .token_window import Window
 from .watermarks import Corners
 
@@ -32,7 +32,7 @@ class Check:
     name: str
     why: str
     cure: str
-    find: Callable[[Material], Iterator[Found]]
+    find: Callable[[Evidence], Iterator[Observation]]
 
 
 CHECKS = (
@@ -148,9 +148,9 @@ class Facts:
     """What the set is. `likeness` is of the median picture to the one that is most like it, from -1 to 1,
     copies of one picture counted once."""
 
-    pictures: int
-    prior: int
-    looks: int
+    images: int
+    regularization_images: int
+    samples: int
     smallest: str
     largest: str
     buckets: tuple[BucketUse, ...]
@@ -160,20 +160,20 @@ class Facts:
     @property
     def variety(self) -> str:
         """How far the pictures are from each other, in a word."""
-        return "one of a kind" if self.pictures < 2 else next(
+        return "one of a kind" if self.images < 2 else next(
             word for least, word in ((0.9, "little"), (0.75, "some"), (-1.0, "much")) if self.likeness >= least - 1e-6
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Checkup:
-    """All of it. `looks` has a picture each, `findings` stand with the serious ones first.
+    """All of it. `samples` has a picture each, `findings` stand with the serious ones first.
 
-    `heard` has of each caption what the base hears and what it does not.
+    `caption_texts` has of each caption what the base hears and what it does not.
     """
 
-    looks: tuple[Look, ...]
-    heard: tuple[tuple[str, str], ...]
+    measures: tuple[ImageMeasures, ...]
+    caption_texts: tuple[tuple[str, str], ...]
     findings: tuple[Finding, ...]
     facts: Facts
 
@@ -186,9 +186,9 @@ class Checkup:
         return [finding for finding in self.findings if picture in finding.details]
 
 
-def check(
-    found: PictureSet,
-    views: Sequence[View],
+def check_images(
+    found: ImageSet,
+    views: Sequence[CroppedExample],
     *,
     kind: Literal["style", "character"],
     trigger: str,
@@ -199,17 +199,17 @@ def check(
 ) -> Checkup:
     """Look at every picture and caption of a set; regularisation pictures are counted but not judged.
 
-    `heard` gives what training says of a picture whose caption is written. Raises `Refused` naming a picture that
+    `caption_texts` gives what training says of a picture whose caption is written. Raises `Refused` naming a picture that
     cannot be read any more.
     """
-    subjects = subjects_of(view for view in views if not view.example.prior)
+    subjects = subjects_of(view for view in views if not view.example.is_regularization)
     looks = []
     with_thumbs = with_thumbs and len(subjects) <= FEW  # of a large set those that are shown are read again
-    for look in looks_at(subjects, with_thumbs):
+    for look in measure_images(subjects, with_thumbs):
         looks.append(look if len(looks) < FEW else replace(look, corners=Corners(None)))
         tell(len(looks))
     spoken = [heard(subject.example) for subject in subjects]
-    material = Material(
+    material = Evidence(
         tuple(looks), tuple(found.left_out), tuple(found.remarks), kind, trigger, tuple(windows), tuple(spoken)
     )
     findings = [
@@ -218,7 +218,7 @@ def check(
         for one in check.find(material)
     ]
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
-    heard_of = [material.hears(text) for text in spoken]
+    heard_of = [material.count_tokens(text) for text in spoken]
     kept = tuple((one.kept, one.lost) for one in heard_of)
     return Checkup(tuple(looks), kept, tuple(findings), _facts(material, views, found.examples))
 
@@ -234,24 +234,24 @@ def verdict(done: Checkup) -> str:
     return "Ready to train"
 
 
-def subjects_of(views: Iterable[View]) -> list[Subject]:
+def subjects_of(views: Iterable[CroppedExample]) -> list[CheckedImage]:
     """Each picture once, with its crops at the first resolution."""
-    first: dict[str, Subject] = {}
+    first: dict[str, CheckedImage] = {}
     for view in views:
-        first.setdefault(str(view.example.image), Subject(view.example, view.crops))
+        first.setdefault(str(view.example.image), CheckedImage(view.example, view.crops))
     return list(first.values())
 
 
-def _facts(material: Material, views: Sequence[View], examples: Sequence[Example]) -> Facts:
-    looks = material.looks
+def _facts(material: Evidence, views: Sequence[CroppedExample], examples: Sequence[Example]) -> Facts:
+    looks = material.measures
     by_area = sorted((look.size for look in looks), key=lambda size: size.pixels)
     copies = {index for group in material.same for index in group[1:]}
     alike = sorted(nearest([look.likeness for at, look in enumerate(material.different) if at not in copies]))
     return Facts(
-        pictures=len(looks), prior=sum(example.prior for example in examples),
-        looks=sum(view.example.repeats for view in views),
+        images=len(looks), regularization_images=sum(example.is_regularization for example in examples),
+        samples=sum(view.example.repeats for view in views),
         smallest=str(by_area[0]), largest=str(by_area[-1]),
-        buckets=tuple(bucket_uses([view for view in views if not view.example.prior])),
+        buckets=tuple(bucket_uses([view for view in views if not view.example.is_regularization])),
         likeness=float(alike[len(alike) // 2]) if alike else -1.0,
         captions=sum(bool(look.subject.example.lines) for look in looks),
     )  # fmt: skip

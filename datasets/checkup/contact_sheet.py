@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageOps
 from ..fonts import Font, lettered
 from .checkup import Checkup, Finding, verdict
 from .html_page import Frame, frames_of, shown_of, tint_of
-from .measure import Look, thumb_of
+from .measure import ImageMeasures, thumb_of
 
 SHOWN = 120
 MOST_FINDINGS = 8
@@ -47,7 +47,7 @@ def sheet(done: Checkup, name: str, base: str) -> Image.Image:
         y = top + place // columns * cell_height
         findings = [one for one in done.of(str(look.path)) if one.severity != "note"]
         paper.paste(_cell(look, findings), (x, y))
-        _say(pen, look, done.heard[number], findings, (x, y + CELL_PX + 8))
+        _say(pen, look, done.caption_texts[number], findings, (x, y + CELL_PX + 8))
     return paper
 
 
@@ -76,11 +76,11 @@ def wrapped(text: str, font: Font, width_px: int, lines: int) -> list[str]:
 
 
 def _headline(done: Checkup, base: str, shown: int) -> str:
-    count = f"{shown} of {len(done.looks)} pictures" if shown < len(done.looks) else f"{shown} pictures"
+    count = f"{shown} of {len(done.measures)} pictures" if shown < len(done.measures) else f"{shown} pictures"
     return f"{verdict(done)}.  {count} for {base}, {done.facts.variety} variety"
 
 
-def _cell(look: Look, findings: Sequence[Finding]) -> Image.Image:
+def _cell(look: ImageMeasures, findings: Sequence[Finding]) -> Image.Image:
     """A square with the picture in it, faded where it is cut off; its border tells the gravest finding."""
     thumb = look.thumb or thumb_of(look.subject.example)
     picture = Image.open(io.BytesIO(thumb.jpeg)).convert("RGB")
@@ -121,7 +121,11 @@ def _box(frame: Frame, picture: Image.Image) -> tuple[int, int, int, int]:
 
 
 def _say(
-    pen: ImageDraw.ImageDraw, look: Look, heard: tuple[str, str], findings: Sequence[Finding], place: tuple[int, int]
+    pen: ImageDraw.ImageDraw,
+    look: ImageMeasures,
+    heard: tuple[str, str],
+    findings: Sequence[Finding],
+    place: tuple[int, int],
 ) -> None:
     """Caption, findings and file name below a picture."""
     x, y = place

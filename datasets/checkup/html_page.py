@@ -17,7 +17,7 @@ from scumble.configs.words import counted
 
 from ..reading.images import Crop
 from .checkup import OF_FILES, SEVERITIES, Checkup, Finding, verdict
-from .measure import Look, Thumb, thumb_of
+from .measure import ImageMeasures, Thumb, thumb_of
 
 TEMPLATE = Path(__file__).with_name("page.html")
 SHOWN = 500  # pictures on a page, those with findings first: about 15 MB
@@ -38,7 +38,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Part:
+class TextPart:
     """Of a caption: plain, the trigger, or what the base does not hear ("lost")."""
 
     text: str
@@ -50,22 +50,24 @@ def page(done: Checkup, name: str, base: str, trigger: str) -> str:
     shown = shown_of(done)
     numbers = {str(look.path): number for number, look in shown}
     told = {str(look.path): done.of(str(look.path)) for _, look in shown}
-    pictures = [_picture(number, look, told[str(look.path)], done.heard[number], trigger) for number, look in shown]
+    pictures = [
+        _picture(number, look, told[str(look.path)], done.caption_texts[number], trigger) for number, look in shown
+    ]
     environment = Environment(autoescape=True, trim_blocks=True)
-    some = f", {len(shown)} of them shown, first those with findings" if len(shown) < len(done.looks) else ""
+    some = f", {len(shown)} of them shown, first those with findings" if len(shown) < len(done.measures) else ""
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=name, verdict=verdict(done), tone=_worst(done.findings) if done.findings else "good",
         facts=_facts(done, base), shapes=_shapes(done), findings=[_finding(one, numbers) for one in done.findings],
-        heading=f"{counted(len(done.looks), 'picture')}{some}", pictures=pictures,
+        heading=f"{counted(len(done.measures), 'picture')}{some}", pictures=pictures,
         dashes=any(len(picture["frames"]) > 1 for picture in pictures),
         masks=any(picture["mask"] for picture in pictures),
         lost=any(part.kind == "lost" for picture in pictures for part in picture["caption"]),
     )  # fmt: skip
 
 
-def shown_of(done: Checkup, most: int = SHOWN) -> list[tuple[int, Look]]:
+def shown_of(done: Checkup, most: int = SHOWN) -> list[tuple[int, ImageMeasures]]:
     """The pictures that are shown, with their places in the set: all, or those of the rarest findings."""
-    numbered = list(enumerate(done.looks))
+    numbered = list(enumerate(done.measures))
     if len(numbered) <= most:
         return numbered
     rarest: dict[str, int] = {}  # what few pictures have is shown before what all have
@@ -101,7 +103,9 @@ def tint_of(thumb: Thumb) -> Image.Image | None:
     return film
 
 
-def _picture(number: int, look: Look, findings: Sequence[Finding], heard: tuple[str, str], trigger: str) -> dict:
+def _picture(
+    number: int, look: ImageMeasures, findings: Sequence[Finding], heard: tuple[str, str], trigger: str
+) -> dict:
     thumb = look.thumb or thumb_of(look.subject.example)
     film = tint_of(thumb)
     tone = _worst(findings) if findings else "good"
@@ -109,19 +113,21 @@ def _picture(number: int, look: Look, findings: Sequence[Finding], heard: tuple[
         "number": number, "name": look.path.name, "size": str(look.size).replace("x", " × "),
         "aspect": round(look.size.width / look.size.height, 4), "image": _data("jpeg", thumb.jpeg),
         "mask": _data("png", _png(film)) if film else "", "frames": frames_of(look.subject.crops),
-        "caption": parts_of(*heard, trigger), "tone": "good" if tone == "note" else tone,
+        "caption": text_parts(*heard, trigger), "tone": "good" if tone == "note" else tone,
         "told": [{"severity": one.severity, "text": one.details[str(look.path)]} for one in findings],
     }  # fmt: skip
 
 
-def parts_of(kept: str, lost: str, trigger: str) -> list[Part]:
+def text_parts(kept: str, lost: str, trigger: str) -> list[TextPart]:
     """A caption with its trigger and its lost end marked."""
-    parts = [Part(kept)] if kept else []
+    parts = [TextPart(kept)] if kept else []
     at = kept.lower().find(trigger.lower()) if trigger else -1
     if at >= 0:
         end = at + len(trigger)
-        parts = [part for part in (Part(kept[:at]), Part(kept[at:end], "trigger"), Part(kept[end:])) if part.text]
-    return [*parts, Part(" "), Part(lost, "lost")] if lost else parts
+        parts = [
+            part for part in (TextPart(kept[:at]), TextPart(kept[at:end], "trigger"), TextPart(kept[end:])) if part.text
+        ]
+    return [*parts, TextPart(" "), TextPart(lost, "lost")] if lost else parts
 
 
 def _finding(finding: Finding, numbers: dict[str, int]) -> dict:
@@ -139,19 +145,23 @@ def _finding(finding: Finding, numbers: dict[str, int]) -> dict:
 def _facts(done: Checkup, base: str) -> list[tuple[str, str]]:
     facts = done.facts
     sizes = facts.smallest if facts.smallest == facts.largest else f"{facts.smallest} to {facts.largest}"
-    captions = "all have one" if facts.captions == facts.pictures else f"{facts.captions} of {facts.pictures}"
+    captions = "all have one" if facts.captions == facts.images else f"{facts.captions} of {facts.images}"
     told = [
-        ("Pictures", str(facts.pictures)), ("Captions", captions), ("Sizes", sizes.replace("x", " × ")),
+        ("Pictures", str(facts.images)), ("Captions", captions), ("Sizes", sizes.replace("x", " × ")),
         ("Variety", facts.variety), ("Base", base),
     ]  # fmt: skip
-    return [*told, ("Regularisation", counted(facts.prior, "picture"))] if facts.prior else told
+    return (
+        [*told, ("Regularisation", counted(facts.regularization_images, "picture"))]
+        if facts.regularization_images
+        else told
+    )
 
 
 def _shapes(done: Checkup) -> list[dict]:
     shapes = []
     for use in done.facts.buckets:
         scale = SHAPE_PX / (use.width * use.height) ** 0.5
-        label = f"{use.width} × {use.height}" + (f" ({use.pictures})" if len(done.facts.buckets) > 1 else "")
+        label = f"{use.width} × {use.height}" + (f" ({use.images})" if len(done.facts.buckets) > 1 else "")
         shapes.append({"width": round(use.width * scale), "height": round(use.height * scale), "label": label})
     return shapes
 

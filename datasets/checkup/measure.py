@@ -37,7 +37,7 @@ WORKERS = 2
 
 
 @dataclass(frozen=True)
-class Subject:
+class CheckedImage:
     """A picture of the set and the crops that training takes of it, the first at the run's own resolution."""
 
     example: Example
@@ -53,10 +53,10 @@ class Thumb:
 
 
 @dataclass(frozen=True)
-class Look:
+class ImageMeasures:
     """What was measured. `borders` count in pixels of the original; `quality` is a JPEG's, None for other files."""
 
-    subject: Subject
+    subject: CheckedImage
     digest: str
     likeness: Likeness
     exposure: Exposure
@@ -85,7 +85,7 @@ class Look:
         return self.crop.resized.width / self.crop.original.width
 
 
-def look_at(subject: Subject, with_thumb: bool = True) -> Look:
+def measure_image(subject: CheckedImage, with_thumb: bool = True) -> ImageMeasures:
     """Read a picture once and measure it. Raises `Refused` naming a file that cannot be read."""
     path, crop = subject.example.image, subject.crops[0]
     picture = read_rgb(path, Size(ENOUGH * crop.resized.width, ENOUGH * crop.resized.height))
@@ -96,7 +96,7 @@ def look_at(subject: Subject, with_thumb: bool = True) -> Look:
     inner = seen.crop((borders.left, borders.top, seen.width - borders.right, seen.height - borders.bottom))
     is_whole = picture.size == (crop.original.width, crop.original.height)
     steps = block_steps(_middle(picture)) if is_whole and crop.resized.width > BLOCKS_SCALE * picture.width else 0.0
-    return Look(
+    return ImageMeasures(
         subject, subject.example.digest, likeness_of(inner), exposure_of(inner),
         _scaled(borders, crop.original.width / seen.width),
         edge_blur(np.asarray(inner.convert("L"))), quality_of(path), steps, corners_of(seen),
@@ -104,14 +104,14 @@ def look_at(subject: Subject, with_thumb: bool = True) -> Look:
     )  # fmt: skip
 
 
-def looks_at(subjects: Sequence[Subject], with_thumbs: bool = True) -> Iterator[Look]:
+def measure_images(subjects: Sequence[CheckedImage], with_thumbs: bool = True) -> Iterator[ImageMeasures]:
     """A look at each picture in the order of the set; two are read at a time, and few wait to be taken."""
     waiting = iter(subjects)
     with ThreadPoolExecutor(WORKERS) as pool:
-        queue = deque(pool.submit(look_at, subject, with_thumbs) for subject in islice(waiting, 2 * WORKERS))
+        queue = deque(pool.submit(measure_image, subject, with_thumbs) for subject in islice(waiting, 2 * WORKERS))
         while queue:
             look = queue.popleft().result()
-            queue.extend(pool.submit(look_at, following, with_thumbs) for following in islice(waiting, 1))
+            queue.extend(pool.submit(measure_image, following, with_thumbs) for following in islice(waiting, 1))
             yield look
 
 

@@ -7,8 +7,8 @@ from statistics import median
 
 from scumble.configs.words import counted
 
-from .evidence import Found, Material, details, others
-from .measure import Look
+from .evidence import Evidence, Observation, details, others
+from .measure import ImageMeasures
 from .watermarks import stamps_in
 
 ENOUGH = {"style": (5, 10), "character": (3, 8)}  # fewer are serious, worth a warning
@@ -23,116 +23,120 @@ CUT = 0.25
 FEWEST_ALIKE, SHARE_ALIKE = 4, 1 / 3
 
 
-def left_out(material: Material) -> Iterator[Found]:
-    lost = [one for one in material.left_out if one.picture]
+def left_out(material: Evidence) -> Iterator[Observation]:
+    lost = [one for one in material.left_out if one.is_image]
     if lost:
-        severity = "serious" if len(lost) > len(material.looks) else "warning"
+        severity = "serious" if len(lost) > len(material.measures) else "warning"
         what = f"{counted(len(lost), 'picture')} cannot be used"
-        yield Found(severity, what, {str(one.path): one.reason for one in lost})
-    others = [one for one in material.left_out if not one.picture]
+        yield Observation(severity, what, {str(one.path): one.reason for one in lost})
+    others = [one for one in material.left_out if not one.is_image]
     if others:
-        yield Found("note", f"{counted(len(others), 'other file')} not used", {str(o.path): o.reason for o in others})
+        yield Observation(
+            "note", f"{counted(len(others), 'other file')} not used", {str(o.path): o.reason for o in others}
+        )
 
 
-def remarks(material: Material) -> Iterator[Found]:
+def remarks(material: Evidence) -> Iterator[Observation]:
     if material.remarks:
         told: dict[str, str] = {}
         for one in material.remarks:
             told[str(one.path)] = "; ".join(filter(None, (told.get(str(one.path)), one.text)))
-        yield Found(
+        yield Observation(
             "note",
             counted(len(material.remarks), "remark on files that are used", "remarks on files that are used"),
             told,
         )
 
 
-def few(material: Material) -> Iterator[Found]:
-    count = len(material.looks)
+def few(material: Evidence) -> Iterator[Observation]:
+    count = len(material.measures)
     least, enough = ENOUGH[material.kind]
     if count < enough:
         severity = "serious" if count < least else "warning"
-        yield Found(severity, f"{counted(count, 'picture')}: a {material.kind} wants {enough} or more")
+        yield Observation(severity, f"{counted(count, 'picture')}: a {material.kind} wants {enough} or more")
 
 
-def empty(material: Material) -> Iterator[Found]:
-    found = [look for look in material.looks if look.exposure.is_empty]
+def empty(material: Evidence) -> Iterator[Observation]:
+    found = [look for look in material.measures if look.exposure.is_empty]
     if found:
         told = [(look, "one colour all over") for look in found]
-        yield Found("serious", f"{counted(len(found), 'picture')} of one colour all over", details(told))
+        yield Observation("serious", f"{counted(len(found), 'picture')} of one colour all over", details(told))
 
 
-def same_file(material: Material) -> Iterator[Found]:
+def same_file(material: Evidence) -> Iterator[Observation]:
     groups = [group for group in material.files if len(group) > 1]
     if groups:
         count = sum(len(group) - 1 for group in groups)
         told = [(look, f"the same file as {others(look, group)}") for group in groups for look in group]
-        yield Found(material.spread(count), f"{counted(count, 'exact copy', 'exact copies')}", details(told))
+        yield Observation(material.spread(count), f"{counted(count, 'exact copy', 'exact copies')}", details(told))
 
 
-def same_picture(material: Material) -> Iterator[Found]:
+def same_picture(material: Evidence) -> Iterator[Observation]:
     groups = [[material.different[index] for index in group] for group in material.same]
     if groups:
         count = sum(len(group) - 1 for group in groups)
         told = [(look, f"shows the same as {others(look, group)}") for group in groups for look in group]
         stands = counted(len(groups), "picture stands", "pictures stand")
         what = f"{stands} in more than one file (other size, light or mirrored)"
-        yield Found(material.spread(count), what, details(told))
+        yield Observation(material.spread(count), what, details(told))
 
 
-def marks(material: Material) -> Iterator[Found]:
+def marks(material: Evidence) -> Iterator[Observation]:
     copies = {index for group in material.alike for index in group[1:]}
     different = [look for index, look in enumerate(material.different) if index not in copies]
     places = [stamp.place for stamp in stamps_in([look.corners for look in different])]
     if places:
-        yield Found("serious", f"one mark stands in the {' and the '.join(places)} of most pictures")
+        yield Observation("serious", f"one mark stands in the {' and the '.join(places)} of most pictures")
 
 
-def small(material: Material) -> Iterator[Found]:
-    enlarged = [look for look in material.looks if look.scale > ENLARGED[0]]
+def small(material: Evidence) -> Iterator[Observation]:
+    enlarged = [look for look in material.measures if look.scale > ENLARGED[0]]
     if enlarged:
         much = [look for look in enlarged if look.scale >= ENLARGED[1]]
         told = [(look, f"{look.size}, enlarged {look.scale:.1f} times") for look in enlarged]
         worst = max(look.scale for look in enlarged)
         what = f"{counted(len(enlarged), 'picture')} smaller than what training wants, enlarged up to {worst:.1f} times"
-        yield Found(material.spread(len(much)) if much else "note", what, details(told))
+        yield Observation(material.spread(len(much)) if much else "note", what, details(told))
 
 
-def blurred(material: Material) -> Iterator[Found]:
-    soft = [look for look in material.looks if look.blur_px > SOFT_PX and not look.exposure.is_empty]
+def blurred(material: Evidence) -> Iterator[Observation]:
+    soft = [look for look in material.measures if look.blur_px > SOFT_PX and not look.exposure.is_empty]
     if soft:
         told = [
             (look, f"{'very ' if look.blur_px > VERY_SOFT_PX else ''}soft: sharpest edges {look.blur_px:.1f} px wide")
             for look in soft
         ]
-        yield Found(material.spread(len(soft)), counted(len(soft), "blurred picture"), details(told))
+        yield Observation(material.spread(len(soft)), counted(len(soft), "blurred picture"), details(told))
 
 
-def blocks(material: Material) -> Iterator[Found]:
-    told = [(look, text) for look in material.looks if (text := _blocks(look))]
+def blocks(material: Evidence) -> Iterator[Observation]:
+    told = [(look, text) for look in material.measures if (text := _blocks(look))]
     if told:
         what = f"{counted(len(told), 'picture')} with marks of strong JPEG compression"
-        yield Found(material.spread(len(told)), what, details(told))
+        yield Observation(material.spread(len(told)), what, details(told))
 
 
-def borders(material: Material) -> Iterator[Found]:
-    told = [(look, text) for look in material.looks if not look.exposure.is_empty and (text := _borders(look))]
+def borders(material: Evidence) -> Iterator[Observation]:
+    told = [(look, text) for look in material.measures if not look.exposure.is_empty and (text := _borders(look))]
     if told:
-        yield Found(material.spread(len(told)), f"{counted(len(told), 'picture')} in bars or a frame", details(told))
+        yield Observation(
+            material.spread(len(told)), f"{counted(len(told), 'picture')} in bars or a frame", details(told)
+        )
 
 
-def exposure(material: Material) -> Iterator[Found]:
+def exposure(material: Evidence) -> Iterator[Observation]:
     told = []
-    for look in material.looks:
+    for look in material.measures:
         if look.exposure.lightest < DARK and not look.exposure.is_empty:
             told.append((look, "almost black"))
         elif look.exposure.darkest > LIGHT and not look.exposure.is_empty:
             told.append((look, "almost white"))
     if told:
-        yield Found("warning", f"{counted(len(told), 'picture')} almost black or white", details(told))
+        yield Observation("warning", f"{counted(len(told), 'picture')} almost black or white", details(told))
 
 
-def outliers(material: Material) -> Iterator[Found]:
-    looks = [look for look in material.looks if not look.exposure.is_empty]
+def outliers(material: Evidence) -> Iterator[Observation]:
+    looks = [look for look in material.measures if not look.exposure.is_empty]
     if len(looks) < FEWEST_FOR_OUTLIERS:
         return
     middle = median(look.exposure.mean for look in looks)
@@ -144,31 +148,35 @@ def outliers(material: Material) -> Iterator[Found]:
         if abs(look.exposure.mean - middle) > far and look.exposure.lightest >= DARK and look.exposure.darkest <= LIGHT
     ]
     if told:
-        yield Found("note", f"{counted(len(told), 'picture')} far darker or lighter than the rest", details(told))
+        yield Observation("note", f"{counted(len(told), 'picture')} far darker or lighter than the rest", details(told))
 
 
-def cut_off(material: Material) -> Iterator[Found]:
-    told = [(look, f"{look.crop.cut:.0%} is cut off") for look in material.looks if look.crop.cut > CUT]
+def cut_off(material: Evidence) -> Iterator[Observation]:
+    told = [(look, f"{look.crop.cut:.0%} is cut off") for look in material.measures if look.crop.cut > CUT]
     if told:
-        yield Found("note", f"{counted(len(told), 'picture')} of which more than {CUT:.0%} is cut off", details(told))
+        yield Observation(
+            "note", f"{counted(len(told), 'picture')} of which more than {CUT:.0%} is cut off", details(told)
+        )
 
 
-def alike(material: Material) -> Iterator[Found]:
+def alike(material: Evidence) -> Iterator[Observation]:
     firsts = material.different
     for group in material.alike:
         if len(group) >= max(FEWEST_ALIKE, SHARE_ALIKE * len(firsts)):
             told = [(firsts[index], f"looks like {len(group) - 1} others") for index in group]
-            yield Found("note", f"{len(group)} of {len(firsts)} pictures have the same shape and ground", details(told))
+            yield Observation(
+                "note", f"{len(group)} of {len(firsts)} pictures have the same shape and ground", details(told)
+            )
 
 
-def _blocks(look: Look) -> str:
+def _blocks(look: ImageMeasures) -> str:
     reduced = look.scale <= 0.5
     if look.quality is not None and look.quality < POOR_QUALITY and not reduced:
         return f"JPEG of quality {look.quality}"
     return "blocks of strong JPEG compression" if look.block_steps >= HIGH_STEPS else ""
 
 
-def _borders(look: Look) -> str:
+def _borders(look: ImageMeasures) -> str:
     """What of the bars the crops keep, in words; nothing where they are cut away."""
     bars, crop = look.borders, look.crop
     if not bars:

@@ -16,7 +16,7 @@ WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 
 
 @dataclass(frozen=True)
-class Heard:
+class TokenCount:
     """A text as a base hears it: how many tokens it has, and what of it lies within and beyond the window."""
 
     tokens: int
@@ -31,11 +31,11 @@ class Window:
     tokenizer: Tokenizer
     size: int
 
-    def hears(self, text: str) -> Heard:
+    def count(self, text: str) -> TokenCount:
         """Where the window ends in a text: at the last token that is within, so perhaps inside a word."""
         spans = self.tokenizer.encode(text, add_special_tokens=False).offsets
         end = spans[self.size - 1][1] if len(spans) > self.size else len(text)
-        return Heard(len(spans), text[:end].rstrip(), text[end:].strip())
+        return TokenCount(len(spans), text[:end].rstrip(), text[end:].strip())
 
 
 def read_windows(folders: Sequence[Path]) -> list[Window]:

@@ -5,7 +5,7 @@ Ours:
     path = "photos"        # relative to the file, or to where the program runs
     repeats = 3            # of each picture in an epoch
     words = "zwx cat"      # the caption of pictures that have none
-    prior = false          # regularisation pictures
+    regularization = false # regularization images
     masks = "photo-masks"  # a folder of masks, or "alpha" for the pictures' own transparency
     random_flip = true     # and these options of [data], for this folder alone: crop, random_flip, trigger_position,
                            # caption_lines, wildcards, shuffle_tags, keep_tags, tag_dropout, caption_dropout,
@@ -22,10 +22,10 @@ from types import MappingProxyType
 from typing import Any
 
 from scumble.configs import files
-from scumble.configs.errors import Refused, nearest
+from scumble.configs.errors import Refused, did_you_mean
 
 from .caption_tables import read_kohyas
-from .discovery import Place
+from .discovery import ImageFolder
 from .sidecars import CAPTION_SUFFIXES, decoded
 
 RULES = (
@@ -81,7 +81,7 @@ def is_list_of_folders(path: Path) -> bool:
         return False
 
 
-def read_list(path: Path) -> tuple[list[Place], list[str]]:
+def read_list(path: Path) -> tuple[list[ImageFolder], list[str]]:
     """The folders of a file and remarks. Raises `Refused` naming file, key and value for what cannot be meant."""
     try:
         top = tomllib.loads(decoded(path.read_bytes(), path))
@@ -91,7 +91,7 @@ def read_list(path: Path) -> tuple[list[Place], list[str]]:
         raise Refused(f"{path} is not TOML: {error}") from None
     if unknown := top.keys() - {"folders", "datasets", "general"}:
         name = min(unknown)
-        raise Refused(f"{path}: no such table [{name}]{nearest(name, ['folders', 'datasets', 'general'])}")
+        raise Refused(f"{path}: no such table [{name}]{did_you_mean(name, ['folders', 'datasets', 'general'])}")
     remarks: list[str] = []
     places = [_ours(path, entry) for entry in _tables(path, top, "folders")]
     general = top.get("general", {})
@@ -115,31 +115,31 @@ def _tables(path: Path, top: Mapping[str, Any], name: str) -> list[dict[str, Any
     return found
 
 
-def _ours(path: Path, entry: Mapping[str, Any]) -> Place:
+def _ours(path: Path, entry: Mapping[str, Any]) -> ImageFolder:
     for key in entry:
         if key not in OURS and key not in RULES:
-            raise Refused(f"{path}: no such key {key} in [[folders]]{nearest(key, [*OURS, *RULES])}")
+            raise Refused(f"{path}: no such key {key} in [[folders]]{did_you_mean(key, [*OURS, *RULES])}")
     values = _typed(path, entry, OURS)
     if "path" not in values:
         raise Refused(f"{path}: [[folders]] without path; name the folder")
     masks = values.get("masks", "")
-    return Place(
+    return ImageFolder(
         _beside(path, values["path"]),
         repeats=_repeats(path, "repeats", values.get("repeats", 1)),
         words=values.get("words", "").strip(),
-        prior=values.get("regularization", False),
+        is_regularization=values.get("regularization", False),
         masks=_beside(path, masks) if masks not in ("", "alpha") else None,
         alpha=masks == "alpha",
         rules=_rules(path, {key: entry[key] for key in RULES if key in entry}),
     )
 
 
-def _kohyas(path: Path, entry: Mapping[str, Any], remarks: list[str]) -> list[Place]:
+def _kohyas(path: Path, entry: Mapping[str, Any], remarks: list[str]) -> list[ImageFolder]:
     """The folder of a subset, or those of the pictures that its metadata file names where it has no folder."""
     known = [*FOLLOWED, *OUR_NAMES, *BY_FLAG, *NOT_FOLLOWED]
     for key, value in entry.items():
         if key not in known:
-            raise Refused(f"{path}: no such key {key} in kohya's subsets{nearest(key, known)}")
+            raise Refused(f"{path}: no such key {key} in kohya's subsets{did_you_mean(key, known)}")
         if (key in BY_FLAG or key in NOT_FOLLOWED) and value and NOTHING.get(key) != value:
             why = NOT_FOLLOWED.get(key) or f"it is one for the whole set here: give {BY_FLAG[key]}"
             remarks.append(f"{key} = {value} is not followed: {why}")
@@ -155,11 +155,11 @@ def _kohyas(path: Path, entry: Mapping[str, Any], remarks: list[str]) -> list[Pl
         raise Refused(f"{path}: a subset without image_dir; name the folder")
     suffix = values.get("caption_extension", "")
     masks = values.get("conditioning_data_dir", "")
-    place = Place(
+    place = ImageFolder(
         folder or Path(),
         repeats=_repeats(path, "num_repeats", values.get("num_repeats", 1)),
         words=values.get("class_tokens", "").strip(),
-        prior=values.get("is_reg", False),
+        is_regularization=values.get("is_reg", False),
         masks=_beside(path, masks) if masks else None,
         alpha=values.get("alpha_mask", False),
         suffixes=tuple(dict.fromkeys((suffix.lower(), *CAPTION_SUFFIXES))) if suffix else CAPTION_SUFFIXES,
@@ -177,7 +177,7 @@ def _rules(
 ) -> tuple[tuple[str, Any], ...]:
     """Options of [data], checked; `theirs` are the names that they have in the file."""
     where = lambda table, key, value: f"{path}: {theirs.get(key, key)} = {value}"  # noqa: E731
-    return tuple(files.checked({"data": dict(values)}, where)["data"].items())
+    return tuple(files.validated({"data": dict(values)}, where)["data"].items())
 
 
 def _typed(path: Path, entry: Mapping[str, Any], types: Mapping[str, type]) -> dict[str, Any]:

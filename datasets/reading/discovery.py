@@ -28,18 +28,18 @@ SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file or folder that is not used, and why. `picture` says that a picture may be lost by it."""
+    """A file or folder that is not used, and why. `is_image` says that a picture may be lost by it."""
 
     path: Path
     reason: str
-    picture: bool = False
+    is_image: bool = False
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
 
 
 @dataclass(frozen=True)
-class Place:
+class ImageFolder:
     """A folder of pictures. Each is seen `repeats` times `own` times; a kohya folder `<own>_<words>` sets the latter.
 
     `masks` is a folder of masks; with `alpha`, a picture's own alpha channel is the mask where no file is.
@@ -51,7 +51,7 @@ class Place:
     repeats: int = 1
     own: int = 1
     words: str = ""
-    prior: bool = False
+    is_regularization: bool = False
     masks: Path | None = None
     alpha: bool = False
     suffixes: tuple[str, ...] = CAPTION_SUFFIXES
@@ -66,8 +66,8 @@ class Place:
 class Listing:
     """The files of one folder, sorted by what they are; `place` says what holds for them."""
 
-    place: Place
-    pictures: list[Path] = field(default_factory=list)
+    place: ImageFolder
+    images: list[Path] = field(default_factory=list)
     texts: list[Path] = field(default_factory=list)
     tables: list[Path] = field(default_factory=list)
     masks: list[Path] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Listing:
     left_out: list[LeftOut] = field(default_factory=list)
 
 
-def listings(place: Place, seen: set[tuple[int, int]]) -> Iterator[Listing]:
+def listings(place: ImageFolder, seen: set[tuple[int, int]]) -> Iterator[Listing]:
     """Every folder at and below `place`, each once however many links lead to it.
 
     `seen` holds the (device, inode) of folders that are not to be entered, and is added to. Hidden folders and the
@@ -90,9 +90,9 @@ def listings(place: Place, seen: set[tuple[int, int]]) -> Iterator[Listing]:
             named = KOHYA_FOLDER.fullmatch(path.name)
             name, status = path.name.lower(), path.stat()
             reason = ""
-            if name in MASK_FOLDERS and listing.pictures:
+            if name in MASK_FOLDERS and listing.images:
                 inside = listed(replace(place, folder=path))
-                listing.masks += inside.pictures + inside.masks
+                listing.masks += inside.images + inside.masks
                 listing.left_out += inside.left_out
             elif made := next((what for file, what in MADE_FOLDERS.items() if any(path.glob(file))), ""):
                 reason = f"{made}, not pictures to learn from"
@@ -113,7 +113,7 @@ def listings(place: Place, seen: set[tuple[int, int]]) -> Iterator[Listing]:
         places += sorted(inner, key=lambda one: one.folder, reverse=True)
 
 
-def own_name(place: Place) -> Place:
+def own_name(place: ImageFolder) -> ImageFolder:
     """A place whose own folder is named like kohya's takes what the name says."""
     named = KOHYA_FOLDER.fullmatch(place.folder.resolve().name)
     if not named or int(named[1]) < 1:
@@ -121,17 +121,19 @@ def own_name(place: Place) -> Place:
     return replace(place, own=int(named[1]), words=place.words or named[2].strip())
 
 
-def _inside(place: Place, folder: Path) -> Place:
+def _inside(place: ImageFolder, folder: Path) -> ImageFolder:
     """What holds in a folder of `place`; a folder of masks may have the same folders in it."""
-    prior = place.prior or folder.name.lower() in PRIOR_FOLDERS
+    is_regularization = place.is_regularization or folder.name.lower() in PRIOR_FOLDERS
     masks = place.masks / folder.name if place.masks else None
     place = replace(place, masks=masks if masks and masks.is_dir() else place.masks)
     if named := KOHYA_FOLDER.fullmatch(folder.name):
-        return replace(place, folder=folder, prior=prior, own=int(named[1]), words=named[2].strip())
-    return replace(place, folder=folder, prior=prior)
+        return replace(
+            place, folder=folder, is_regularization=is_regularization, own=int(named[1]), words=named[2].strip()
+        )
+    return replace(place, folder=folder, is_regularization=is_regularization)
 
 
-def listed(place: Place) -> Listing:
+def listed(place: ImageFolder) -> Listing:
     """The entries of one folder by kind. Real folders stand before links to folders."""
     listing = Listing(place)
     try:
@@ -166,7 +168,7 @@ def _sort(path: Path, listing: Listing) -> None:
     elif pictured and path.stem.lower().endswith(MASK_ENDING):
         listing.masks.append(path)
     elif pictured:
-        listing.pictures.append(path)
+        listing.images.append(path)
     elif suffix in listing.place.suffixes or suffix in CAPTION_SUFFIXES:
         listing.texts.append(path)
     elif path.name.lower() in TABLES:

@@ -16,7 +16,7 @@ from scumble.configs.errors import Refused
 
 from .caption_tables import Table, read_table
 from .dataset_toml import read_list
-from .discovery import LeftOut, Listing, Place, listings, own_name
+from .discovery import ImageFolder, LeftOut, Listing, listings, own_name
 from .images import SUFFIXES, check_pixels, digest_of_file
 from .masks import MaskFiles, hides
 from .sidecars import Sidecars, lines_of, read_text
@@ -29,7 +29,7 @@ class Example:
     """One picture of the set. `caption` is `lines`, those of its text, joined with spaces.
 
     Where `repeats` is 0 it is held out: never trained on, only measured.
-    `prior` marks a regularisation picture, `words` are the class words of its folder, `sidecar` is the file that the
+    `is_regularization` marks a regularisation picture, `words` are the class words of its folder, `sidecar` is the file that the
     caption came from, a text or a table. `mask` is a picture of what counts, or the image itself: its alpha channel.
     `rules` are options of [data] that hold for this image instead of the run's. `digest` is the hash of the image
     file, set where the image was decoded.
@@ -38,7 +38,7 @@ class Example:
     image: Path
     caption: str
     repeats: int
-    prior: bool = False
+    is_regularization: bool = False
     lines: tuple[str, ...] = ()
     words: str = ""
     sidecar: Path | None = None
@@ -63,41 +63,44 @@ class Remark:
 
 
 @dataclass
-class PictureSet:
+class ImageSet:
     """The pictures that are used, sorted by path, and every file that is not, with the reason."""
 
     examples: list[Example] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     remarks: list[Remark] = field(default_factory=list)
 
-    def __add__(self, other: "PictureSet") -> "PictureSet":
-        return PictureSet(self.examples + other.examples, self.left_out + other.left_out, self.remarks + other.remarks)
+    def __add__(self, other: "ImageSet") -> "ImageSet":
+        return ImageSet(self.examples + other.examples, self.left_out + other.left_out, self.remarks + other.remarks)
 
-    def told(self, limit: int = 20) -> str:
+    def describe(self, limit: int = 20) -> str:
         """What a person should read of the set, lost pictures first; empty where there is nothing to say."""
-        lost = [one for one in self.left_out if one.picture]
-        other = [one for one in self.left_out if not one.picture]
+        lost = [one for one in self.left_out if one.is_image]
+        other = [one for one in self.left_out if not one.is_image]
         told = [f"  left out: {one}" for one in [*lost, *other]] + [f"  note: {one}" for one in self.remarks]
         more = [f"  and {len(told) - limit} more; `scumble check` lists them all"] if len(told) > limit else []
         return "\n".join(told[:limit] + more)
 
 
 def read_set(
-    source: Path, repeats: int = 1, prior: bool = False, masks: Masks = "auto", decode: bool = True
-) -> PictureSet:
+    source: Path, repeats: int = 1, is_regularization: bool = False, masks: Masks = "auto", decode: bool = True
+) -> ImageSet:
     """The pictures of a folder, or of the folders that a TOML file lists (see dataset_toml.py).
 
     `masks` "auto" takes mask files, "alpha" also the alpha channel of pictures that have no file, "off" none.
     With `decode`, the pixels of each picture and mask are read once, so that a run meets no bad file.
     Raises `Refused` where the source is not there or no picture of it can be used.
     """
-    found = PictureSet()
+    found = ImageSet()
     if source.is_file():
         listed, remarks = read_list(source)
-        places = [replace(one, repeats=one.repeats * repeats, prior=one.prior or prior) for one in listed]
+        places = [
+            replace(one, repeats=one.repeats * repeats, is_regularization=one.is_regularization or is_regularization)
+            for one in listed
+        ]
         found.remarks += [Remark(source, text) for text in remarks]
     elif source.is_dir():
-        places = [Place(source, repeats, prior=prior)]
+        places = [ImageFolder(source, repeats, is_regularization=is_regularization)]
     else:
         raise Refused(f"{source}: no such folder of pictures")
     named = [folder for place in places for folder in (place.folder, place.masks) if folder]
@@ -121,7 +124,7 @@ def read_set(
     return found
 
 
-def _add(found: PictureSet, listing: Listing, tables: list[Table], masks: Masks) -> None:
+def _add(found: ImageSet, listing: Listing, tables: list[Table], masks: Masks) -> None:
     """The pictures of one folder with their captions and masks. `tables` are those of the folders around it."""
     place = listing.place
     for path in [] if place.table else listing.tables:
@@ -132,7 +135,7 @@ def _add(found: PictureSet, listing: Listing, tables: list[Table], masks: Masks)
     texts_read = [] if place.table else listing.texts
     sidecars, mask_files = Sidecars(texts_read, place.suffixes), MaskFiles(_masks_for(listing))
     owners: dict[Path, Path] = {}
-    for image in sorted(listing.pictures):
+    for image in sorted(listing.images):
         mask = mask_files.of(image)
         texts = sidecars.beside(image)
         owners |= {path: owners.get(path, image) for path in (*texts, *filter(None, [mask]))}
@@ -152,7 +155,7 @@ def _add(found: PictureSet, listing: Listing, tables: list[Table], masks: Masks)
             mask = image
         found.examples.append(
             Example(
-                image, " ".join(lines), place.repeats * place.own, place.prior, lines, place.words, source,
+                image, " ".join(lines), place.repeats * place.own, place.is_regularization, lines, place.words, source,
                 None if masks == "off" else mask, place.rules,
             )
         )  # fmt: skip
@@ -181,7 +184,7 @@ def _masks_for(listing: Listing) -> list[Path]:
     return [*listing.masks, *files]
 
 
-def _check(found: PictureSet) -> None:
+def _check(found: ImageSet) -> None:
     """Decode every picture and mask once and leave out those that cannot be; a mask that hides nothing is dropped."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         checked = list(pool.map(_checked, found.examples))
@@ -205,8 +208,8 @@ def _gone(name: str) -> str:
     return f"names {name}, which is not there"
 
 
-def _nothing(source: Path, found: PictureSet) -> str:
-    lost = [one for one in found.left_out if one.picture]
+def _nothing(source: Path, found: ImageSet) -> str:
+    lost = [one for one in found.left_out if one.is_image]
     if lost:
         return f"{source}: none of its pictures can be used ({len(lost)} left out); the first is {lost[0]}"
     known = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))

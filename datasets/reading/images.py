@@ -106,19 +106,19 @@ def read_rgb(path: Path, at_least: Size | None = None) -> Image.Image:
     A JPEG, and any picture over 40 million pixels, may come smaller by a whole factor where it stays larger than
     `at_least`, which saves memory and time. Raises `Refused` naming a file whose pixels cannot be decoded, and why.
     """
-    return read_picture(path, lambda picture: to_rgb(_reduced(picture, at_least)), at_least)
+    return read_image(path, lambda picture: to_rgb(_reduced(picture, at_least)), at_least)
 
 
 def read_alpha(path: Path) -> Image.Image | None:
     """The upright alpha channel ("L", 255: opaque), or nothing where every pixel is opaque."""
-    alpha = read_picture(path, lambda picture: alpha_of(picture) or Image.new("L", picture.size, 255))
+    alpha = read_image(path, lambda picture: alpha_of(picture) or Image.new("L", picture.size, 255))
     return None if alpha.getextrema()[0] == 255 else alpha
 
 
 def check_pixels(path: Path) -> str:
     """Why a file cannot be used as a picture, or nothing: its pixels are decoded once, a JPEG's at an eighth."""
     try:
-        read_picture(path, _convertible, Size(1, 1))
+        read_image(path, _convertible, Size(1, 1))
     except Refused as error:
         return str(error).removeprefix(f"{path}: ")
     return ""
@@ -135,7 +135,7 @@ def digest_of_file(path: Path) -> str:
         ) from None
 
 
-def read_picture(path: Path, read: Callable[[Image.Image], T], at_least: Size | None = None) -> T:
+def read_image(path: Path, read: Callable[[Image.Image], T], at_least: Size | None = None) -> T:
     """What `read` makes of the decoded, upright picture. Raises `Refused` as `read_rgb` does."""
     with _opened(path) as picture:
         if at_least and picture.format == "JPEG":
@@ -147,7 +147,7 @@ def read_picture(path: Path, read: Callable[[Image.Image], T], at_least: Size | 
             return read(picture if turn is None else picture.transpose(turn))
 
 
-def centre_crop(original: Size, target: Size) -> Crop:
+def center_crop(original: Size, target: Size) -> Crop:
     """Resize so that the picture just covers `target`, then cut its middle."""
     return crop_at(original, target, 0.5)
 

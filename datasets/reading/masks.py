@@ -12,7 +12,7 @@ from PIL import Image
 from scumble.configs.errors import Refused
 
 from .color import to_rgb
-from .images import read_alpha, read_picture, read_size
+from .images import read_alpha, read_image, read_size
 from .sidecars import folded
 
 MASK_ENDING = "-masklabel"
@@ -37,7 +37,7 @@ def read_mask(image: Path, mask: Path) -> Image.Image | None:
     if mask == image:
         picture = read_alpha(image)
     else:
-        picture = read_picture(mask, lambda opened: to_rgb(_without_profile(opened), "black").convert("L"))
+        picture = read_image(mask, lambda opened: to_rgb(_without_profile(opened), "black").convert("L"))
     if picture is None:
         return None
     darkest, brightest = picture.getextrema()

@@ -25,11 +25,11 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from scumble.configs.options import Model
 from scumble.trainer.adapters.adapter import Adapter, read_adapter, to_tensors
-from scumble.trainer.adapters.bake import Dose, bake
+from scumble.trainer.adapters.bake import BakedAdapter, bake
 from scumble.trainer.adapters.files import write_adapter
-from scumble.trainer.adapters.forward_check import tried_by_layers
+from scumble.trainer.adapters.forward_check import checked_by_layer
 from scumble.trainer.adapters.inspect import inspect
-from scumble.trainer.adapters.keys import Place, sgm_path
+from scumble.trainer.adapters.keys import ModulePath, sgm_path
 from scumble.trainer.adapters.lowrank import Rule, svd_of_factors
 from scumble.trainer.adapters.merge import Input, Recipe, merge
 from scumble.trainer.adapters.module import Module
@@ -37,7 +37,7 @@ from scumble.trainer.adapters.provenance import write_result
 from scumble.trainer.adapters.resize import resize
 from scumble.trainer.adapters.targets import FULL
 from scumble.trainer.adapters.weights import Weights, find_weights
-from scumble.trainer.base_model.detect import recognise
+from scumble.trainer.base_model.detect import detect_base
 from scumble.trainer.system.safetensors_header import Entry, header_bytes
 
 HERE = Path(__file__).parent
@@ -82,9 +82,9 @@ def other_shapes() -> dict[str, torch.Size]:
     return {f"{prefix}.{name}": one.shape for prefix, part in parts.items() for name, one in part.state_dict().items()}
 
 
-def layers(known: dict[str, torch.Size]) -> dict[Place, torch.Size]:
+def layers(known: dict[str, torch.Size]) -> dict[ModulePath, torch.Size]:
     paths = {name.removesuffix(".weight"): shape for name, shape in known.items() if name.endswith(".weight")}
-    return {Place("unet", path): shape for path, shape in paths.items() if re.fullmatch(FULL, path)}
+    return {ModulePath("unet", path): shape for path, shape in paths.items() if re.fullmatch(FULL, path)}
 
 
 def draw_adapter(known: dict[str, torch.Size], path: Path, seed: int, dora_base: Weights | None = None) -> None:
@@ -113,7 +113,7 @@ def draw_base(known: dict[str, torch.Size], path: Path, whole: bool) -> None:
     for name, shape in known.items():
         stem = name.removesuffix(".weight")
         if whole or name.startswith("mid_block"):
-            theirs = sgm_path(stem) + ".weight" if Place("unet", stem) in wanted else name
+            theirs = sgm_path(stem) + ".weight" if ModulePath("unet", stem) in wanted else name
             named[f"model.diffusion_model.{theirs}"] = shape
     entries, position = {}, 0
     for name, shape in (named | (other_shapes() if whole else {})).items():
@@ -142,9 +142,9 @@ def run_task(task: str, folder: Path, base: Path) -> None:
         in_it = {
             p: m for p, m in adapter.modules.items() if base.name != "reduced.safetensors" or p.block == "mid_block"
         }
-        bake(base, out, [Dose("a", Adapter(in_it, {}, "sdxl"), 0.8)])
+        bake(base, out, [BakedAdapter("a", Adapter(in_it, {}, "sdxl"), 0.8)])
     elif tool == "verify":
-        trials = list(tried_by_layers(recognise(Model(base=str(base))), find_weights(base), adapter, file))
+        trials = list(checked_by_layer(detect_base(Model(base=str(base))), find_weights(base), adapter, file))
         assert len(trials) == len(adapter.modules) and all(trial.agrees for trial in trials)
     elif tool == "resize":
         result = resize(adapter, Rule(energy=0.9) if how == "energy" else Rule(16), "a", weights)

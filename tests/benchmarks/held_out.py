@@ -19,7 +19,8 @@ from plain_loop import Pictures, Timed, train_plainly
 
 from scumble.configs import files
 from scumble.datasets.samples.fetch_held_out import fetch, prepare, write
-from scumble.trainer.base_model.load import EMBEDDED, Pipeline
+from scumble.trainer.base_model.detect import EMBEDDED
+from scumble.trainer.base_model.load import Pipeline
 from scumble.trainer.train import train
 
 HERE = Path(__file__).parent

@@ -35,7 +35,7 @@ from scumble.trainer.base_model.detect import BASES
 from scumble.trainer.base_model.one_block import place_together
 from scumble.trainer.base_model.quantize import PACKINGS, quantize
 from scumble.trainer.kernels.cuda_graphs import own_stream
-from scumble.trainer.kernels.lora_matmul import speed_up
+from scumble.trainer.kernels.lora_matmul import use_fast_lora
 from scumble.trainer.training.checkpointing import recompute_unet
 from scumble.trainer.training.flat_parameters import Flat
 from scumble.trainer.training.lora import ADAPTER
@@ -115,7 +115,7 @@ def step(layout: Layout, recompute: tuple[bool, ...], bits: int, counts_flops: b
             for tensor in [*unet.parameters(), *unet.buffers()]:
                 alive.add(tensor)
             flat = Flat([parameters], torch.bfloat16)
-            speed_up([module for module in unet.modules() if hasattr(module, "lora_A")], ADAPTER, flat.lowered)
+            use_fast_lora([module for module in unet.modules() if hasattr(module, "lora_A")], ADAPTER, flat.lowered)
             weights = alive.now
             added = {"text_embeds": torch.empty(1, 1280, dtype=torch.bfloat16), "time_ids": torch.empty(1, 6)}
             noisy = torch.empty(1, 4, side, side, dtype=torch.bfloat16)

@@ -16,8 +16,9 @@ from plain_loop import Pictures
 from scumble.configs import files
 from scumble.configs.options import Model
 from scumble.trainer.adapters.adapter import read_adapter
-from scumble.trainer.adapters.applied import worn
-from scumble.trainer.base_model.load import load, recognise
+from scumble.trainer.adapters.applied import applied
+from scumble.trainer.base_model.detect import detect_base
+from scumble.trainer.base_model.load import load
 from scumble.trainer.plan.plan import DEFAULTS
 from scumble.trainer.train import train
 
@@ -65,7 +66,7 @@ def main() -> None:
     held, seen = Pictures(chosen.pictures, SIZE_PX), Pictures(SAMPLES, SIZE_PX)
     held.paths = held.paths[::EVERY]
     model = Model()
-    base = load(model, recognise(model), torch.device("cpu"), torch.float32)
+    base = load(model, detect_base(model), torch.device("cpu"), torch.float32)
     before = [losses_of(base.pipeline, pictures, 4) for pictures in (held, seen)]
     lines = [
         f"{STEPS} steps on `sketch`, the default ranks; change of the loss on {len(held)} pictures that no run saw,",
@@ -78,7 +79,7 @@ def main() -> None:
         for network, multiples in MULTIPLES.items():
             for multiple in multiples:
                 adapter = read_adapter(trained(network, multiple, Path(folder)))
-                with worn(base, adapter):
+                with applied(base, adapter):
                     after = [losses_of(base.pipeline, pictures, 4) for pictures in (held, seen)]
                 told = [change(now, then) for now, then in zip(after, before, strict=True)]
                 lines.append(f"| {network} | × {multiple:g} | {told[0]} | {told[1]} |")

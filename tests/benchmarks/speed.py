@@ -40,19 +40,19 @@ from scumble.configs.options import Data, Network, Objective
 from scumble.datasets.reading.folder import Example
 from scumble.datasets.reading.images import Crop, Size
 from scumble.trainer.adapters.targets import Part
-from scumble.trainer.base_model.detect import EMBEDDED, FAMILIES, Source
+from scumble.trainer.base_model.detect import EMBEDDED, FAMILIES, DetectedBase
 from scumble.trainer.base_model.latents import Latents
 from scumble.trainer.base_model.load import BASES, Base
 from scumble.trainer.base_model.text_encoding import Conditioning
 from scumble.trainer.kernels.attention import choose_kernels
 from scumble.trainer.kernels.capture import capture_for
 from scumble.trainer.kernels.cuda_graphs import own_stream
-from scumble.trainer.kernels.lora_matmul import speed_up
+from scumble.trainer.kernels.lora_matmul import use_fast_lora
 from scumble.trainer.system.out_of_memory import TooLarge
 from scumble.trainer.training.checkpointing import recompute_unet
 from scumble.trainer.training.flat_parameters import Flat
 from scumble.trainer.training.forward_backward import Passes
-from scumble.trainer.training.lora import ADAPTER, attach, laid_out
+from scumble.trainer.training.lora import ADAPTER, attach, memory_order
 from scumble.trainer.training.objective import Objectives
 from scumble.trainer.training.optimizer_step import Update
 from scumble.trainer.training.optimizers import grouped, make_optimizer
@@ -74,7 +74,7 @@ ONLY_ON = {"packing": "cpu", "fused": "cuda", "ahead": "cuda"}
 RECOMPUTED = {"some recomputed": True, "all recomputed": False}
 PHASES = {
     "plan": "start: Python, torch, diffusers, transformers, peft; read the pictures",
-    "checked": "check pictures and captions",
+    "checkup": "check pictures and captions",
     "encoded": "load the base, encode the pictures",
     "measured": "put the adapter on, try a step",
     "step": "steps",
@@ -153,7 +153,7 @@ class Bench:
         `only_shallow` is not None, in shallow blocks or in all. `unet` is taken as it is, else a copy is."""
         as_torch_has_it()
         unet, size = unet or copy.deepcopy(self.unet), Size(self.layout.side_px, self.layout.side_px)
-        source = Source(
+        source = DetectedBase(
             "benchmark", "", False, FAMILIES[self.layout.family], "epsilon", False, size.width, 64, 64,
             self.layout.latent_px,
         )  # fmt: skip
@@ -167,9 +167,9 @@ class Bench:
             packs, fuses = "packing" not in without, "fused" not in without
             choose_kernels(unet, "sdpa", size, self.layout.latent_px, packs, fuses, print)
         named = {f"{one.key}.{slot}": p for one in trained for slot, p in one.tensors.items()}
-        groups = grouped([(1e-4, laid_out(trained))])
+        groups = grouped([(1e-4, memory_order(trained))])
         flat = Flat([group["params"] for group in groups], self.dtype)
-        fast = "product" not in without and speed_up([one.layer for one in trained], ADAPTER, flat.lowered)
+        fast = "product" not in without and use_fast_lora([one.layer for one in trained], ADAPTER, flat.lowered)
         crop = Crop(size, size, 0, 0, size)
         examples = [Example(Path(f"{index}.png"), "a", 1) for index in range(NUM_PICTURES)]
         objectives = Objectives(

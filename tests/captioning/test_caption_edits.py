@@ -91,7 +91,7 @@ def test_tags_are_removed_whole_deduped_and_sorted():
     assert edits.removing([r".*cat"], True)(caption) == "zwx, sitting"
     assert edits.deduped(caption) == "zwx, Red Cat, cat, sitting"
     assert edits.sorting(None, 1)(caption) == "zwx, cat, Red Cat, red cat, sitting"
-    counts = edits.counted(["cat, sitting", "cat, mat", "cat, Sitting"])
+    counts = edits.tag_counts(["cat, sitting", "cat, mat", "cat, Sitting"])
     assert counts == {"cat": 3, "sitting": 2, "mat": 1}
     assert edits.sorting(counts, 0)("mat, sitting, cat") == "cat, sitting, mat"
     for edit in (edits.removing(["none"], False), edits.deduped, edits.sorting(None, 9)):

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny_captioners import ASKED, CAPTIONS, colour, tiny_blip, tiny_florence, tiny_qwen, tiny_tagger
 from transformers import AutoProcessor, BlipForConditionalGeneration
 
-from scumble.captioning.captioners.captioner import KINDS, make, request_for
+from scumble.captioning.captioners.captioner import CAPTIONERS, make_captioner, request_for
 from scumble.captioning.captioners.picture import Picture, in_halves, within
 from scumble.captioning.captioners.tagger import Rules, Tag, chosen, prepared, spaced
 from scumble.configs.errors import Refused
@@ -70,7 +70,7 @@ def test_half_precision_and_the_longest_answer_are_heeded(kind: str, models: Cal
         "max_tokens": 2,
         "prompt": "Describe" if kind == "vlm" else None,
     }
-    captioner = make(request_for(kind, given, subject="style", trigger="", trigger_position="none", drop=()))
+    captioner = make_captioner(request_for(kind, given, subject="style", trigger="", trigger_position="none", drop=()))
     assert {parameter.dtype for parameter in captioner.model.parameters()} == {torch.bfloat16}  # ty: ignore
     picture = Picture(Path("none.png"))
     picture.__dict__["pixels"] = colour("red")
@@ -83,7 +83,7 @@ def test_blip_says_what_transformers_itself_says(models: Callable[[str], Path], 
     processor = AutoProcessor.from_pretrained(folder)
     model = BlipForConditionalGeneration.from_pretrained(folder)
     paths = sorted(photos.glob("*.png"))
-    captioner = make(
+    captioner = make_captioner(
         request_for("blip", {"model": str(folder)}, subject="style", trigger="", trigger_position="", drop=())
     )
     for path, said in zip(paths, captioner.captions([Picture(path) for path in paths]), strict=True):
@@ -222,13 +222,13 @@ def test_a_folder_that_is_no_tagger_is_refused(lacking: str, tmp_path: Path, pho
         request = request_for(
             "wd-tagger", {"model": str(folder)}, subject="style", trigger="", trigger_position="", drop=()
         )
-        make(request).captions([Picture(path) for path in photos.glob("*.png")])
+        make_captioner(request).captions([Picture(path) for path in photos.glob("*.png")])
 
 
 def test_every_captioner_but_that_of_names_has_a_usual_model_and_help_says_what_captions_are_for(
     capsys: pytest.CaptureFixture[str],
 ):
-    assert [name for name, kind in KINDS.items() if "/" not in kind.model] == ["filename"]
+    assert [name for name, kind in CAPTIONERS.items() if "/" not in kind.model] == ["filename"]
     cli.main(["caption", "--help"])
     told = " ".join(capsys.readouterr().out.split())
     assert "For a style, tell what is in the picture and nothing of how it is painted" in told

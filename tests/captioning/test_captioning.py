@@ -10,9 +10,9 @@ from paths import CHECKOUT
 from PIL import Image
 
 from scumble.captioning import recipe
-from scumble.captioning.captioners.captioner import KINDS, request_for
+from scumble.captioning.captioners.captioner import CAPTIONERS, request_for
 from scumble.captioning.captioners.filename import words_of
-from scumble.captioning.captioners.request import Existing, Subject
+from scumble.captioning.captioners.request import Existing, SubjectKind
 from scumble.captioning.captioners.wording import TEMPLATES, asked, belongs, cleaned
 from scumble.configs.errors import Refused
 from scumble.trainer import cli
@@ -164,7 +164,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_the_others_are_captioned(tmp
         picture(tmp_path / name)
     (tmp_path / "b.png").write_bytes(b"no picture")
     request = request_for("blip", {}, subject="style", trigger="", trigger_position="front", drop=())
-    seen = [one for batch in recipe.looked_at(recipe.read_texts(tmp_path)[0], request, 2, True) for one in batch]
+    seen = [one for batch in recipe.read_ahead(recipe.read_texts(tmp_path)[0], request, 2, True) for one in batch]
     assert [bool(one.reason) for one in seen] == [False, True, False]
     assert "cannot be read as a picture" in seen[1].reason
 
@@ -180,7 +180,7 @@ def test_a_run_that_is_cut_goes_on_where_it_was(tmp_path: Path, monkeypatch: pyt
             asked_for.extend(one.path.name for one in pictures)
             return [one.path.stem for one in pictures]
 
-    monkeypatch.setitem(KINDS, "filename", replace(KINDS["filename"], make=lambda request: Counting()))
+    monkeypatch.setitem(CAPTIONERS, "filename", replace(CAPTIONERS["filename"], make=lambda request: Counting()))
     for letter in "abcdefghij":
         picture(tmp_path / f"{letter}.png")
         (tmp_path / f"{letter}.txt").write_text("mine")
@@ -210,7 +210,7 @@ def test_ctrl_c_leaves_the_captions_so_far_and_exit_code_130(
                 return [one.path.stem for one in pictures]
             raise KeyboardInterrupt
 
-    monkeypatch.setitem(KINDS, "filename", replace(KINDS["filename"], make=lambda request: Interrupted()))
+    monkeypatch.setitem(CAPTIONERS, "filename", replace(CAPTIONERS["filename"], make=lambda request: Interrupted()))
     with pytest.raises(SystemExit) as stop:
         scumble("caption", photos, "--batch-size", "1")
     assert stop.value.code == 130 and "the same command goes on" in capsys.readouterr().err
@@ -279,7 +279,7 @@ def test_tags_leave_out_the_painting_for_a_style_and_the_person_for_a_character(
 
 
 @pytest.mark.parametrize("subject", list(TEMPLATES))
-def test_templates_say_what_to_leave_out_and_how_long_to_be(subject: Subject):
+def test_templates_say_what_to_leave_out_and_how_long_to_be(subject: SubjectKind):
     words = asked(subject, "short", "zwx")
     assert "12 words" in words and "{" not in words
     left_out = {"style": ("medium", "technique", "art style"), "character": ("face", "hair", "eyes", "'zwx'")}

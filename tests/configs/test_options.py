@@ -200,9 +200,9 @@ def test_flags_reach_the_plan(capsys: pytest.CaptureFixture[str]):
         "--prompts", "a", "--prompts", "b --n c", "--json", "--dry-run",
     )  # fmt: skip
     plan = json.loads(text.partition("\n")[0])
-    assert code == 0 and plan["shots"] == 2
-    assert "LoRA on UNet (attention) rank 7" in plan["why"]  # the preset leaves the text encoders out
-    assert plan["steps"] == 2 * 20 / 4 and "adamw, cosine, learning rate 3e-05 (unet)" in plan["why"]
+    assert code == 0 and plan["preview_prompts"] == 2
+    assert "LoRA on UNet (attention) rank 7" in plan["reasons"]  # the preset leaves the text encoders out
+    assert plan["steps"] == 2 * 20 / 4 and "adamw, cosine, learning rate 3e-05 (unet)" in plan["reasons"]
 
 
 @pytest.mark.parametrize(

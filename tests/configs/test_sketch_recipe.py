@@ -12,7 +12,7 @@ from scumble.configs.bases.sketch.recipe.__main__ import between
 from scumble.configs.bases.sketch.recipe.denoiser import Latents, drawn_timesteps, make_unet, start_as_identity
 from scumble.configs.bases.sketch.recipe.pictures import JUDGED, THINGS, is_held_out
 from scumble.configs.bases.sketch.recipe.text import make_text_encoder
-from scumble.trainer.base_model.load import EMBEDDED
+from scumble.trainer.base_model.detect import EMBEDDED
 
 CPU = torch.device("cpu")
 

@@ -11,9 +11,9 @@ from scumble.configs.errors import Refused
 from scumble.configs.options import Captions
 from scumble.datasets.batches import batches_per_epoch, epoch_batches
 from scumble.datasets.buckets import bucket_sizes, nearest_bucket
-from scumble.datasets.captions import said, with_trigger
+from scumble.datasets.captions import caption_at_step, with_trigger
 from scumble.datasets.reading.folder import read_set
-from scumble.datasets.reading.images import Size, centre_crop, read_rgb, read_size
+from scumble.datasets.reading.images import Size, center_crop, read_rgb, read_size
 from scumble.datasets.tensors import cropped
 
 
@@ -81,7 +81,7 @@ def test_every_bucket_is_in_steps_within_the_area_and_there_is_a_square(resoluti
 
 @pytest.mark.parametrize("shape", [(50, 300), (300, 50), (4000, 10), (1, 1), (1920, 1080)])
 def test_no_picture_gets_an_impossible_bucket_or_a_crop_outside_itself(shape: tuple[int, int]):
-    crop = centre_crop(Size(*shape), nearest_bucket(Size(*shape), bucket_sizes(512, 64)))
+    crop = center_crop(Size(*shape), nearest_bucket(Size(*shape), bucket_sizes(512, 64)))
     assert min(crop.target.width, crop.target.height) >= 64
     assert 0 <= crop.left <= crop.resized.width - crop.target.width
     assert 0 <= crop.top <= crop.resized.height - crop.target.height
@@ -91,7 +91,7 @@ def test_a_crop_is_the_middle_of_the_picture(tmp_path: Path):
     wide = Image.new("RGB", (300, 100), "red")
     wide.paste("blue", (100, 0, 200, 100))
     wide.save(tmp_path / "wide.png")
-    pixels = cropped(tmp_path / "wide.png", centre_crop(Size(300, 100), Size(64, 64)))
+    pixels = cropped(tmp_path / "wide.png", center_crop(Size(300, 100), Size(64, 64)))
     assert pixels.shape == (3, 64, 64)
     np.testing.assert_allclose(pixels[:, 32, 32], [-1, -1, 1])
     assert float(pixels[2].mean()) > 0.9
@@ -124,7 +124,7 @@ def test_the_trigger_stands_in_every_caption_once():
 def test_tags_are_shuffled_behind_the_kept_ones_and_dropped_as_often_as_asked():
     def one(step: int, dropout: float = 0.0) -> str:
         rules = Captions(shuffle_tags=True, keep_tags=1, caption_dropout=dropout)
-        return said(["cat, a, b, c, d"], rules, seed=0, step=step, index=0)
+        return caption_at_step(["cat, a, b, c, d"], rules, seed=0, step=step, index=0)
 
     seen = {one(step) for step in range(50)}
     assert len(seen) > 10 and all(caption.startswith("cat, ") for caption in seen)

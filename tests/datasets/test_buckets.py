@@ -14,20 +14,21 @@ from tiny import tiny_base
 from scumble.configs.errors import Refused
 from scumble.configs.options import Data, Model, Objective, Options
 from scumble.datasets import focus
-from scumble.datasets.batches import batch_sizes, even, told_batches
+from scumble.datasets.batches import batch_sizes, describe_batches, even
 from scumble.datasets.buckets import make_buckets, nearest_bucket
-from scumble.datasets.crop_loss import bucket_uses, told_waste
-from scumble.datasets.crops import spread, tables, views_of
+from scumble.datasets.crop_loss import bucket_uses, describe_crop_loss
+from scumble.datasets.crops import crop_examples, spread, tables
 from scumble.datasets.focus import best_share, focus_map, saliency
 from scumble.datasets.reading.folder import read_set
-from scumble.datasets.reading.images import Crop, Size, centre_crop, crop_at, read_size
+from scumble.datasets.reading.images import Crop, Size, center_crop, crop_at, read_size
 from scumble.trainer.adapters.targets import Part
+from scumble.trainer.base_model.detect import detect_base
 from scumble.trainer.base_model.latents import encode_set
-from scumble.trainer.base_model.load import load, recognise
+from scumble.trainer.base_model.load import load
 from scumble.trainer.training.flat_parameters import Flat
 from scumble.trainer.training.forward_backward import Passes
 from scumble.trainer.training.lora import attach
-from scumble.trainer.training.objective import Look, Objectives
+from scumble.trainer.training.objective import Objectives, Sample
 from scumble.trainer.training.optimizer_step import Update
 from scumble.trainer.training.optimizers import grouped, make_optimizer
 
@@ -111,9 +112,9 @@ def test_a_step_that_the_base_cannot_halve_is_refused(tmp_path: Path):
 def test_random_crops_are_few_known_ones_that_reach_over_the_whole_picture(tmp_path: Path):
     saved(tmp_path / "wide.png", (400, 100))
     data = Data(crop="random", crops=4, random_flip=True)
-    (view,) = views_of(read_set(tmp_path).examples, tables(data, 64, 16), data, seed=3)
-    (again,) = views_of(read_set(tmp_path).examples, tables(data, 64, 16), data, seed=3)
-    (other,) = views_of(read_set(tmp_path).examples, tables(data, 64, 16), data, seed=4)
+    (view,) = crop_examples(read_set(tmp_path).examples, tables(data, 64, 16), data, seed=3)
+    (again,) = crop_examples(read_set(tmp_path).examples, tables(data, 64, 16), data, seed=3)
+    (other,) = crop_examples(read_set(tmp_path).examples, tables(data, 64, 16), data, seed=4)
     assert view == again != other and len(view.crops) == 8 and len({crop.target for crop in view.crops}) == 1
     slack = view.crops[0].resized.width - view.size.width
     quarters = sorted({crop.left * 4 // (slack + 1) for crop in view.crops})
@@ -124,7 +125,7 @@ def test_random_crops_are_few_known_ones_that_reach_over_the_whole_picture(tmp_p
 def test_a_picture_that_fits_its_bucket_has_one_crop_however_many_are_asked_for(tmp_path: Path):
     saved(tmp_path / "square.png", (100, 100))
     data = Data(crop="random", crops=8)
-    (view,) = views_of(read_set(tmp_path).examples, tables(data, 64, 16), data, seed=0)
+    (view,) = crop_examples(read_set(tmp_path).examples, tables(data, 64, 16), data, seed=0)
     assert len(view.crops) == 1 and view.crops[0].cut == 0
 
 
@@ -132,7 +133,7 @@ def test_each_resolution_shows_a_picture_once_more_unless_it_is_the_same_size(tm
     saved(tmp_path / "large.png", (512, 512))
     saved(tmp_path / "small.png", (70, 70))
     data = Data(more_resolutions=(128, 256), bucket_upscale=False)
-    views = views_of(read_set(tmp_path).examples, tables(data, 64, 16), data, seed=0)
+    views = crop_examples(read_set(tmp_path).examples, tables(data, 64, 16), data, seed=0)
     assert [(view.example.image.name, str(view.size)) for view in views] == [
         ("large.png", "64x64"), ("large.png", "128x128"), ("large.png", "256x256"), ("small.png", "64x64")
     ]  # fmt: skip
@@ -152,7 +153,7 @@ def thing_at(left: int) -> Image.Image:
 def test_what_stands_out_is_in_the_crop(left: int, tmp_path: Path):
     thing_at(left).save(tmp_path / "ball.png")
     data = Data(crop="focus")
-    (view,) = views_of(read_set(tmp_path).examples, tables(data, 64, 16), data, seed=0)
+    (view,) = crop_examples(read_set(tmp_path).examples, tables(data, 64, 16), data, seed=0)
     (crop,) = view.crops
     scale = crop.resized.width / 400
     assert crop.left <= (left - 30) * scale and (left + 30) * scale <= crop.left + crop.target.width
@@ -226,7 +227,7 @@ def test_a_crop_with_focus_keeps_what_the_mask_shows(tmp_path: Path):
     shown.paste(255, (320, 0, 390, 100))
     shown.save(tmp_path / "ball-masklabel.png")
     data = Data(crop="focus")
-    (view,) = views_of(read_set(tmp_path).examples, tables(data, 64, 16), data, seed=0)
+    (view,) = crop_examples(read_set(tmp_path).examples, tables(data, 64, 16), data, seed=0)
     (crop,) = view.crops
     scale = crop.resized.width / 400
     assert crop.left <= 320 * scale and 390 * scale <= crop.left + crop.target.width + 1
@@ -236,14 +237,14 @@ def test_waste_is_told_for_each_bucket_and_the_worst_picture_by_name(tmp_path: P
     saved(tmp_path / "square.png", (128, 128))
     saved(tmp_path / "strip.png", (800, 80))
     data = Data()
-    views = views_of(read_set(tmp_path, repeats=3).examples, tables(data, 64, 16), data, seed=0)
+    views = crop_examples(read_set(tmp_path, repeats=3).examples, tables(data, 64, 16), data, seed=0)
     uses = {f"{use.width}x{use.height}": use for use in bucket_uses(views)}
-    assert uses["64x64"].cut == 0 and uses["64x64"].looks == 3 and uses["64x64"].enlarged == 0
+    assert uses["64x64"].cut == 0 and uses["64x64"].samples == 3 and uses["64x64"].enlarged == 0
     assert uses["96x32"].cut == pytest.approx(1 - 3 / 10, abs=0.01)
-    told = told_waste(views)
+    told = describe_crop_loss(views)
     assert "96x32 (1)" in told and "most of strip.png: 70%" in told and "leaves out 35%" in told
     square = [view for view in views if view.example.image.name == "square.png"]
-    assert told_waste(square) == ""
+    assert describe_crop_loss(square) == ""
 
 
 def test_batches_that_do_not_come_out_even_are_made_alike_and_told():
@@ -254,7 +255,7 @@ def test_batches_that_do_not_come_out_even_are_made_alike_and_told():
             assert sum(sizes) == count and len(sizes) == -(-count // batch) and max(sizes) - min(sizes) <= 1
     buckets, repeats = ["square"] * 9 + ["wide"], [1] * 10
     assert batch_sizes(buckets, repeats, 4) == {3: 3, 1: 1}
-    assert "3 of 3, 1 of 1" in told_batches(buckets, repeats, 4) and told_batches(["a"] * 8, [1] * 8, 4) == ""
+    assert "3 of 3, 1 of 1" in describe_batches(buckets, repeats, 4) and describe_batches(["a"] * 8, [1] * 8, 4) == ""
 
 
 def test_a_crop_of_a_dot_is_whole():
@@ -262,9 +263,9 @@ def test_a_crop_of_a_dot_is_whole():
 
 
 def test_a_look_pulls_as_hard_in_a_small_batch_as_in_a_full_one():
-    base = load(Model(), recognise(Model()), CPU, torch.float32)
+    base = load(Model(), detect_base(Model()), CPU, torch.float32)
     examples = read_set(SAMPLES).examples[:3]
-    crops = [[centre_crop(read_size(example.image), Size(64, 64))] for example in examples]
+    crops = [[center_crop(read_size(example.image), Size(64, 64))] for example in examples]
     latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)])
     trained = attach(base, Options().network, [Part("unet", 4, 4.0)], seed=0)
     named = {f"{module.key}.{slot}": tensor for module in trained for slot, tensor in module.tensors.items()}
@@ -280,8 +281,8 @@ def test_a_look_pulls_as_hard_in_a_small_batch_as_in_a_full_one():
         flat.zero_grad()
         return found
 
-    objectives.losses([Look(2, 7, 2)]).sum().backward()  # the third look by itself
+    objectives.losses([Sample(2, 7, 2)]).sum().backward()  # the third look by itself
     third = flat.gradients[0].clone()
     flat.zero_grad()
     torch.testing.assert_close(gradients([0, 1, 2]) - gradients([0, 1]), third / 2, rtol=1e-3, atol=1e-6)
-    assert float(update.gradients(7, [[0]])) == pytest.approx(float(objectives.losses([Look(0, 7, 0)])), rel=1e-5)
+    assert float(update.gradients(7, [[0]])) == pytest.approx(float(objectives.losses([Sample(0, 7, 0)])), rel=1e-5)

@@ -16,17 +16,18 @@ from runs import SAMPLES, ran
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model
 from scumble.datasets.cache import Cache
-from scumble.datasets.reading.images import Crop, Size, centre_crop, read_size
+from scumble.datasets.reading.images import Crop, Size, center_crop, read_size
 from scumble.trainer import cli
+from scumble.trainer.base_model.detect import detect_base
 from scumble.trainer.base_model.latents import MAX_RESIDENT_BYTES, Latents, encode_set
-from scumble.trainer.base_model.load import Base, load, recognise
+from scumble.trainer.base_model.load import Base, load
 
 View = tuple[Path, Sequence[Crop]]
 
 
 @pytest.fixture(scope="module")
 def base() -> Base:
-    return load(Model(), recognise(Model()), torch.device("cpu"), torch.float32)
+    return load(Model(), detect_base(Model()), torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def views(tmp_path: Path) -> list[View]:
     found = []
     for path in sorted(SAMPLES.glob("*.webp"))[:3]:
         own = Path(shutil.copy(path, tmp_path))
-        crop = centre_crop(read_size(own), Size(64, 64))
+        crop = center_crop(read_size(own), Size(64, 64))
         found.append((own, (crop, replace(crop, mirrored=True))))
     return found
 

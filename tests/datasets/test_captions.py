@@ -10,12 +10,13 @@ import torch
 from paths import CHECKOUT
 
 from scumble.configs.options import Captions, Model, Objective, Options
-from scumble.datasets.captions import said
+from scumble.datasets.captions import caption_at_step
 from scumble.datasets.reading.folder import read_set
-from scumble.datasets.reading.images import Size, centre_crop, read_size
+from scumble.datasets.reading.images import Size, center_crop, read_size
 from scumble.datasets.wildcards import chosen
+from scumble.trainer.base_model.detect import detect_base
 from scumble.trainer.base_model.latents import encode_set
-from scumble.trainer.base_model.load import load, recognise
+from scumble.trainer.base_model.load import load
 from scumble.trainer.training import objective
 
 DRAWS = 3000
@@ -23,7 +24,7 @@ DRAWS = 3000
 
 def heard(lines: list[str], num_steps: int = DRAWS, **rules: object) -> list[str]:
     table = Captions.model_validate({"caption_dropout": 0.0, **rules})
-    return [said(lines, table, seed=0, step=step, index=1) for step in range(num_steps)]
+    return [caption_at_step(lines, table, seed=0, step=step, index=1) for step in range(num_steps)]
 
 
 def test_without_options_a_caption_is_heard_as_it_is_written():
@@ -138,7 +139,7 @@ def test_what_is_heard_depends_on_seed_step_and_place_alone():
     lines = ["a, b, {c|d}, e", "f, g, h, i"]
 
     def one(seed: int, step: int, index: int) -> str:
-        return said(lines, rules, seed=seed, step=step, index=index)
+        return caption_at_step(lines, rules, seed=seed, step=step, index=index)
 
     places = list(product(range(3), range(3), range(3)))
     first = [one(*place) for place in places]
@@ -149,10 +150,13 @@ def test_what_is_heard_depends_on_seed_step_and_place_alone():
 def test_training_hears_the_rules_regularisation_pictures_without_the_trigger_and_the_store_of_encodings_is_bounded(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    base = load(Model(), recognise(Model()), torch.device("cpu"), torch.float32)
+    base = load(Model(), detect_base(Model()), torch.device("cpu"), torch.float32)
     samples = read_set(CHECKOUT / "datasets/samples/clay-style").examples[:2]
-    examples = [replace(samples[0], lines=("{red|blue} cat", "dog")), replace(samples[1], lines=("owl",), prior=True)]
-    crops = [[centre_crop(read_size(example.image), Size(64, 64))] for example in examples]
+    examples = [
+        replace(samples[0], lines=("{red|blue} cat", "dog")),
+        replace(samples[1], lines=("owl",), is_regularization=True),
+    ]
+    crops = [[center_crop(read_size(example.image), Size(64, 64))] for example in examples]
     latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)])
     rules = {"caption_dropout": 0.0, "trigger": "zwx", "caption_prefix": "p", "caption_lines": "pick"}
     data = Options().data.model_copy(update=rules)
@@ -161,7 +165,7 @@ def test_training_hears_the_rules_regularisation_pictures_without_the_trigger_an
     monkeypatch.setattr(objective, "MAX_ENCODINGS", 3)
     for number in range(24):
         with torch.no_grad():
-            losses = objectives.losses([objective.Look(0, number, 0), objective.Look(1, number, 1)])
+            losses = objectives.losses([objective.Sample(0, number, 0), objective.Sample(1, number, 1)])
         assert losses.isfinite().all() and len(objectives.encodings) <= 3
         heard |= set(objectives.encodings)
     assert heard == {"p zwx, red cat", "p zwx, blue cat", "p zwx, dog", "owl"}

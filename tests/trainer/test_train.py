@@ -21,21 +21,22 @@ from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Objective, Options
 from scumble.datasets.batches import epoch_batches
 from scumble.datasets.reading.folder import read_set
-from scumble.datasets.reading.images import Size, centre_crop, read_size
+from scumble.datasets.reading.images import Size, center_crop, read_size
 from scumble.datasets.tensors import cropped
 from scumble.trainer import cli
 from scumble.trainer.adapters.adapter import read_adapter
 from scumble.trainer.adapters.files import read_tensors
 from scumble.trainer.adapters.targets import Part
 from scumble.trainer.artifacts import share_of_previews
+from scumble.trainer.base_model.detect import EMBEDDED, detect_base
 from scumble.trainer.base_model.latents import encode_set
-from scumble.trainer.base_model.load import EMBEDDED, load, recognise
+from scumble.trainer.base_model.load import load
 from scumble.trainer.plan.plan import DEFAULTS
 from scumble.trainer.run.events import Event
 from scumble.trainer.run.state import ADAPTER, NUMBERS, OPTIMIZER
 from scumble.trainer.train import steps_of, train
 from scumble.trainer.training.lora import attach
-from scumble.trainer.training.objective import Look, Objectives, generator_for
+from scumble.trainer.training.objective import Objectives, Sample, generator_for
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,9 @@ def test_a_second_run_of_one_name_gets_a_folder_of_its_own(run: Run):
 def test_a_dry_run_writes_nothing_and_says_what_would_happen(tmp_path: Path):
     plan = ran(tmp_path, dry_run=True, optimization={"steps": "auto"}).of("plan")[0]
     assert plan["steps"] == 160 and plan["epochs"] == 32
-    assert any("20 pictures" in line for line in plan["why"]) and any("embedded base" in line for line in plan["why"])
+    assert any("20 pictures" in line for line in plan["reasons"]) and any(
+        "embedded base" in line for line in plan["reasons"]
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -150,14 +153,14 @@ def test_training_lowers_the_loss_on_the_very_looks_that_an_idle_run_has(optimiz
 
 def test_our_loss_is_that_of_a_plain_loop_over_diffusers_and_peft():
     model = Model()
-    base = load(model, recognise(model), CPU, torch.float32)
+    base = load(model, detect_base(model), CPU, torch.float32)
     examples = read_set(SAMPLES).examples[:4]
-    crops = [[centre_crop(read_size(example.image), Size(64, 64))] for example in examples]
+    crops = [[center_crop(read_size(example.image), Size(64, 64))] for example in examples]
     latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)])
     trained = attach(base, Options().network, [Part("unet", 4, 4.0), Part("text", 2, 2.0)], seed=0)
     data = Options().data.model_copy(update={"caption_dropout": 0.0})
     objectives = Objectives(base, examples, crops, latents, data, Objective(), seed=3, text_is_trained=True)
-    looks = [Look(index, step=11, slot=index) for index in range(4)]
+    looks = [Sample(index, step=11, position=index) for index in range(4)]
     losses = objectives.losses(looks)
     losses.mean().backward()
     ups = [module.tensors["lora_up"] for module in trained]
@@ -169,7 +172,7 @@ def test_our_loss_is_that_of_a_plain_loop_over_diffusers_and_peft():
     scheduler, vae = base.pipeline.scheduler, base.vae
     drawn = []
     for look in looks:
-        generator = generator_for(3, look.step, look.slot)
+        generator = generator_for(3, look.step, look.position)
         posterior, noise = torch.randn(2, 4, 16, 16, generator=generator)
         drawn.append((posterior, noise, torch.randint(0, 1000, (), generator=generator)))
     posterior, noise, timesteps = (torch.stack(part) for part in zip(*drawn, strict=True))
@@ -221,7 +224,7 @@ def test_every_kind_of_adapter_trains_and_says_who_reads_its_file(
         machine={"mixed_precision": "bf16", "gradient_checkpointing": True}, output={"preview_every": 4},
     )  # fmt: skip
     (plan,) = run.of("plan")
-    assert any(line.startswith(note) and "diffusers" in line for line in plan["why"])
+    assert any(line.startswith(note) and "diffusers" in line for line in plan["reasons"])
     adapter = read_adapter(run.folder / "clay.safetensors")
     assert adapter.kinds == {"lora" if network == "dora" else network}
     assert any(part.delta().abs().max() > 0 for part in adapter.modules.values())
@@ -230,7 +233,9 @@ def test_every_kind_of_adapter_trains_and_says_who_reads_its_file(
     own = DEFAULTS["sketch"]
     rates = [float(adapter.metadata[name]) for name in ("ss_unet_lr", "ss_text_encoder_lr")]
     assert rates == [times * own.learning_rate, times * own.text_encoder_lr]
-    assert (f"the learning rate is {times} times LoRA's: {note[:4]} then learns as fast" in plan["why"]) == (times > 1)
+    assert (f"the learning rate is {times} times LoRA's: {note[:4]} then learns as fast" in plan["reasons"]) == (
+        times > 1
+    )
 
 
 def test_regularisation_pictures_are_as_many_as_pictures_and_weighted(tmp_path: Path):
@@ -349,7 +354,7 @@ def test_steps_are_those_of_peft_and_torchs_adamw(tmp_path: Path):
     examples = read_set(SAMPLES).examples
     posteriors = []
     for example in examples:
-        picture = cropped(example.image, centre_crop(read_size(example.image), Size(64, 64)))[None]
+        picture = cropped(example.image, center_crop(read_size(example.image), Size(64, 64)))[None]
         posteriors.append(pipeline.vae.encode(picture).latent_dist)
     losses = []
     for step, batch in enumerate(epoch_batches([0] * 20, [1] * 20, 4, 4, 0)[:5]):
@@ -425,7 +430,7 @@ def test_every_optimiser_of_the_extra_trains_and_saves_the_weights_that_it_found
     tensors, metadata = read_tensors(run.folder / "clay.safetensors")
     assert metadata["ss_optimizer"] == optimizer
     assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if name.endswith("lora_up.weight"))
-    why = " ".join(run.of("plan")[0]["why"])
+    why = " ".join(run.of("plan")[0]["reasons"])
     told = {"prodigy": "times the rate that it finds", "schedule_free": "schedule_free, constant, learning rate"}
     assert told.get(optimizer, f"{optimizer}, cosine, learning rate") in why
 
@@ -441,7 +446,7 @@ def test_dropout_is_drawn_from_the_step_so_that_previews_leave_it_alone(tmp_path
 
 def test_the_plan_is_followed_by_a_measured_pass(run: Run):
     (measured,) = run.of("measured")
-    assert measured["seconds"] > 0 and measured["memory_mb"] > 0 and measured["checkpointing"] is False
+    assert measured["seconds"] > 0 and measured["memory_mb"] > 0 and measured["gradient_checkpointing"] is False
     assert "7 steps in about" in measured["text"]
     kinds = [event["kind"] for event in run.events]
     assert kinds.index("plan") < kinds.index("measured") < kinds.index("step")
@@ -477,12 +482,14 @@ def test_the_moving_average_is_what_is_saved_and_training_goes_on_from_the_live_
 
 
 def test_weights_of_regularisation_pictures_and_mirroring_reach_the_loss():
-    base = load(Model(), recognise(Model()), CPU, torch.float32)
-    examples = [replace(example, prior=index == 1) for index, example in enumerate(read_set(SAMPLES).examples[:2])]
-    upright = [centre_crop(read_size(example.image), Size(64, 64)) for example in examples]
+    base = load(Model(), detect_base(Model()), CPU, torch.float32)
+    examples = [
+        replace(example, is_regularization=index == 1) for index, example in enumerate(read_set(SAMPLES).examples[:2])
+    ]
+    upright = [center_crop(read_size(example.image), Size(64, 64)) for example in examples]
     crops = [[crop, replace(crop, mirrored=True)] for crop in upright]
     latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)])
-    looks = [Look(0, 0, 0), Look(1, 0, 1)]
+    looks = [Sample(0, 0, 0), Sample(1, 0, 1)]
 
     def losses(**changes: object) -> list[float]:
         data = Options().data.model_copy(update={"caption_dropout": 0.0} | changes)

@@ -12,7 +12,7 @@ from scumble.configs.errors import Refused
 
 from .base_tags import FAMILY_OF_CONTEXT, FAMILY_OF_VERSION
 from .files import read_tensors
-from .keys import Key, Place, kohya_stem, parse_key, peft_stem
+from .keys import Key, ModulePath, kohya_stem, parse_key, peft_stem
 from .module import Module
 from .peft_config import alpha_at, metadata_beside, settings_in
 
@@ -29,7 +29,7 @@ MOST_VALUES = 2**28  # of one layer; the largest of SDXL has 2^25
 class Adapter:
     """A whole adapter: modules by place, the metadata of its file, its family (sd1, sd2, sdxl) and dialect."""
 
-    modules: dict[Place, Module]
+    modules: dict[ModulePath, Module]
     metadata: dict[str, str] = field(default_factory=dict)
     family: str = "sd1"
     dialect: str = "kohya"
@@ -59,7 +59,7 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
         raise Refused(f"{name}: {len(unknown)} of {len(keys)} keys are no adapter's, first {unknown[0][:80]}")
     if not keys:
         raise Refused(f"{name}: there is no tensor in it")
-    found: dict[Place, dict[str, torch.Tensor]] = {}
+    found: dict[ModulePath, dict[str, torch.Tensor]] = {}
     dialects = set()
     for tensor_name, key in keys.items():
         assert isinstance(key, Key)
@@ -76,7 +76,7 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
 
 
 def _module(
-    slots: dict[str, torch.Tensor], place: Place, dialect: str, settings: Mapping[str, object], where: str
+    slots: dict[str, torch.Tensor], place: ModulePath, dialect: str, settings: Mapping[str, object], where: str
 ) -> Module:
     """One layer's tensors, understood. Raises `Refused` where one is missing or has an impossible shape."""
     kind = next((kind for slot in slots for start, kind in KINDS.items() if slot.startswith(start)), None)
@@ -136,7 +136,7 @@ def to_tensors(adapter: Adapter, dialect: str = "kohya") -> dict[str, torch.Tens
     return tensors
 
 
-def _pefts_tensors(place: Place, module: Module) -> dict[str, torch.Tensor]:
+def _pefts_tensors(place: ModulePath, module: Module) -> dict[str, torch.Tensor]:
     """A module under PEFT's names. Raises `Refused` for what PEFT has not."""
     if module.kind != "lora" or "lora_mid" in module.tensors:
         raise Refused(f"{place}: {module.label} has no place in a PEFT file; use --to kohya")
@@ -166,7 +166,7 @@ def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
     return tensor if factor == 1.0 else (tensor.float() * factor).to(tensor.dtype)
 
 
-def _family(modules: Mapping[Place, Module], metadata: Mapping[str, str]) -> str:
+def _family(modules: Mapping[ModulePath, Module], metadata: Mapping[str, str]) -> str:
     """By the width of the text that cross-attention hears, else by the metadata, else by the text encoders."""
     for place, module in modules.items():
         if place.component == "unet" and place.path.endswith(("attn2.to_k", "attn2.to_v")):

@@ -8,12 +8,12 @@ import torch
 
 from ..base_model.load import Base
 from .adapter import Adapter
-from .keys import Place
+from .keys import ModulePath
 
 
 @contextmanager
 @torch.no_grad()
-def worn(base: Base, adapter: Adapter, strength: float = 1.0) -> Generator[None]:
+def applied(base: Base, adapter: Adapter, strength: float = 1.0) -> Generator[None]:
     """The base computes as with the adapter at that strength; its own weights come back bit for bit.
 
     The adapter must fit, see `check_fit`.
@@ -30,7 +30,7 @@ def worn(base: Base, adapter: Adapter, strength: float = 1.0) -> Generator[None]
             weight.copy_(own[place])
 
 
-def weight_at(base: Base, place: Place) -> torch.nn.Parameter:
+def weight_at(base: Base, place: ModulePath) -> torch.nn.Parameter:
     """The layer's weight; in front of a text encoder's path transformers may have `text_model.`."""
     component = base.unet if place.component == "unet" else base.text_encoders[place.component == "text2"]
     parameters = dict(component.named_parameters())

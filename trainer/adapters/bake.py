@@ -6,7 +6,6 @@ Several adapters go one by one, each on what the one before it made.
 import json
 import shutil
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from scumble.configs.atomic import cannot_write, replace_folder, temporary_name
 from scumble.configs.errors import Refused
 
 from ..system.output_paths import check_room
@@ -21,7 +21,7 @@ from ..system.safetensors_header import read_header
 from .adapter import Adapter
 from .compatibility import check_fit
 from .factors import check_biases, check_finite
-from .keys import Place
+from .keys import ModulePath
 from .privacy import without_paths, words_for_cut
 from .rewrite import Change, rewrite
 from .weights import FOLDERS, PICKLES, Weights, find_weights, places_of, rows, weight_files
@@ -30,7 +30,7 @@ NAME_OR_PATH = "name_or_path"  # libraries write there where a part was loaded f
 
 
 @dataclass(frozen=True)
-class Dose:
+class BakedAdapter:
     """One adapter and how much of it; `name` is said in refusals and in the result's metadata."""
 
     name: str
@@ -38,7 +38,7 @@ class Dose:
     strength: float = 1.0
 
 
-def bake(base: Path, out: Path, doses: Sequence[Dose], undo: bool = False, force: bool = False) -> list[str]:
+def bake(base: Path, out: Path, doses: Sequence[BakedAdapter], undo: bool = False, force: bool = False) -> list[str]:
     """Write the base with the adapters in it: a folder from a folder, a file from a file, types as they were.
 
     `undo` takes them out, exactly but for the rounding of the type. Raises `Refused` before anything is written where
@@ -47,12 +47,12 @@ def bake(base: Path, out: Path, doses: Sequence[Dose], undo: bool = False, force
     Returns what to say of paths that were cut out of its metadata.
     """
     weights = find_weights(base)
-    check(weights, doses, undo)
+    check_bake(weights, doses, undo)
     if out.exists() and not force:
         raise Refused(f"{out} exists: choose another name, or --force to write over it")
     if base.resolve().is_relative_to(out.resolve()):
         raise Refused(f"{out} is the base itself, or holds it: choose another name")
-    doses = [Dose(dose.name, dose.adapter, -dose.strength if undo else dose.strength) for dose in doses]
+    doses = [BakedAdapter(dose.name, dose.adapter, -dose.strength if undo else dose.strength) for dose in doses]
     if base.is_dir():
         if out.suffix == ".safetensors":
             raise Refused(
@@ -61,45 +61,40 @@ def bake(base: Path, out: Path, doses: Sequence[Dose], undo: bool = False, force
         return words_for_cut(bake_folder(base, out, doses, note(doses)))
     if out.suffix != ".safetensors":
         raise Refused(f"{out}: the base is one file, so give a name that ends in .safetensors")
-    with suppress(OSError):
-        out.with_name(out.name + ".part").unlink()  # of one that was killed
     check_room(out, base.stat().st_size)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Refused(f"{out}: cannot be written ({error.strerror or error})", 73) from None
+        raise cannot_write(out, error) from None
     return words_for_cut(bake_file(base, out, None, doses, note(doses)))
 
 
-def bake_folder(base: Path, out: Path, doses: Sequence[Dose], comment: str) -> list[str]:
+def bake_folder(base: Path, out: Path, doses: Sequence[BakedAdapter], comment: str) -> list[str]:
     """A diffusers folder, built beside `out` and renamed; pickles of the base are left out, they would be unbaked."""
     if not (base / "model_index.json").is_file():
         raise Refused(f"{base}: no model_index.json in it, so it is not a diffusers folder")
-    temporary, cut = out.with_name(out.name + ".part"), []
+    temporary, cut = temporary_name(out), []
     if out.exists() and not (out / "model_index.json").is_file():
         raise Refused(f"{out}: is there and is no diffusers folder, so it is not replaced; choose another name")
-    shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
-    check_room(out, sum(file.stat().st_size for name in parts_of(base) for file in kept_files(base / name)))
+    check_room(out, sum(file.stat().st_size for name in part_folders(base) for file in kept_files(base / name)))
     try:
         temporary.mkdir(parents=True)
-        for name in parts_of(base):
+        for name in part_folders(base):
             copy_part(base / name, temporary / name, with_weights=name not in FOLDERS)
         shutil.copy2(base / "model_index.json", temporary)
         cut += cut_names(temporary)
         for part, component in FOLDERS.items():
             for file in weight_files(base / part, all_variants=True):
                 cut += bake_file(file, temporary / part / file.name, component, doses, comment)
-        if out.exists():
-            shutil.rmtree(out)
-        temporary.replace(out)
+        replace_folder(temporary, out)
     except OSError as error:
-        raise Refused(f"{out}: cannot be written ({error.strerror or error})", 73) from None
+        raise cannot_write(out, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return list(dict.fromkeys(cut))
 
 
-def parts_of(base: Path) -> list[str]:
+def part_folders(base: Path) -> list[str]:
     """Folders that model_index.json names, where they are there."""
     index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
     return [
@@ -143,7 +138,7 @@ def without_own_path(told: dict[str, Any]) -> dict[str, Any]:
     return told | without_paths(names)[0]
 
 
-def bake_file(old: Path, new: Path, component: str | None, doses: Sequence[Dose], comment: str) -> list[str]:
+def bake_file(old: Path, new: Path, component: str | None, doses: Sequence[BakedAdapter], comment: str) -> list[str]:
     """One file of weights, streamed; `component` is None where it holds all. Returns metadata that was cut."""
     header = read_header(old)
     changes: dict[str, Change] = {}
@@ -154,7 +149,7 @@ def bake_file(old: Path, new: Path, component: str | None, doses: Sequence[Dose]
             if any(place in dose.adapter.modules for dose in doses)
         ]
         if hits:
-            changes[name] = partial(with_doses, hits=hits, doses=doses)
+            changes[name] = partial(with_adapters, hits=hits, doses=doses)
     kept, cut = without_paths(header.metadata)
     told = {name: value for name, value in kept.items() if not name.startswith("modelspec.hash")}
     told["baked"] = f"{told['baked']}; {comment}" if told.get("baked") else comment
@@ -162,7 +157,9 @@ def bake_file(old: Path, new: Path, component: str | None, doses: Sequence[Dose]
     return cut
 
 
-def with_doses(tensor: torch.Tensor, hits: Sequence[tuple[int | None, Place]], doses: Sequence[Dose]) -> torch.Tensor:
+def with_adapters(
+    tensor: torch.Tensor, hits: Sequence[tuple[int | None, ModulePath]], doses: Sequence[BakedAdapter]
+) -> torch.Tensor:
     """A base's tensor (fp32), in place, with all that is added to the layers which lie in it."""
     for third, place in hits:
         part = rows(tensor, third)
@@ -172,7 +169,7 @@ def with_doses(tensor: torch.Tensor, hits: Sequence[tuple[int | None, Place]], d
     return tensor
 
 
-def check(weights: Weights, doses: Sequence[Dose], undo: bool) -> None:
+def check_bake(weights: Weights, doses: Sequence[BakedAdapter], undo: bool) -> None:
     """Raises `Refused` where an adapter does not fit the base, or where what is to be undone cannot be."""
     for dose in doses:
         check_finite(dose.name, dose.adapter)
@@ -186,6 +183,6 @@ def check(weights: Weights, doses: Sequence[Dose], undo: bool) -> None:
         check_fit(dose.name, dose.adapter, weights)
 
 
-def note(doses: Sequence[Dose]) -> str:
+def note(doses: Sequence[BakedAdapter]) -> str:
     """What was added, for the file's metadata."""
     return ", ".join(f"{dose.name} x {dose.strength:g}" for dose in doses)

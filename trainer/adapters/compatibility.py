@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from scumble.configs.errors import Refused
 
 from .adapter import Adapter
-from .keys import Place
+from .keys import ModulePath
 from .module import Module, matrix_of
 from .weights import Weights
 
 
-def misfits(adapter: Adapter, weights: Weights) -> Iterator[tuple[Place, str]]:
+def misfits(adapter: Adapter, weights: Weights) -> Iterator[tuple[ModulePath, str]]:
     """Each module that does not fit, and why, in words that follow its name."""
     for place, module in adapter.modules.items():
         if place not in weights.spots:

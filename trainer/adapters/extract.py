@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from scumble.configs.errors import Refused
+from scumble.configs.progress import tracked
 
-from ..system.progress import with_bar
 from .adapter import Adapter
 from .factors import Reduced, Reduction, collect, reduced_dense
-from .keys import Place
+from .keys import ModulePath
 from .lowrank import Rule
 from .targets import CONVS, FULL, TEXT
 from .weights import Weights, find_weights
@@ -44,7 +44,7 @@ def extract(
         raise Refused(f"{tuned} is a base of {second.family}, {base} of {first.family}")
     places = shared_places(first, second, text, convs)
     modules = {}
-    for place in with_bar(places, "extracting", len(places)):
+    for place in tracked(places, "extracting", len(places)):
         found = difference(first, second, place, rule, dtype)
         if found:
             modules[place] = found
@@ -53,11 +53,11 @@ def extract(
     return collect(modules, Adapter({}, {}, first.family))
 
 
-def shared_places(first: Weights, second: Weights, text: bool, convs: bool) -> list[Place]:
+def shared_places(first: Weights, second: Weights, text: bool, convs: bool) -> list[ModulePath]:
     """The layers of both models that programs know in adapters. Raises `Refused` where the UNets differ in layers."""
     unet = re.compile(f"{FULL}|{CONVS}" if convs else FULL)
 
-    def wanted(places: Weights) -> set[Place]:
+    def wanted(places: Weights) -> set[ModulePath]:
         return {
             place
             for place in places.spots
@@ -74,7 +74,7 @@ def shared_places(first: Weights, second: Weights, text: bool, convs: bool) -> l
     return sorted((one & other) - unused)
 
 
-def difference(first: Weights, second: Weights, place: Place, rule: Rule, dtype: torch.dtype) -> Reduced | None:
+def difference(first: Weights, second: Weights, place: ModulePath, rule: Rule, dtype: torch.dtype) -> Reduced | None:
     """The LoRA of one layer's difference; None where there is none."""
     base, tuned = first.read(place), second.read(place)
     if base.flatten(1).shape != tuned.flatten(1).shape:

@@ -10,10 +10,10 @@ from scumble.configs.errors import Refused
 
 from .adapter import Adapter
 from .compatibility import check_fit
-from .keys import Place
+from .keys import ModulePath
 from .lowrank import (
     DENSE_SIDE,
-    Factors,
+    LowRank,
     Rule,
     Svd,
     chosen_rank,
@@ -55,7 +55,7 @@ class Reduction:
         return max(module.rank for module in self.adapter.modules.values())
 
 
-def factors_of(module: Module) -> Factors | None:
+def factors_of(module: Module) -> LowRank | None:
     """up (out, r) and down (r, in · h · w) in fp32, the scale in one of them: dW = up · down exactly.
 
     None where they have no advantage over the whole matrix, where DoRA is, or where nothing is known of it.
@@ -64,20 +64,20 @@ def factors_of(module: Module) -> Factors | None:
         return None
     if module.kind == "lora":
         up, down = pair(module, "lora_up", "lora_down", "lora_mid")
-        return Factors(module.scale * up, down)
+        return LowRank(module.scale * up, down)
     assert module.shape
     if module.kind == "loha":
         ones = pair(module, "hada_w1_a", "hada_w1_b", "hada_t1")
         twos = pair(module, "hada_w2_a", "hada_w2_b", "hada_t2")
         if len(ones[1]) * len(twos[1]) >= min(module.shape):
             return None
-        return factors_of_hadamard(Factors(module.scale * ones[0], ones[1]), Factors(*twos))
+        return factors_of_hadamard(LowRank(module.scale * ones[0], ones[1]), LowRank(*twos))
     if "lokr_w2" in module.tensors:
         return None
     first, second = kronecker_parts(module)[0], pair(module, "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     if first.shape[1] * len(second[1]) >= min(module.shape):
         return None
-    return factors_of_kronecker(first, Factors(*second))
+    return factors_of_kronecker(first, LowRank(*second))
 
 
 def exact_rank(module: Module) -> int:
@@ -86,7 +86,7 @@ def exact_rank(module: Module) -> int:
     return len(known.down) if (known := factors_of(module)) else min(module.shape)
 
 
-def change_of(place: Place, module: Module, base: Weights | None) -> torch.Tensor:
+def change_of(place: ModulePath, module: Module, base: Weights | None) -> torch.Tensor:
     """W' - W as a matrix (out, in · h · w) in fp32; only DoRA reads `base`'s weight for it."""
     if not module.is_dora:
         return module.delta()
@@ -96,7 +96,7 @@ def change_of(place: Place, module: Module, base: Weights | None) -> torch.Tenso
 
 
 def reduced_change(
-    place: Place, module: Module, rule: Rule, kernel: tuple[int, ...], base: Weights | None
+    place: ModulePath, module: Module, rule: Rule, kernel: tuple[int, ...], base: Weights | None
 ) -> Reduced | None:
     """The best LoRA that `rule` makes of one module; None where it needs a rank, lest the SVD take minutes a layer."""
     dtype = dtype_of(module)
@@ -115,7 +115,7 @@ def reduced_dense(delta: torch.Tensor, rule: Rule, kernel: tuple[int, ...], dtyp
     return reduced(svd_of_dense(delta, rule.rank or min(delta.shape)), rule, kernel, dtype, energy(delta))
 
 
-def module_of(factors: Factors, kernel: tuple[int, ...], dtype: torch.dtype) -> Module:
+def module_of(factors: LowRank, kernel: tuple[int, ...], dtype: torch.dtype) -> Module:
     """A LoRA of scale 1; `kernel` is () for a Linear, (h, w) for a convolution."""
     rank, out = len(factors.down), len(factors.up)
     down = factors.down.reshape(rank, -1, *kernel).to(dtype)
@@ -131,7 +131,7 @@ def reduced(svd: Svd, rule: Rule, kernel: tuple[int, ...], dtype: torch.dtype, t
     return Reduced(module, lost_energy(svd.s, rank, total), whole)
 
 
-def kernel_of(place: Place, module: Module, family: str) -> tuple[int, ...]:
+def kernel_of(place: ModulePath, module: Module, family: str) -> tuple[int, ...]:
     """Kernel size of the layer under a module; LoHa and LoKr without a core do not tell it, but the path does."""
     for slot in CORES:
         if slot in module.tensors and module.tensors[slot].dim() == 4:
@@ -155,7 +155,7 @@ def dtype_of(module: Module) -> torch.dtype:
     return found
 
 
-def collect(modules: Mapping[Place, Reduced], like: Adapter) -> Reduction:
+def collect(modules: Mapping[ModulePath, Reduced], like: Adapter) -> Reduction:
     """The reduction of a whole adapter, in the family of `like` and without metadata."""
     lost: dict[str, float] = {}
     total: dict[str, float] = {}

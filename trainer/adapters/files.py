@@ -1,14 +1,13 @@
 """Adapter files on disk: only safetensors, read with suspicion, written whole or not at all, hashed."""
 
 import hashlib
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
+from scumble.configs.atomic import atomic_write
 from scumble.configs.errors import Refused
 
 from ..system.safetensors_header import Entry, header_bytes, read_header
@@ -57,20 +56,10 @@ def write_adapter(
         position += len(data)
         digest.update(data)
     header = header_bytes(entries, clean | {"sshs_model_hash": digest.hexdigest()})
-    temporary = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(header)
-            for _, tensor in laid:
-                file.write(bytes_of(tensor))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise Refused(f"{path}: cannot be written ({error.strerror or error})", 73) from None
+    with atomic_write(path, sync=True) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        for _, tensor in laid:
+            file.write(bytes_of(tensor))
     return cut
 
 

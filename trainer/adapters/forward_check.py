@@ -14,14 +14,15 @@ import psutil
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from ..base_model.detect import Source
+from scumble.configs.progress import tracked
+
+from ..base_model.detect import DetectedBase
 from ..base_model.load import Base
-from ..base_model.without_weights import hollow
-from ..system.formatting import in_words
-from ..system.progress import with_bar
+from ..base_model.without_weights import base_without_weights
+from ..system.formatting import format_bytes
 from .adapter import Adapter
-from .applied import worn
-from .keys import Place
+from .applied import applied
+from .keys import ModulePath
 from .module import Module
 from .weights import Weights
 
@@ -34,7 +35,7 @@ COMPONENTS = {"unet": "unet", "text": "text_encoder", "text2": "text_encoder_2"}
 
 
 @dataclass(frozen=True)
-class Trial:
+class LayerCheck:
     """A component, or one `layer` of it, alone, with our dW, and with diffusers': how far our dW moves its output, and
     diffusers' from ours.
 
@@ -66,18 +67,18 @@ def too_large(weights: Weights, adapter: Adapter) -> str:
     kept = sum(prod(weights.spots[place].shape) for place in adapter.modules)  # to be given back
     needed, free = ROOM * 4 * (values + kept), psutil.virtual_memory().available
     return (
-        f"the whole base would take up to {in_words(needed)} of memory, {in_words(free)} are free"
+        f"the whole base would take up to {format_bytes(needed)} of memory, {format_bytes(free)} are free"
         if needed > free
         else ""
     )
 
 
 @torch.no_grad()
-def tried(base: Base, adapter: Adapter, file: Path | None) -> Iterator[Trial]:
+def checked_forward(base: Base, adapter: Adapter, file: Path | None) -> Iterator[LayerCheck]:
     """Each adapted component's output alone, with our dW, and as diffusers loads `file`, where there is one."""
     components = sorted({place.component for place in adapter.modules})
     alone = {component: output_of(base, component) for component in components}
-    with worn(base, adapter):
+    with applied(base, adapter):
         ours = {component: output_of(base, component) for component in components}
     theirs = {}
     if file:
@@ -89,21 +90,23 @@ def tried(base: Base, adapter: Adapter, file: Path | None) -> Iterator[Trial]:
 
 
 @torch.no_grad()
-def tried_by_layers(source: Source, weights: Weights, adapter: Adapter, file: Path | None) -> Iterator[Trial]:
+def checked_by_layer(
+    source: DetectedBase, weights: Weights, adapter: Adapter, file: Path | None
+) -> Iterator[LayerCheck]:
     """Each adapted layer's output alone, with our dW, and as diffusers loads `file`, where there is one.
 
     Layers that only diffusers puts something on are among them; there our dW is 0.
     """
-    pipeline = hollow(source)
+    pipeline = base_without_weights(source)
     if file:
         pipeline.load_lora_weights(str(file))
     layers = {
-        Place(component, path.removeprefix("text_model.")): layer
+        ModulePath(component, path.removeprefix("text_model.")): layer
         for component, attribute in COMPONENTS.items() if hasattr(pipeline, attribute)
         for path, layer in getattr(pipeline, attribute).named_modules()
     }  # fmt: skip
     adapted = {place for place, layer in layers.items() if isinstance(layer, BaseTunerLayer)} | set(adapter.modules)
-    for place in with_bar(sorted(adapted), "trying layers", len(adapted)):
+    for place in tracked(sorted(adapted), "trying layers", len(adapted)):
         yield _tried_layer(place, layers[place], adapter.modules.get(place), weights.read(place).float(), bool(file))
 
 
@@ -126,8 +129,8 @@ def output_of(base: Base, component: str) -> torch.Tensor:
 
 
 def _tried_layer(
-    place: Place, layer: torch.nn.Module, module: Module | None, weight: torch.Tensor, with_theirs: bool
-) -> Trial:
+    place: ModulePath, layer: torch.nn.Module, module: Module | None, weight: torch.Tensor, with_theirs: bool
+) -> LayerCheck:
     """One layer of a hollow base on noise; `weight` is its own, in fp32, and it is hollow again afterwards."""
     own = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     assert isinstance(own, torch.nn.Linear | torch.nn.Conv2d)
@@ -150,6 +153,6 @@ def _tried_layer(
 
 def _compared(
     component: str, layer: str, alone: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor | None
-) -> Trial:
+) -> LayerCheck:
     effect, size = float((ours - alone).abs().max()), float(alone.abs().max())
-    return Trial(component, layer, effect, None if theirs is None else float((theirs - ours).abs().max()), size)
+    return LayerCheck(component, layer, effect, None if theirs is None else float((theirs - ours).abs().max()), size)

@@ -12,7 +12,7 @@ import torch
 from ..system.safetensors_header import read_header
 from .adapter import Adapter, from_tensors, read_named
 from .factors import factors_of
-from .keys import Place
+from .keys import ModulePath
 from .module import LABELS, Module
 from .privacy import without_paths
 from .ui_keys import Match, matches
@@ -74,9 +74,9 @@ class Report:
     tags: tuple[tuple[str, int], ...]
     settings: dict[str, str]
     hashes: Hashes
-    norms: dict[Place, float]
-    zero: tuple[Place, ...]
-    broken: tuple[Place, ...]  # with a number that is not finite
+    norms: dict[ModulePath, float]
+    zero: tuple[ModulePath, ...]
+    broken: tuple[ModulePath, ...]  # with a number that is not finite
     uis: tuple[Match, ...]
     paths: tuple[str, ...]  # entries of the metadata that tell paths of somebody's disk
 
@@ -124,7 +124,7 @@ def norm(module: Module) -> float:
     return float(module.delta().norm())
 
 
-def block_norms(norms: Mapping[Place, float]) -> dict[str, tuple[float, int]]:
+def block_norms(norms: Mapping[ModulePath, float]) -> dict[str, tuple[float, int]]:
     """For each block of the base: the norm of all its deltas together, sqrt(sum of squares), and their number."""
     squares: dict[str, float] = {}
     counts: Counter[str] = Counter()
@@ -135,7 +135,7 @@ def block_norms(norms: Mapping[Place, float]) -> dict[str, tuple[float, int]]:
     return {label: (square**0.5, counts[label]) for label, square in squares.items()}
 
 
-def block_of(place: Place) -> str:
+def block_of(place: ModulePath) -> str:
     """Where a layer sits, in words: `UNet down 0`, `UNet mid`, `text encoder layers 0-3`."""
     first, *rest = place.path.split(".")
     if place.component == "unet":
@@ -211,7 +211,7 @@ def _factor_norm(parts: Mapping[str, torch.Tensor], name: str) -> float:
     return float(parts[name].norm()) if name in parts else _product_norm(parts[f"{name}_a"], parts[f"{name}_b"])
 
 
-def _order(place: Place) -> tuple[int, int, list[tuple[int, str]]]:
+def _order(place: ModulePath) -> tuple[int, int, list[tuple[int, str]]]:
     """As the signal passes: text encoders first, then the UNet from its first layer to its last."""
     component = ("text", "text2", "unet").index(place.component)
     words = ("time_embedding", "add_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out")

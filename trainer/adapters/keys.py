@@ -47,7 +47,7 @@ OLD_PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.wei
 
 
 @dataclass(frozen=True, order=True)
-class Place:
+class ModulePath:
     """A layer that an adapter can sit on: `component` is unet, text or text2, `path` is diffusers' within it."""
 
     component: str
@@ -69,7 +69,7 @@ class Place:
 class Key:
     """One tensor's name, understood: where it belongs, what it is there, and in which dialect it was written."""
 
-    place: Place
+    place: ModulePath
     slot: str
     dialect: str  # kohya or peft
 
@@ -84,7 +84,7 @@ def text_key(path: str, prefix: str) -> str:
     return f"{prefix}_text_model_" + path.removeprefix("text_model.").replace(".", "_")
 
 
-def kohya_stem(place: Place, family: str) -> str:
+def kohya_stem(place: ModulePath, family: str) -> str:
     """kohya's key stem in a file for `family` sd1, sd2 or sdxl."""
     if place.component == "unet":
         return unet_key(place.path, sgm=family == "sdxl")
@@ -92,7 +92,7 @@ def kohya_stem(place: Place, family: str) -> str:
     return text_key(place.path, prefix)
 
 
-def peft_stem(place: Place) -> str:
+def peft_stem(place: ModulePath) -> str:
     """The stem that diffusers' `save_lora_weights` writes."""
     inner = place.path if place.component == "unet" else f"text_model.{place.path}"
     return f"{COMPONENT_PREFIXES[place.component]}.{inner}"
@@ -197,12 +197,12 @@ def _modern(found: re.Match[str]) -> str:
 
 def _key(component: str, path: str, slot: str, dialect: str) -> Key | None:
     if component != "unet":
-        return Key(Place(component, path.removeprefix("text_model.")), slot, dialect)
+        return Key(ModulePath(component, path.removeprefix("text_model.")), slot, dialect)
     try:
         path = diffusers_path(path)
     except (ValueError, KeyError):  # words of sgm's in an order that no UNet has
         return None
-    return Key(Place(component, path), slot, dialect) if UNET_LAYER.fullmatch(path) else None
+    return Key(ModulePath(component, path), slot, dialect) if UNET_LAYER.fullmatch(path) else None
 
 
 def _numbered(rest: str) -> tuple[int, str, int, str]:

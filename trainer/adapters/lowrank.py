@@ -23,7 +23,7 @@ class Svd(NamedTuple):
     vh: torch.Tensor
 
 
-class Factors(NamedTuple):
+class LowRank(NamedTuple):
     """up (out, rank) and down (rank, in): the matrix is up · down."""
 
     up: torch.Tensor
@@ -89,27 +89,27 @@ def svd_of_kronecker(first: torch.Tensor, second: torch.Tensor) -> Svd:
     return Svd(u, s, vh)
 
 
-def factors_of_hadamard(one: Factors, two: Factors) -> Factors:
+def factors_of_hadamard(one: LowRank, two: LowRank) -> LowRank:
     """Factors of (up₁ · down₁) ∘ (up₂ · down₂), of rank r₁ · r₂: all products of their columns, and of their rows."""
     up = torch.einsum("ok,ol->okl", one.up, two.up).flatten(1)
-    return Factors(up, torch.einsum("ki,li->kli", one.down, two.down).flatten(0, 1))
+    return LowRank(up, torch.einsum("ki,li->kli", one.down, two.down).flatten(0, 1))
 
 
-def factors_of_kronecker(first: torch.Tensor, second: Factors) -> Factors:
+def factors_of_kronecker(first: torch.Tensor, second: LowRank) -> LowRank:
     """Factors of kron(first, up · down) = kron(first, up) · kron(1, down), of rank columns(first) · r."""
-    return Factors(torch.kron(first, second.up), torch.kron(torch.eye(first.shape[1]), second.down))
+    return LowRank(torch.kron(first, second.up), torch.kron(torch.eye(first.shape[1]), second.down))
 
 
-def exact_factors(matrix: torch.Tensor) -> Factors:
+def exact_factors(matrix: torch.Tensor) -> LowRank:
     """The matrix (out, in) itself and a unit matrix of its shorter side: a LoRA of full rank that rounds nothing."""
     out, inputs = matrix.shape
-    return Factors(matrix, torch.eye(inputs)) if inputs <= out else Factors(torch.eye(out), matrix)
+    return LowRank(matrix, torch.eye(inputs)) if inputs <= out else LowRank(torch.eye(out), matrix)
 
 
-def factors_from_svd(svd: Svd, rank: int) -> Factors:
+def factors_from_svd(svd: Svd, rank: int) -> LowRank:
     """The best factors of that rank; each takes √S, so that neither leaves the range of half precision."""
     root = svd.s[:rank].sqrt()
-    return Factors(svd.u[:, :rank] * root, root[:, None] * svd.vh[:rank])
+    return LowRank(svd.u[:, :rank] * root, root[:, None] * svd.vh[:rank])
 
 
 def chosen_rank(s: torch.Tensor, rule: Rule, total: float | None = None) -> int:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from scumble.configs.errors import Refused, nearest
+from scumble.configs.errors import Refused, did_you_mean
+from scumble.configs.progress import tracked
 
-from ..system.formatting import in_words
-from ..system.progress import with_bar
+from ..system.formatting import format_bytes
 from .adapter import Adapter
 from .factors import (
     Reduced,
@@ -33,8 +33,8 @@ from .factors import (
     reduced,
     reduced_dense,
 )
-from .keys import Place
-from .lowrank import Factors, Rule, exact_factors, svd_of_factors
+from .keys import ModulePath
+from .lowrank import LowRank, Rule, exact_factors, svd_of_factors
 from .module import Module
 from .weights import Weights
 
@@ -51,7 +51,7 @@ class Input:
     weight: float = 1.0
     blocks: Mapping[str, float] = field(default_factory=dict)
 
-    def weight_at(self, place: Place) -> float:
+    def weight_at(self, place: ModulePath) -> float:
         return self.weight * self.blocks.get(place.block, 1.0)
 
 
@@ -70,10 +70,10 @@ def merge(inputs: Sequence[Input], recipe: Recipe, base: Weights | None = None) 
 
     Raises `Refused` for DoRA without them, for other families and shapes, for unknown blocks.
     """
-    check(inputs, recipe, base)
+    check_merge(inputs, recipe, base)
     places = sorted({place for one in inputs for place in one.adapter.modules})
     modules = {}
-    for place in with_bar(places, "merging", len(places)):
+    for place in tracked(places, "merging", len(places)):
         if weighted := weighted_at(inputs, place):
             kernel = kernel_of(place, weighted[0][1], inputs[0].adapter.family)
             modules[place] = _merged(place, weighted, recipe, kernel, base)
@@ -82,11 +82,11 @@ def merge(inputs: Sequence[Input], recipe: Recipe, base: Weights | None = None) 
     return collect(modules, inputs[0].adapter)
 
 
-def check(inputs: Sequence[Input], recipe: Recipe, base: Weights | None = None) -> None:
+def check_merge(inputs: Sequence[Input], recipe: Recipe, base: Weights | None = None) -> None:
     """Raises `Refused` for what cannot be merged, before any number is computed."""
     if recipe.method not in METHODS:
         known = list(METHODS)
-        raise Refused(f"--method {recipe.method}: use {', '.join(known)}{nearest(recipe.method, known)}")
+        raise Refused(f"--method {recipe.method}: use {', '.join(known)}{did_you_mean(recipe.method, known)}")
     if not 0 < recipe.density <= 1:
         raise Refused(f"--density {recipe.density:g}: the share of values that is kept is above 0 and at most 1")
     if recipe.rank < 0:
@@ -109,14 +109,14 @@ def check(inputs: Sequence[Input], recipe: Recipe, base: Weights | None = None) 
         for block in one.blocks:
             if block not in known:
                 raise Refused(
-                    f"--blocks {block}: no input has such a block{nearest(block, known)}; they have {', '.join(known)}"
+                    f"--blocks {block}: no input has such a block{did_you_mean(block, known)}; they have {', '.join(known)}"
                 )
         for place, module in one.adapter.modules.items():
             if module.label != "LoRA" and not recipe.rank and recipe.method != "linear":
                 raise Refused(f"{one.name}: {place} is {module.label}, which has no rank of a LoRA: give --rank")
 
 
-def weighted_at(inputs: Sequence[Input], place: Place) -> list[tuple[float, Module]]:
+def weighted_at(inputs: Sequence[Input], place: ModulePath) -> list[tuple[float, Module]]:
     """Weights and modules of the inputs that change a layer."""
     weighted = [(one.weight_at(place), one.adapter.modules.get(place)) for one in inputs]
     return [(weight, module) for weight, module in weighted if module and weight != 0]
@@ -145,8 +145,8 @@ def check_size(inputs: Sequence[Input]) -> None:
     if whole:
         told = ", ".join(f"{name} is {label}" for name, label in whole.items())
         raise Refused(
-            f"{told}: the exact sum has whole layers, {in_words(exact_bytes)}; cut to rank {SMALL_RANK} it is "
-            f"{in_words(small_bytes)}: use --method svd --rank {SMALL_RANK}, or --method linear to have it whole"
+            f"{told}: the exact sum has whole layers, {format_bytes(exact_bytes)}; cut to rank {SMALL_RANK} it is "
+            f"{format_bytes(small_bytes)}: use --method svd --rank {SMALL_RANK}, or --method linear to have it whole"
         )
 
 
@@ -161,7 +161,7 @@ def rank_stabilised(adapter: Adapter) -> Adapter:
     return replace(adapter, modules=modules)
 
 
-def concatenated(weighted: Sequence[tuple[float, Module]]) -> Factors | None:
+def concatenated(weighted: Sequence[tuple[float, Module]]) -> LowRank | None:
     """Factors of Σ w · dW, ranks one behind the other: [w₁ up₁, w₂ up₂] · [down₁; down₂].
 
     None where those of a module are not known, or are together no fewer than the layer has inputs or outputs.
@@ -172,7 +172,7 @@ def concatenated(weighted: Sequence[tuple[float, Module]]) -> Factors | None:
     if len(known) < len(weighted) or sum(len(factors.down) for _, factors in known) >= min(shape):
         return None
     up = torch.cat([weight * factors.up for weight, factors in known], 1)
-    return Factors(up, torch.cat([factors.down for _, factors in known]))
+    return LowRank(up, torch.cat([factors.down for _, factors in known]))
 
 
 def trimmed(delta: torch.Tensor, density: float) -> torch.Tensor:
@@ -200,7 +200,7 @@ def elected(deltas: torch.Tensor) -> torch.Tensor:
     return (deltas * agreeing).sum(0) / agreeing.sum(0).clamp(min=1)
 
 
-def fused(deltas: Sequence[torch.Tensor], weights: Sequence[float], recipe: Recipe, place: Place) -> torch.Tensor:
+def fused(deltas: Sequence[torch.Tensor], weights: Sequence[float], recipe: Recipe, place: ModulePath) -> torch.Tensor:
     """The delta that a method makes of whole deltas (out, in); signs are elected with the weights on."""
     if recipe.method.startswith("dare"):
         generator = torch.Generator().manual_seed(seed_at(place, recipe.seed))
@@ -211,14 +211,14 @@ def fused(deltas: Sequence[torch.Tensor], weights: Sequence[float], recipe: Reci
     return elected(weighted) if recipe.method.endswith("ties") else weighted.sum(0)
 
 
-def seed_at(place: Place, seed: int) -> int:
+def seed_at(place: ModulePath, seed: int) -> int:
     """A seed of its own for each layer, so that the draws do not depend on which other layers there are."""
     text = f"{seed} {place.component} {place.path}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
 
 
 def _merged(
-    place: Place,
+    place: ModulePath,
     weighted: Sequence[tuple[float, Module]],
     recipe: Recipe,
     kernel: tuple[int, ...],
@@ -239,7 +239,7 @@ def _merged(
     return Reduced(module_of(factors, kernel, dtype), 0.0, 1.0)
 
 
-def _check_shapes(place: Place, shapes: Sequence[tuple[int, int] | None]) -> None:
+def _check_shapes(place: ModulePath, shapes: Sequence[tuple[int, int] | None]) -> None:
     if len(set(shapes)) > 1:
         told = " and ".join(f"{shape[0]} x {shape[1]}" for shape in dict.fromkeys(shapes) if shape)
         raise Refused(f"{place} has {told} in the inputs: they are of different bases")

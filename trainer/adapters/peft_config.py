@@ -8,7 +8,7 @@ from typing import Any
 
 from scumble.configs.errors import Refused
 
-from .keys import COMPONENT_PREFIXES, Place
+from .keys import COMPONENT_PREFIXES, ModulePath
 
 ENTRY = "lora_adapter_metadata"  # diffusers' name in the metadata: JSON of `unet.lora_alpha`, `text_encoder.r`, …
 PEFTS_NAMES = ("adapter_model.safetensors", "adapter_config.json")
@@ -30,7 +30,7 @@ def settings_in(metadata: Mapping[str, str]) -> dict[str, Any]:
     return _table(metadata.get(ENTRY, "{}"))
 
 
-def alpha_at(place: Place, rank: int, settings: Mapping[str, Any], name: str) -> float | None:
+def alpha_at(place: ModulePath, rank: int, settings: Mapping[str, Any], name: str) -> float | None:
     """alpha of a module such that alpha / rank is PEFT's scale; None where the settings do not tell it.
 
     `alpha_pattern` goes before `lora_alpha`; with rsLoRA the scale is alpha / sqrt(rank) (Kalajdzievski 2023).

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..system.formatting import in_words
+from ..system.formatting import format_bytes
 from .adapter import Adapter, to_tensors
 from .base_tags import detection
 from .factors import Reduction
@@ -57,7 +57,7 @@ def write_result(result: Reduction, parents: Sequence[Adapter], out: Path, comme
             if error > LOSS_TOLD
         ),
         *words_for_cut(cut),
-        f"wrote {out}: {len(result.adapter.modules)} layers, rank {result.rank}, {in_words(out.stat().st_size)}",
+        f"wrote {out}: {len(result.adapter.modules)} layers, rank {result.rank}, {format_bytes(out.stat().st_size)}",
     ]
 
 

@@ -1,11 +1,11 @@
 """An adapter of another rank: the same for every layer, or for each the one that keeps enough of it."""
 
 from scumble.configs.errors import Refused
+from scumble.configs.progress import tracked
 
-from ..system.progress import with_bar
 from .adapter import Adapter
 from .factors import Reduced, Reduction, check_biases, check_dora, check_finite, collect, kernel_of, reduced_change
-from .keys import Place
+from .keys import ModulePath
 from .lowrank import Rule
 from .weights import Weights
 
@@ -16,12 +16,12 @@ def resize(adapter: Adapter, rule: Rule, name: str, base: Weights | None = None)
     A rank is never made larger than the layer's own. DoRA is computed on `base`'s weights. Raises `Refused` for DoRA
     without them and for impossible rules.
     """
-    check(rule)
+    check_resize(rule)
     check_finite(name, adapter)
     check_biases(name, adapter)
     check_dora(name, adapter, base)
-    modules: dict[Place, Reduced] = {}
-    for place, module in with_bar(adapter.modules.items(), "resizing", len(adapter.modules)):
+    modules: dict[ModulePath, Reduced] = {}
+    for place, module in tracked(adapter.modules.items(), "resizing", len(adapter.modules)):
         found = reduced_change(place, module, rule, kernel_of(place, module, adapter.family), base)
         if not found:
             raise Refused(f"{name}: {place} is {module.label}, whose rank has no bound of its own: give --rank")
@@ -29,7 +29,7 @@ def resize(adapter: Adapter, rule: Rule, name: str, base: Weights | None = None)
     return collect(modules, adapter)
 
 
-def check(rule: Rule) -> None:
+def check_resize(rule: Rule) -> None:
     """Raises `Refused` where a rule says nothing or something impossible."""
     if not (rule.rank or rule.energy or rule.ratio):
         raise Refused("say how far to reduce: --rank, --energy or --ratio")

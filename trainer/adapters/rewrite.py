@@ -1,16 +1,15 @@
 """A checkpoint rewritten tensor by tensor: the layout stays, so only one tensor at a time is in memory."""
 
-import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 
+from scumble.configs.atomic import atomic_write
 from scumble.configs.errors import Refused
+from scumble.configs.progress import tracked
 
-from ..system.progress import with_bar
 from ..system.safetensors_header import Entry, header_bytes, read_header
 
 CHUNK_BYTES = 16 * 2**20
@@ -28,25 +27,15 @@ def rewrite(source: Path, target: Path, changes: Mapping[str, Change], metadata:
     where a changed tensor is not finite in its type, and (73) where the place cannot be written.
     """
     header = read_header(source)
-    temporary = target.with_name(target.name + ".part")
-    try:
-        with source.open("rb") as old, temporary.open("wb") as new:
-            new.write(header_bytes({name: entry.told() for name, entry in header.entries.items()}, metadata))
-            in_order = sorted(header.entries.items(), key=lambda item: (item[1].start, item[1].end))
-            for name, entry in with_bar(in_order, f"writing {target.name}", len(in_order)):
-                old.seek(header.size + entry.start)
-                if name in changes:
-                    new.write(changed(old, entry, changes[name], f"{target.name}: {name}"))
-                else:
-                    copy_bytes(old, new, entry.end - entry.start)
-            new.flush()
-            os.fsync(new.fileno())
-        temporary.replace(target)
-    except OSError as error:
-        raise Refused(f"{target}: cannot be written ({error.strerror or error})", 73) from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    with atomic_write(target, sync=True) as temporary, source.open("rb") as old, temporary.open("wb") as new:
+        new.write(header_bytes({name: entry.told() for name, entry in header.entries.items()}, metadata))
+        in_order = sorted(header.entries.items(), key=lambda item: (item[1].start, item[1].end))
+        for name, entry in tracked(in_order, f"writing {target.name}", len(in_order)):
+            old.seek(header.size + entry.start)
+            if name in changes:
+                new.write(changed(old, entry, changes[name], f"{target.name}: {name}"))
+            else:
+                copy_bytes(old, new, entry.end - entry.start)
 
 
 def changed(file: BinaryIO, entry: Entry, change: Change, where: str) -> bytes:

@@ -7,7 +7,7 @@ over a key without a home, or turns the whole file away; it seldom says so where
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from .keys import COMPONENT_PREFIXES, SLOT, SLOTS, Place, sgm_path
+from .keys import COMPONENT_PREFIXES, SLOT, SLOTS, ModulePath, sgm_path
 
 LYCORIS = tuple(slot for slot in SLOTS if slot.startswith(("hada_", "lokr_")))
 PLAIN = ("lora_down.weight", "lora_up.weight", "alpha")
@@ -30,7 +30,7 @@ class Ui:
     """A loader: the stems it knows for a layout and a family, what may follow a stem, and when it refuses a file."""
 
     name: str
-    stems: Callable[[Iterable[Place], str], set[str]]
+    stems: Callable[[Iterable[ModulePath], str], set[str]]
     slots: tuple[str, ...]
     refusal: Callable[[Sequence[str], Sequence[str], str], str]  # (names, homeless names, family) -> why, or nothing
 
@@ -50,7 +50,7 @@ class Match:
         return self.matched == self.total and not self.refusal
 
 
-def matches(names: Iterable[str], layout: Iterable[Place], family: str) -> list[Match]:
+def matches(names: Iterable[str], layout: Iterable[ModulePath], family: str) -> list[Match]:
     """For each UI how the tensors `names` fare on a base with the layers `layout` (family sd1, sd2 or sdxl).
 
     A module counts when all its tensors have a home. A UI that refuses the file takes none of it.
@@ -84,7 +84,7 @@ def ldm_path(path: str, family: str) -> str:
     return sgm_path(path)
 
 
-def comfyui(layout: Iterable[Place], family: str) -> set[str]:
+def comfyui(layout: Iterable[ModulePath], family: str) -> set[str]:
     """Flattened names of either grammar, the checkpoint's own, and diffusers' names from before PEFT.
 
     PEFT's `attn1.to_q` is not known (it is looked up as `attn1.processor.to_q`), PEFT's `proj_in` or `ff` is.
@@ -102,7 +102,7 @@ def comfyui(layout: Iterable[Place], family: str) -> set[str]:
     return stems
 
 
-def a1111(layout: Iterable[Place], family: str) -> set[str]:
+def a1111(layout: Iterable[ModulePath], family: str) -> set[str]:
     """Names of diffusers are turned into the checkpoint's by patterns, which know neither `add_embedding` nor that
     SDXL's first up block has attention (so its upsampler is lost); the checkpoint's own names all fit.
     """
@@ -121,7 +121,7 @@ def a1111(layout: Iterable[Place], family: str) -> set[str]:
     return stems
 
 
-def invokeai(layout: Iterable[Place], family: str) -> set[str]:
+def invokeai(layout: Iterable[ModulePath], family: str) -> set[str]:
     """Flattened paths of diffusers' modules; those of sgm only on SDXL, and `lora_te1_` only there."""
     stems = set()
     for place in layout:
@@ -135,7 +135,7 @@ def invokeai(layout: Iterable[Place], family: str) -> set[str]:
     return stems
 
 
-def diffusers(layout: Iterable[Place], family: str) -> set[str]:
+def diffusers(layout: Iterable[ModulePath], family: str) -> set[str]:
     """PEFT's names with or without `text_model.`, and kohya's: sgm's only on SDXL, `add_embedding` only as sgm's."""
     stems = set()
     for place in layout:

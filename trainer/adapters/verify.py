@@ -14,10 +14,11 @@ import torch
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model
 
-from ..base_model.load import load, recognise
+from ..base_model.detect import detect_base
+from ..base_model.load import load
 from .adapter import Adapter, from_tensors, read_named
 from .compatibility import misfits
-from .forward_check import Trial, too_large, tried, tried_by_layers
+from .forward_check import LayerCheck, checked_by_layer, checked_forward, too_large
 from .inspect import COMPONENT_LABELS, FAMILY_LABELS, beyond_diffusers, network_of, poor_uis
 from .ui_keys import Match, matches
 from .weights import Weights, find_weights
@@ -35,7 +36,7 @@ class Verdict:
     uis: tuple[Match, ...]
     poor: tuple[str, ...]
     beyond_diffusers: str
-    trials: tuple[Trial, ...]
+    trials: tuple[LayerCheck, ...]
     untried: str
     parted: str
     faults: tuple[str, ...]
@@ -54,7 +55,7 @@ def verify(file: Path, base: str, quick: bool = False) -> Verdict:
     tensors, metadata = read_named(file)
     adapter = from_tensors(tensors, metadata, str(file))
     model = Model(base=base)
-    source = recognise(model)
+    source = detect_base(model)
     if adapter.family != source.family.name:
         labels = FAMILY_LABELS[adapter.family], FAMILY_LABELS[source.family.name]
         raise Refused(f"{file}: is for {labels[0]}, but --base {base} is {labels[1]}; name a base of its kind")
@@ -70,19 +71,19 @@ def verify(file: Path, base: str, quick: bool = False) -> Verdict:
         "it does not read the file whole": "diffusers" in poor,
     }
     untried = next((reason for reason, holds in reasons.items() if reason and holds), "")
-    trials: list[Trial] = []
+    trials: list[LayerCheck] = []
     parted = ""
     if not faults and not quick:
         by_diffusers = None if untried else file
         if parted := too_large(weights, adapter):
-            trials += tried_by_layers(source, weights, adapter, by_diffusers)
+            trials += checked_by_layer(source, weights, adapter, by_diffusers)
         else:
-            trials += tried(load(model, source, torch.device("cpu"), torch.float32), adapter, by_diffusers)
+            trials += checked_forward(load(model, source, torch.device("cpu"), torch.float32), adapter, by_diffusers)
         faults += [_fault_of(trial) for trial in trials if not trial.agrees]
     return Verdict(uis, poor, foreign, tuple(trials), untried, parted, tuple(faults), adapter.dialect)
 
 
-def trial_lines(trials: Sequence[Trial], parted: str) -> Iterator[str]:
+def trial_lines(trials: Sequence[LayerCheck], parted: str) -> Iterator[str]:
     """How far the adapter moves a component's output, or those of its layers, and how far diffusers' differ from ours.
 
     `parted` says why layers were tried, one by one.
@@ -112,7 +113,7 @@ def _faults(adapter: Adapter, weights: Weights) -> Iterator[str]:
             yield f"{place}: has DoRA magnitudes by outputs, which UIs compute otherwise; bake it into the base"
 
 
-def _fault_of(trial: Trial) -> str:
+def _fault_of(trial: LayerCheck) -> str:
     if not isfinite(trial.effect):
         return f"{trial.name}: with the adapter its output is not finite"
     return (

@@ -17,7 +17,7 @@ from scumble.configs.errors import Refused
 
 from ..system.safetensors_header import read_header
 from .base_tags import FAMILY_OF_CONTEXT
-from .keys import UNET_LAYER, Place, diffusers_path
+from .keys import UNET_LAYER, ModulePath, diffusers_path
 
 FOLDERS = {"unet": "unet", "text_encoder": "text", "text_encoder_2": "text2"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5", ".onnx", ".pb")
@@ -52,10 +52,10 @@ class Weights:
     """A base on disk: the layers that an adapter may sit on, in a folder's files or in one; nothing is loaded."""
 
     path: Path
-    spots: dict[Place, Spot]
+    spots: dict[ModulePath, Spot]
     family: str
 
-    def read(self, place: Place) -> torch.Tensor:
+    def read(self, place: ModulePath) -> torch.Tensor:
         """The layer's weight as it is stored; only this one tensor is read."""
         spot = self.spots[place]
         with safe_open(spot.file, "pt") as file:
@@ -79,7 +79,7 @@ def find_weights(path: Path) -> Weights:
         files = [(path, None)]
     else:
         raise Refused(f"{path}: no such file or folder")
-    spots: dict[Place, Spot] = {}
+    spots: dict[ModulePath, Spot] = {}
     family = "sd1"
     widths: set[int] = set()
     for file, component in files:
@@ -110,7 +110,7 @@ def weight_files(folder: Path, all_variants: bool = False) -> list[Path]:
     return plain or [path for path in found if ".non_ema" not in path.name and ".ema_only" not in path.name]
 
 
-def places_of(name: str, component: str | None) -> Iterator[tuple[Place, int | None]]:
+def places_of(name: str, component: str | None) -> Iterator[tuple[ModulePath, int | None]]:
     """The places whose weight a tensor is, three with their thirds for a fused one; none where no adapter can sit.
 
     `component` is given for a file of a diffusers folder, None for one file that holds all.
@@ -123,10 +123,10 @@ def places_of(name: str, component: str | None) -> Iterator[tuple[Place, int | N
     if component != "unet" and (found := OPEN_CLIP.fullmatch(name)):
         layer = f"encoder.layers.{found[1]}"
         if found[3]:
-            yield Place(component, f"{layer}.{OPEN_CLIP_LAYERS[found[3]]}"), None
+            yield ModulePath(component, f"{layer}.{OPEN_CLIP_LAYERS[found[3]]}"), None
         else:
             for third, letter in enumerate("qkv"):
-                yield Place(component, f"{layer}.self_attn.{letter}_proj"), third
+                yield ModulePath(component, f"{layer}.self_attn.{letter}_proj"), third
         return
     if not name.endswith(".weight"):
         return
@@ -136,4 +136,4 @@ def places_of(name: str, component: str | None) -> Iterator[tuple[Place, int | N
     except (KeyError, ValueError):  # under a name of the original code that no adapter can have
         return
     if (UNET_LAYER if component == "unet" else TEXT_LAYER).fullmatch(path):
-        yield Place(component, path), None
+        yield ModulePath(component, path), None

@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from scumble.configs.errors import Refused
+from scumble.configs.exit_codes import UNAVAILABLE
 from scumble.configs.files import BASES
 from scumble.configs.options import Model
 
@@ -47,7 +48,7 @@ FAMILIES = {
 
 
 @dataclass(frozen=True)
-class Source:
+class DetectedBase:
     """A base as recognised from its files: `place` is a folder or a file.
 
     `resolution_px` is the side of the square that it was made for, `step_px` the step of sides that suits it; sides
@@ -81,7 +82,7 @@ class Source:
         return [self.configs / name for name in ("tokenizer", "tokenizer_2")[: len(self.family.text_prefixes)]]
 
 
-def recognise(model: Model) -> Source:
+def detect_base(model: Model) -> DetectedBase:
     """Kind of base, prediction type and schedule, from config files or tensor shapes; no weight is loaded.
 
     Raises `Refused` for what is not there, is a pickle, or is not a Stable Diffusion.
@@ -106,7 +107,7 @@ def weights_in(folder: Path, variant: bool) -> Path | None:
     return next((path for path in found if ".non_ema" not in path.name and ".ema_only" not in path.name), None)
 
 
-def _from_folder(model: Model, folder: Path) -> Source:
+def _from_folder(model: Model, folder: Path) -> DetectedBase:
     if not (folder / "model_index.json").is_file():
         raise Refused(f"--base {model.base}: no model_index.json in {folder.name}, so it is not a diffusers folder")
     if weights_in(folder / "unet", variant=False) is None and weights_in(folder / "unet", variant=True) is None:
@@ -127,7 +128,7 @@ def _from_folder(model: Model, folder: Path) -> Source:
     return _source(model, str(folder), False, family, prediction, zero_snr, folder)
 
 
-def _from_file(model: Model, path: Path) -> Source:
+def _from_file(model: Model, path: Path) -> DetectedBase:
     shapes = {name: entry.shape for name, entry in read_header(path).entries.items()}
     context = next((shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), None)
     family = next((family for family in FAMILIES.values() if family.context_width == context), None)
@@ -147,14 +148,14 @@ def _sd2_predicts_v(path: Path) -> bool:
 
 def _source(
     model: Model, place: str, is_file: bool, family: Family, prediction: str, zero_snr: bool, configs: Path | None
-) -> Source:
+) -> DetectedBase:
     """What the options say goes before what the files say; a single file takes its family's `configs`."""
     chosen = prediction if model.prediction_type == "auto" else model.prediction_type
     rescaled = zero_snr if model.zero_terminal_snr == "auto" else model.zero_terminal_snr
     if rescaled and chosen == "epsilon":
         raise Refused("--zero-terminal-snr needs a base with v-prediction: at pure noise, epsilon says nothing")
     sizes_px = _sizes_px(configs or BASES / family.configs[prediction])
-    return Source(model.base, place, is_file, family, chosen, rescaled, *sizes_px)
+    return DetectedBase(model.base, place, is_file, family, chosen, rescaled, *sizes_px)
 
 
 def _sizes_px(folder: Path) -> tuple[int, int, int, int]:
@@ -183,4 +184,4 @@ def _fetched(hub_id: str) -> Path:
             f"--base {hub_id}: no such folder here, not in the hub's local cache, and the hub cannot be reached", 69
         ) from None
     except (HfHubHTTPError, HFValidationError) as error:
-        raise Refused(f"--base {hub_id}: no such folder here, and the hub refuses it ({error})", 69) from None
+        raise Refused(f"--base {hub_id}: no such folder here, and the hub refuses it ({error})", UNAVAILABLE) from None

@@ -16,18 +16,19 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from scumble.configs.errors import Refused
+from scumble.configs.exit_codes import CANNOT_WRITE, RESUMABLE, UNAVAILABLE
 from scumble.datasets.cache import Cache, digest_of_tensors, key_of
 from scumble.datasets.reading.images import Crop, digest_of_file
 from scumble.datasets.tensors import all_cropped
 
-from ..system.device import sent
+from ..system.device import to_device
 from ..system.out_of_memory import TooLarge, unless_too_large
 from .load import Base
 
 VERSION = 1  # of what an entry holds and how it is computed
 MAX_RESIDENT_BYTES = 2 * 2**30
 PASS = 8  # pictures in one pass of the VAE on CUDA
-View = tuple[Path, Sequence[Crop]]
+ImageCrops = tuple[Path, Sequence[Crop]]
 Entry = dict[str, torch.Tensor]
 
 
@@ -59,7 +60,7 @@ class Streamed(Sequence[Sequence[torch.Tensor]]):
     def __getitem__(self, index: int | slice) -> Sequence[torch.Tensor] | Sequence[Sequence[torch.Tensor]]:
         if isinstance(index, slice):
             return [self[one] for one in range(*index.indices(len(self)))]
-        return list(sent(self.read(self.keys[index])[self.slot], self.device))
+        return list(to_device(self.read(self.keys[index])[self.slot], self.device))
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -67,7 +68,7 @@ class Streamed(Sequence[Sequence[torch.Tensor]]):
 
 def encode_set(
     base: Base,
-    views: Sequence[View],
+    views: Sequence[ImageCrops],
     tell: Callable[[int], None] = lambda done: None,
     cache: Cache | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -84,7 +85,9 @@ def encode_set(
     pixels = sum(crop.target.width * crop.target.height for _, crops in views for crop in crops)
     large = pixels // shrink**2 * 2 * 4 * 4 > max_resident_bytes
     if large and cache is None:
-        raise Refused(f"--latent-cache off: {len(views)} pictures do not stay in memory; leave the cache on", 73)
+        raise Refused(
+            f"--latent-cache off: {len(views)} pictures do not stay in memory; leave the cache on", CANNOT_WRITE
+        )
     vae = digest_of_tensors(base.vae.state_dict()) if cache else ""
     keys: list[str] = []
     kept: list[Entry] = []
@@ -97,10 +100,10 @@ def encode_set(
         found = [cache.get(name) for name in names] if cache else []
         entries = [entry for entry in found if entry is not None]
         if len(entries) < len(group):  # a group is encoded as a whole, so that its numbers never depend on the cache
-            entries = encode(base, group)
+            entries = encode_images(base, group)
             if cache and (trouble := _put(cache, dict(zip(names, entries, strict=True)))):
                 if large:
-                    raise Refused(trouble, 73)
+                    raise Refused(trouble, CANNOT_WRITE)
                 say(f"{trouble}; goes on without")
                 cache = None
         if large:
@@ -116,7 +119,7 @@ def encode_set(
 
 
 @torch.no_grad()
-def encode(base: Base, views: Sequence[View]) -> list[Entry]:
+def encode_images(base: Base, views: Sequence[ImageCrops]) -> list[Entry]:
     """`mean` and `std` (crops, 4, H/8, W/8), fp32, of views whose crops have one size."""
     pixels = [torch.stack(list(all_cropped(path, crops))) for path, crops in views]
     counts = [len(one) for one in pixels]
@@ -138,13 +141,13 @@ def _posteriors(vae: AutoencoderKL, pixels: torch.Tensor) -> list[DiagonalGaussi
         return [whole]
     if len(pixels) == 1:
         height, width = pixels.shape[2:]
-        raise TooLarge(f"the latents of {width}x{height} px do not fit into memory; lower --resolution", 69)
+        raise TooLarge(f"the latents of {width}x{height} px do not fit into memory; lower --resolution", UNAVAILABLE)
     return [posterior for half in pixels.tensor_split(2) for posterior in _posteriors(vae, half)]
 
 
-def _groups(views: Sequence[View], most: int) -> Iterator[list[View]]:
+def _groups(views: Sequence[ImageCrops], most: int) -> Iterator[list[ImageCrops]]:
     """Neighbours whose crops have one size, at most so many."""
-    group: list[View] = []
+    group: list[ImageCrops] = []
     for view in views:
         if group and (len(group) == most or view[1][0].target != group[0][1][0].target):
             yield group
@@ -159,13 +162,15 @@ def _put(cache: Cache, entries: dict[str, Entry]) -> str:
     try:
         for key, entry in entries.items():
             cache.put(key, entry)
-    except OSError as error:
-        return f"--latent-cache: {cache.folder} cannot be written ({error.strerror or error})"
+    except Refused as error:
+        return f"--latent-cache {error}"
     return ""
 
 
 def _present(cache: Cache, key: str) -> Entry:
     entry = cache.get(key)
     if entry is None:
-        raise Refused(f"{cache.folder}: an entry has gone while the run reads it; begin again, it is made anew", 75)
+        raise Refused(
+            f"{cache.folder}: an entry has gone while the run reads it; begin again, it is made anew", RESUMABLE
+        )
     return entry

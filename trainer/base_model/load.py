@@ -19,11 +19,9 @@ from scumble.configs.errors import Refused
 from scumble.configs.options import Model
 
 from ..system.device import free_unused
-from .detect import BASES, EMBEDDED, FAMILIES, Family, Source, recognise, weights_in
+from .detect import BASES, DetectedBase, Family, weights_in
 from .one_block import place_together, take_apart
 from .quantize import check_bits, fewer_bits, quantize
-
-__all__ = ["EMBEDDED", "FAMILIES", "PIPELINES", "Base", "Family", "Pipeline", "Source", "load", "load_vae", "recognise"]
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 PIPELINES: dict[str, type[Pipeline]] = {
@@ -37,7 +35,7 @@ PIPELINES: dict[str, type[Pipeline]] = {
 class Base:
     """A loaded base. `pipeline` is stock diffusers over the very same modules; previews use it."""
 
-    source: Source
+    source: DetectedBase
     pipeline: Pipeline
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -45,7 +43,7 @@ class Base:
     tokenizers: list[CLIPTokenizer]
     alphas_cumprod: torch.Tensor  # (1000,), after the zero-terminal rescale where there is one
     num_weights: int  # of UNet and text encoders
-    device: torch.device  # where it computes; what waits lies in `resting_place`, see parking
+    device: torch.device  # where it computes; what waits lies in `offload_device`, see parking
     bits: int = 16  # of the UNet's transformer blocks; 16: those of its dtype
 
     @property
@@ -53,7 +51,7 @@ class Base:
         return self.source.family
 
 
-def load(model: Model, source: Source, device: torch.device, dtype: torch.dtype) -> Base:
+def load(model: Model, source: DetectedBase, device: torch.device, dtype: torch.dtype) -> Base:
     """Load every module of a recognised base onto `device`; all weights are frozen.
 
     The UNet and the text encoders are in `dtype`; the VAE too, but never in fp16, where SDXL's gives NaN.
@@ -97,14 +95,14 @@ def load(model: Model, source: Source, device: torch.device, dtype: torch.dtype)
     )  # fmt: skip
 
 
-def resting_place(device: torch.device) -> torch.device:
+def offload_device(device: torch.device) -> torch.device:
     """Where modules lie while they do not compute: for CUDA in the machine's memory."""
     return torch.device("cpu") if device.type == "cuda" else device
 
 
-def load_waiting(model: Model, source: Source, device: torch.device, dtype: torch.dtype) -> Base:
+def load_offloaded(model: Model, source: DetectedBase, device: torch.device, dtype: torch.dtype) -> Base:
     """As `load`, but every module waits to be fetched, see parking; the UNet for `place_unet`."""
-    base = load(model, source, resting_place(device), dtype)
+    base = load(model, source, offload_device(device), dtype)
     base.device = device
     return base
 
@@ -119,7 +117,7 @@ def place_unet(base: Base, model: Model, bits: int) -> UNet2DConditionModel:
         is_dense, base.bits = base.bits == 16, bits
         in_16 = base.unet if is_dense else load(model, base.source, torch.device("cpu"), base.unet.dtype).unet
         if base.device.type == "cuda":
-            take_apart(base.unet, resting_place(base.device))  # else those that stay would keep the memory of all
+            take_apart(base.unet, offload_device(base.device))  # else those that stay would keep the memory of all
             free_unused()  # else the first of the new ones would
         quantize(base.unet, bits, base.device, in_16)
     if base.device.type != "cuda":

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .load import Base, resting_place
+from .load import Base, offload_device
 
 
 def waits(base: Base, module: torch.nn.Module) -> bool:
@@ -28,7 +28,7 @@ def fetch(base: Base, *modules: torch.nn.Module) -> None:
 
 
 @contextmanager
-def at_hand(base: Base, *modules: torch.nn.Module) -> Generator[None]:
+def on_device(base: Base, *modules: torch.nn.Module) -> Generator[None]:
     """Within the block the modules lie where they compute; those that waited wait again after it."""
     fetched = [module for module in modules if waits(base, module)]
     try:
@@ -36,4 +36,4 @@ def at_hand(base: Base, *modules: torch.nn.Module) -> Generator[None]:
         yield
     finally:
         for module in fetched:
-            send(module, resting_place(base.device))
+            send(module, offload_device(base.device))

@@ -13,6 +13,7 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from scumble.configs.errors import Refused
+from scumble.configs.exit_codes import UNAVAILABLE
 
 from .projection import Projection
 
@@ -24,7 +25,7 @@ def check_bits(bits: int, device: str) -> None:
     if bits == 4 and device == "mps":
         raise Refused("--base-quantization nf4: bitsandbytes does not compute on the mps device; int8 works there")
     if bits == 4 and find_spec("bitsandbytes") is None:
-        raise Refused('--base-quantization nf4 needs bitsandbytes: pip install "scumble[quantize]"', 69)
+        raise Refused('--base-quantization nf4 needs bitsandbytes: pip install "scumble[quantize]"', UNAVAILABLE)
 
 
 def fewer_bits(bits: int, device: str) -> int:

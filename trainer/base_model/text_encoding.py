@@ -8,7 +8,7 @@ import torch
 
 from scumble.datasets.reading.images import Crop
 
-from ..system.device import sent
+from ..system.device import to_device
 from .load import Base
 
 
@@ -29,11 +29,11 @@ def token_ids(base: Base, prompts: Sequence[str]) -> list[torch.Tensor]:
     for tokenizer, encoder in zip(base.tokenizers, base.text_encoders, strict=True):
         window: dict[str, Any] = {"padding": "max_length", "max_length": tokenizer.model_max_length}
         found = tokenizer(list(prompts), truncation=True, return_tensors="pt", **window).input_ids
-        ids.append(sent(found, encoder.device))
+        ids.append(to_device(found, encoder.device))
     return ids
 
 
-def encode(base: Base, prompts: Sequence[str]) -> Conditioning:
+def encode_prompts(base: Base, prompts: Sequence[str]) -> Conditioning:
     """Encode prompts as the family's pipeline does."""
     return encode_ids(base, token_ids(base, prompts))
 

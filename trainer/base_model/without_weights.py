@@ -8,11 +8,11 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
-from .detect import Source
+from .detect import DetectedBase
 from .load import PIPELINES, Pipeline
 
 
-def hollow(source: Source) -> Pipeline:
+def base_without_weights(source: DetectedBase) -> Pipeline:
     """Stock diffusers' pipeline of a base's UNet and text encoders; no weight is read, next to no memory is taken.
 
     Every weight has its shape and is 0 throughout, all its numbers lying in one. It is on the CPU, not on the meta

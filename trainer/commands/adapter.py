@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 
 from scumble.configs.errors import Refused
+from scumble.configs.exit_codes import BAD_DATA
 
 from ..system.fast_imports import hidden, quick_imports
 from ..system.output_paths import check_out
 from .adapter_math import SUFFIX, Force, bake, extract, merge, resize, tell
-from .check import SERIOUS
 
 adapter = App(name="adapter", help="Look into finished adapter files, and change them.", help_format="plaintext")
 
@@ -91,7 +91,7 @@ def verify(
     table = adapter_tables.ui_table(verdict.uis, verdict.beyond_diffusers)
     _print(adapter_tables.verdict_page(str(file), table, trials, verdict.untried, verdict.faults, poor))
     if not verdict.is_sound:
-        raise SystemExit(SERIOUS)
+        raise SystemExit(BAD_DATA)
 
 
 def _print(page: object) -> None:

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from scumble.configs.errors import Refused
 
-from ..system.formatting import in_words
+from ..system.formatting import format_bytes
 from ..system.output_paths import check_out, check_place
 
 SUFFIX = ".safetensors"
@@ -59,7 +59,7 @@ def merge(
     strengths = as_many(weights, files, "--weights")
     factors = block_factors(blocks or [], len(files))
     from ..adapters.adapter import read_adapter
-    from ..adapters.merge import Input, Recipe, check, check_size, rank_stabilised
+    from ..adapters.merge import Input, Recipe, check_merge, check_size, rank_stabilised
     from ..adapters.merge import merge as merged
     from ..adapters.provenance import write_result
     from ..adapters.weights import find_weights
@@ -69,7 +69,7 @@ def merge(
     recipe = Recipe(method or "linear", rank, 0.5 if density is None else density, seed or 0)
     dora_base = find_weights(place_of_base(base)) if base else None
     if not method:
-        check(inputs, recipe, dora_base)
+        check_merge(inputs, recipe, dora_base)
         check_size(inputs)
     result = merged(inputs, recipe, dora_base)
     parts = zip(files, strengths, factors, strict=True)
@@ -132,10 +132,10 @@ def extract(
     from ..adapters.extract import extract as extracted
     from ..adapters.lowrank import Rule
     from ..adapters.provenance import metadata_of_base, write_result
-    from ..base_model.detect import recognise
+    from ..base_model.detect import detect_base
 
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-    source = recognise(Model(base=base))
+    source = detect_base(Model(base=base))
     result = extracted(Path(source.place), tuned, Rule(rank, energy), text, convs, dtypes[dtype])
     comment = f"extracted with scumble (rank {rank}{f', energy {energy:g}' if energy else ''}): {tuned.stem}"
     predicts_v = source.prediction == "v_prediction"
@@ -159,13 +159,13 @@ def bake(
     check_place(out, *files)
     amounts = as_many(strengths, files, "--strengths")
     from ..adapters.adapter import read_adapter
-    from ..adapters.bake import Dose
+    from ..adapters.bake import BakedAdapter
     from ..adapters.bake import bake as baked
 
-    doses = [Dose(file.stem, read_adapter(file), amount) for file, amount in zip(files, amounts, strict=True)]
+    doses = [BakedAdapter(file.stem, read_adapter(file), amount) for file, amount in zip(files, amounts, strict=True)]
     tell(baked(place_of_base(base), out, doses, undo, force))
     files_out = out.rglob("*") if out.is_dir() else [out]
-    print(f"wrote {out}: {in_words(sum(file.stat().st_size for file in files_out if file.is_file()))}")
+    print(f"wrote {out}: {format_bytes(sum(file.stat().st_size for file in files_out if file.is_file()))}")
 
 
 def check_used(method: str, density: float | None, seed: int | None) -> None:
@@ -221,9 +221,9 @@ def place_of_base(base: str) -> Path:
         return Path(base)
     from scumble.configs.options import Model
 
-    from ..base_model.detect import recognise
+    from ..base_model.detect import detect_base
 
-    return Path(recognise(Model(base=base)).place)
+    return Path(detect_base(Model(base=base)).place)
 
 
 def tell(lines: list[str]) -> None:

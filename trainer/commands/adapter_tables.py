@@ -12,10 +12,10 @@ from scumble.configs.errors import printable
 from scumble.configs.words import counted
 
 from ..adapters.inspect import FAMILY_LABELS, Report, beyond_diffusers, block_norms, block_of, poor_uis
-from ..adapters.keys import Place
+from ..adapters.keys import ModulePath
 from ..adapters.module import LABELS
 from ..adapters.ui_keys import Match
-from ..system.formatting import in_words
+from ..system.formatting import format_bytes
 
 DIALECT_LABELS = {"kohya": "kohya's", "peft": "PEFT's (diffusers)"}
 BAR_CELLS = 32  # at most; a narrow terminal has shorter bars
@@ -49,7 +49,9 @@ def headline(report: Report) -> str:
     network = " + ".join(LABELS[name] for name in report.network.split("+"))
     count = sum(group.modules for group in report.groups)
     base = "sketch" if report.settings.get("base") == "sketch" else FAMILY_LABELS[report.family]
-    return f"{network} for {base}, {counted(count, 'module')}, {in_words(report.bytes)}, {' + '.join(report.dtypes)}"
+    return (
+        f"{network} for {base}, {counted(count, 'module')}, {format_bytes(report.bytes)}, {' + '.join(report.dtypes)}"
+    )
 
 
 def troubles(report: Report) -> Iterator[str]:
@@ -198,6 +200,6 @@ def _line(text: str, style: str = "") -> Text:
     return line
 
 
-def _named(places: Sequence[Place]) -> str:
+def _named(places: Sequence[ModulePath]) -> str:
     more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
     return ", ".join(map(str, places[:NAMED])) + more

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
-from ..system.formatting import in_words
+from ..system.formatting import format_bytes
 
 cache = App(name="cache", help="Latents of pictures that are kept for the next run.")
 
@@ -18,7 +18,7 @@ def list_cache(*, folder: Folder = "auto") -> None:
 
     found = cache_in(folder)
     sizes = found.sizes()
-    print(f"{found.folder}: {len(sizes)} entries, {in_words(sum(sizes))}")
+    print(f"{found.folder}: {len(sizes)} entries, {format_bytes(sum(sizes))}")
 
 
 @cache.command
@@ -32,4 +32,4 @@ def clear(
 
     found = cache_in(folder)
     count, freed = found.clear(older_than)
-    print(f"{found.folder}: {count} entries deleted, {in_words(freed)} freed")
+    print(f"{found.folder}: {count} entries deleted, {format_bytes(freed)} freed")

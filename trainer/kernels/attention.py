@@ -20,7 +20,7 @@ from scumble.datasets.reading.images import Size
 
 from ..base_model.projection import project_tokens
 from .fused_norms import fuse
-from .lora_matmul import together
+from .lora_matmul import joint_linear
 from .onednn_packing import pack_convolutions
 
 FEW_LATENTS = 1024  # more, and attention that keeps its whole matrix takes too much memory
@@ -104,9 +104,9 @@ class Joint:
     def parts(self, attn: Attention, hidden: torch.Tensor, text: torch.Tensor | None) -> Iterable[torch.Tensor] | None:
         """Query, key and value, each (B, T, heads, C / heads); None where they take no fewer products."""
         if text is None:
-            joint = together([attn.to_q, attn.to_k, attn.to_v], hidden)
+            joint = joint_linear([attn.to_q, attn.to_k, attn.to_v], hidden)
             return None if joint is None else joint.unflatten(3, (attn.heads, -1)).unbind(2)
-        joint = None if attn.norm_cross else together([attn.to_k, attn.to_v], text)
+        joint = None if attn.norm_cross else joint_linear([attn.to_k, attn.to_v], text)
         if joint is None:
             return None
         return attn.to_q(hidden).unflatten(2, (attn.heads, -1)), *joint.unflatten(3, (attn.heads, -1)).unbind(2)
@@ -125,7 +125,7 @@ class Products(Joint):
         super().__init__(AttnProcessor())
 
     def parts(self, attn: Attention, hidden: torch.Tensor, text: torch.Tensor | None) -> torch.Tensor | None:
-        joint = together([attn.to_q, attn.to_k, attn.to_v], hidden) if text is None else None
+        joint = joint_linear([attn.to_q, attn.to_k, attn.to_v], hidden) if text is None else None
         return None if joint is None else joint.unflatten(3, (attn.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def attended(self, attn: Attention, parts: Any) -> torch.Tensor:

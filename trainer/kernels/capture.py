@@ -47,7 +47,7 @@ class Captured:
                     raise
                 self.forget()
                 result = self.run(batch)  # where it is not the capture that fails, this does, too
-                self.run_as_it_is()
+                self.disable()
                 reason = str(error).splitlines()[0]
                 self.say(f"CUDA graphs are off, each kernel is launched by itself: {reason}")
                 return result
@@ -63,7 +63,7 @@ class Captured:
         self.by_shape.clear()
         return found
 
-    def run_as_it_is(self) -> None:
+    def disable(self) -> None:
         """Capture no more."""
         self.forget()
         self.capture = None

@@ -4,7 +4,7 @@ Hu et al. 2021, equation 3, with its gradients by hand: for g of y, gx = g W + s
 gA = s · (g B)ᵀ x, each one product onto the one before. The factors are used in the dtype of x; their gradients are
 added straight to fp32 `.grad` where that is there. Under torch.compile, which writes better passes itself, and on a
 quantised layer the same is written plainly. PEFT's own forward stays for DoRA, LoHa and LoKr. Layers of one input can
-be one product: `together`.
+be one product: `joint_linear`.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +22,7 @@ Lowered = Callable[[torch.nn.Parameter], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Factors:
+class LoraFactors:
     """A and B of one layer as trained, fp32 (rank, in[, h, w]) and (out, rank[, 1, 1]), their copies in the dtype of
     the layer, s, and the share of inputs that is dropped."""
 
@@ -35,11 +35,11 @@ class Factors:
 
 
 @dataclass(frozen=True)
-class Fast:
+class FastLora:
     """What a layer computes. Its base is asked for each time, since it may be quantised while a run lasts."""
 
     layer: Any
-    factors: Factors
+    factors: LoraFactors
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         base = self.layer.get_base_layer()
@@ -57,7 +57,7 @@ def is_plain(layer: Any) -> bool:
     )
 
 
-def speed_up(layers: Iterable[Any], adapter: str, lowered: Lowered) -> bool:
+def use_fast_lora(layers: Iterable[Any], adapter: str, lowered: Lowered) -> bool:
     """Let PEFT's layers compute their outputs here; whether all do. Others stay as they are, and want autocast.
 
     `lowered` gives a parameter's copy in the dtype of the layer.
@@ -67,13 +67,13 @@ def speed_up(layers: Iterable[Any], adapter: str, lowered: Lowered) -> bool:
         if is_plain(layer):
             down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             scale, dropout = layer.scaling[adapter], layer.lora_dropout[adapter]
-            layer.forward = Fast(layer, Factors(down, up, lowered(down), lowered(up), scale, dropout))
+            layer.forward = FastLora(layer, LoraFactors(down, up, lowered(down), lowered(up), scale, dropout))
         else:
             everything = False
     return everything
 
 
-def linear(base: torch.nn.Linear, factors: Factors, x: torch.Tensor) -> torch.Tensor:
+def linear(base: torch.nn.Linear, factors: LoraFactors, x: torch.Tensor) -> torch.Tensor:
     """(…, in) -> (…, out)."""
     if _wants_plain(base, factors):
         down, up = factors.down.to(x.dtype), factors.up.to(x.dtype)
@@ -81,11 +81,11 @@ def linear(base: torch.nn.Linear, factors: Factors, x: torch.Tensor) -> torch.Te
     return _Linear.apply(x, base.weight, base.bias, factors.down, factors.up, factors)
 
 
-def together(layers: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
+def joint_linear(layers: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
     """Linear layers of one input and one shape as one product, (…, in) -> (…, layers, out), where their factors lie one
     behind the other as `lora.laid_out` has them; None where one of them has to compute by itself. Frozen weights that
     do not lie so become parts of one."""
-    if not all(isinstance(layer.forward, Fast) for layer in layers) or torch.compiler.is_compiling():
+    if not all(isinstance(layer.forward, FastLora) for layer in layers) or torch.compiler.is_compiling():
         return None
     bases = [layer.get_base_layer() for layer in layers]
     factors = [layer.forward.factors for layer in layers]
@@ -123,7 +123,7 @@ def _in_a_row(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
 
 
-def convolution(base: torch.nn.Conv2d, factors: Factors, x: torch.Tensor) -> torch.Tensor:
+def convolution(base: torch.nn.Conv2d, factors: LoraFactors, x: torch.Tensor) -> torch.Tensor:
     """(B, in, H, W) -> (B, out, H', W')."""
     geometry = base.stride, base.padding, base.dilation
     if _wants_plain(base, factors):
@@ -136,7 +136,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-        down: torch.nn.Parameter, up: torch.nn.Parameter, factors: Factors,
+        down: torch.nn.Parameter, up: torch.nn.Parameter, factors: LoraFactors,
     ) -> torch.Tensor:  # fmt: skip
         rows = x.reshape(-1, x.shape[-1])
         inner = rows @ factors.low_down.t()
@@ -148,7 +148,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight, inner = ctx.saved_tensors
-        factors: Factors = ctx.factors
+        factors: LoraFactors = ctx.factors
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
         before = gradient @ factors.low_up  # the gradient of `inner`, but for the scale
         of_x = None
@@ -199,7 +199,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-        down: torch.nn.Parameter, up: torch.nn.Parameter, factors: Factors, geometry: tuple[Any, ...],
+        down: torch.nn.Parameter, up: torch.nn.Parameter, factors: LoraFactors, geometry: tuple[Any, ...],
     ) -> torch.Tensor:  # fmt: skip
         inner = F.conv2d(x, factors.low_down, None, *geometry)
         out = F.conv2d(x, weight, bias, *geometry).add_(F.conv2d(inner, factors.low_up), alpha=factors.scale)
@@ -210,7 +210,7 @@ class _Convolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, inner = ctx.saved_tensors
-        factors: Factors = ctx.factors
+        factors: LoraFactors = ctx.factors
         needs_x, one = ctx.needs_input_grad[0], ((1, 1), (0, 0), (1, 1))
         before, of_up = _conv_gradients(gradients[0], inner, factors.low_up, one, (True, True))
         through, of_down = _conv_gradients(before, x, factors.low_down, ctx.geometry, (needs_x, True))
@@ -222,7 +222,7 @@ class _Convolution(torch.autograd.Function):
         return of_x, None, None, of_down, of_up, None, None
 
 
-def _wants_plain(base: torch.nn.Module, factors: Factors) -> bool:
+def _wants_plain(base: torch.nn.Module, factors: LoraFactors) -> bool:
     """Whether inputs are dropped, the base is quantised and computes by itself, or a compiler looks on."""
     drops = factors.dropout.training and not isinstance(factors.dropout, torch.nn.Identity)
     return drops or type(base) not in (torch.nn.Linear, torch.nn.Conv2d) or torch.compiler.is_compiling()

@@ -19,9 +19,9 @@ def print_findings(done: Checkup, name: str, base: str, written: list[Path]) -> 
     console = Console(highlight=False, markup=False)
     facts = done.facts
     sizes = facts.smallest if facts.smallest == facts.largest else f"{facts.smallest} to {facts.largest}"
-    buckets = ", ".join(f"{use.width}x{use.height} ({use.pictures})" for use in facts.buckets[:6])
+    buckets = ", ".join(f"{use.width}x{use.height} ({use.images})" for use in facts.buckets[:6])
     console.print(
-        f"{name}: {facts.pictures} pictures of {sizes}, {facts.captions} with captions, {facts.variety} variety",
+        f"{name}: {facts.images} pictures of {sizes}, {facts.captions} with captions, {facts.variety} variety",
         soft_wrap=True,
     )
     console.print(f"trained for {base} as {buckets}", soft_wrap=True)
@@ -43,7 +43,7 @@ def print_findings(done: Checkup, name: str, base: str, written: list[Path]) -> 
         console.print(f"wrote {path}", soft_wrap=True)
 
 
-def told_findings(done: Checkup) -> str:
+def describe_findings(done: Checkup) -> str:
     """A line for each finding that is more than a note, serious ones first; empty where there is none."""
     grave = [one for one in done.findings if one.severity != "note"]
     lines = [f"  {one.severity}: {one.what}" for one in grave]
@@ -56,7 +56,7 @@ def as_json(done: Checkup) -> dict[str, Any]:
     findings = [
         {
             "check": one.check, "severity": one.severity, "what": one.what, "why": one.why, "cure": one.cure,
-            "pictures": one.details,
+            "images": one.details,
         }
         for one in done.findings
     ]  # fmt: skip

@@ -8,23 +8,23 @@ import torch
 from accelerate import Accelerator
 
 from scumble.configs.options import Options
-from scumble.datasets.batches import batches_per_epoch, told_batches
-from scumble.datasets.crop_loss import bucket_uses, told_waste
-from scumble.datasets.crops import View
-from scumble.datasets.reading.folder import Example, PictureSet
+from scumble.datasets.batches import batches_per_epoch, describe_batches
+from scumble.datasets.crop_loss import bucket_uses, describe_crop_loss
+from scumble.datasets.crops import CroppedExample
+from scumble.datasets.reading.folder import Example, ImageSet
 from scumble.datasets.reading.images import Crop, Size
 from scumble.datasets.tensors import masks_of
 
-from ..base_model.detect import Source, recognise
+from ..base_model.detect import DetectedBase, detect_base
 from ..base_model.quantize import BITS, check_bits
-from ..previews.prompts import Shot, default_cfg, derived, shots_of
+from ..previews.prompts import PreviewPrompt, default_guidance_scale, preview_prompts, prompts_from_captions
 from ..run.events import Events
 from ..run.folder import name_of_set
-from ..system.device import check_alone, check_attention, make_accelerator
+from ..system.device import check_attention, check_single_process, make_accelerator
 from ..training.optimizers import check_optimizer
-from .findings import as_json, told_findings
+from .findings import as_json, describe_findings
 from .plan import Plan, batch_size_of, make_plan, settled
-from .training_set import checked, heard, read_examples, read_views, resolution_of
+from .training_set import caption_text, crop_set, read_examples, resolution_of, run_checkup
 
 
 @dataclass(frozen=True)
@@ -32,26 +32,26 @@ class Job:
     """What a run will do, decided before a weight is loaded; in `options` every "auto" is settled."""
 
     options: Options
-    source: Source
-    pictures: PictureSet
-    views: list[View]
+    source: DetectedBase
+    image_set: ImageSet
+    cropped: list[CroppedExample]
     masks: list[tuple[torch.Tensor, ...]]
-    shots: list[Shot]
+    preview_prompts: list[PreviewPrompt]
     plan: Plan
     accelerator: Accelerator
     dtype: torch.dtype
 
     @property
     def examples(self) -> list[Example]:
-        return [view.example for view in self.views]
+        return [view.example for view in self.cropped]
 
     @property
     def crops(self) -> list[tuple[Crop, ...]]:
-        return [view.crops for view in self.views]
+        return [view.crops for view in self.cropped]
 
     @property
     def buckets(self) -> list[Size]:
-        return [view.size for view in self.views]
+        return [view.size for view in self.cropped]
 
     @property
     def repeats(self) -> list[int]:
@@ -63,21 +63,25 @@ class Job:
         return [index for index, example in enumerate(self.examples) if example.is_held_out]
 
 
-def look(options: Options, goes_on: bool = False) -> Job:
+def prepare_job(options: Options, goes_on: bool = False) -> Job:
     """Everything that can be wrong is looked at: base, pictures, optimiser, prompts; every "auto" becomes a number."""
-    check_alone()
-    source = recognise(options.model)
+    check_single_process()
+    source = detect_base(options.model)
     accelerator, dtype = make_accelerator(options.machine)
     device = accelerator.device.type
     check_optimizer(options.optimization.optimizer, device)
     check_attention(options.machine.attention, device)
     check_bits(BITS[options.machine.base_quantization], device)
     found = read_examples(options)
-    views = read_views(found, options, source)
+    views = crop_set(found, options, source)
     masks = [masks_of(view, source.latent_px, options.data.mask_floor) for view in views]
-    captions = [heard(one, options) for one in found.examples if not one.prior and not one.is_held_out]
-    prompts = derived(captions, options.data.caption_prefix, options.data.caption_suffix)
-    shots = shots_of(options.previews, resolution_of(options, source), prompts, default_cfg(source.name))
+    captions = [
+        caption_text(one, options) for one in found.examples if not one.is_regularization and not one.is_held_out
+    ]
+    prompts = prompts_from_captions(captions, options.data.caption_prefix, options.data.caption_suffix)
+    shots = preview_prompts(
+        options.previews, resolution_of(options, source), prompts, default_guidance_scale(source.name)
+    )
     buckets, repeats = [view.size for view in views], [view.example.repeats for view in views]
     per_epoch = batches_per_epoch(buckets, repeats, batch_size_of(options, source))
     plan = make_plan(options, source, per_epoch, len(captions), sum(repeats))
@@ -85,29 +89,33 @@ def look(options: Options, goes_on: bool = False) -> Job:
     return Job(settled(options, plan, name), source, found, views, masks, shots, plan, accelerator, dtype)
 
 
-def announce(job: Job, events: Events, notes: Sequence[str] = ()) -> None:
+def emit_plan(job: Job, events: Events, notes: Sequence[str] = ()) -> None:
     """What was found and decided, with the reasons."""
     sizes = list(dict.fromkeys(job.buckets))
-    pictures = [example for example in job.pictures.examples if not example.prior]
+    pictures = [example for example in job.image_set.examples if not example.is_regularization]
     found = f"{len(pictures)} pictures in {f'{len(sizes)} buckets' if len(sizes) > 1 else f'1 bucket ({sizes[0]})'}"
     if held_out := sum(example.is_held_out for example in pictures):
         found += f", {held_out} of them held out,"
     device, dtype = job.accelerator.device, str(job.dtype).removeprefix("torch.")
-    why = [*notes, f"{found} for {job.source.label}, {dtype} on {device}", *job.plan.reasons]
+    reasons = [*notes, f"{found} for {job.source.label}, {dtype} on {device}", *job.plan.reasons]
     if job.source.name == "sketch":
-        why.append("sketch is the embedded base, for demonstration and tests; name a real one with --base")
+        reasons.append("sketch is the embedded base, for demonstration and tests; name a real one with --base")
     events.emit(
-        "plan", name=job.options.output.output_name, steps=job.plan.num_steps, epochs=job.plan.num_epochs, why=why,
-        shots=len(job.shots),
+        "plan", name=job.options.output.output_name, steps=job.plan.num_steps, epochs=job.plan.num_epochs, reasons=reasons,
+        preview_prompts=len(job.preview_prompts),
     )  # fmt: skip
-    told = [told_waste(job.views), told_batches(job.buckets, job.repeats, job.plan.batch_size), job.pictures.told()]
+    told = [
+        describe_crop_loss(job.cropped),
+        describe_batches(job.buckets, job.repeats, job.plan.batch_size),
+        job.image_set.describe(),
+    ]
     events.emit(
-        "pictures", left_out=list(map(str, job.pictures.left_out)), remarks=list(map(str, job.pictures.remarks)),
-        buckets=[asdict(use) for use in bucket_uses(job.views)],
+        "images", left_out=list(map(str, job.image_set.left_out)), remarks=list(map(str, job.image_set.remarks)),
+        buckets=[asdict(use) for use in bucket_uses(job.cropped)],
         text="\n".join(filter(None, told)),
     )  # fmt: skip
-    done = checked(job.options, job.source, job.pictures, job.views, with_thumbs=False)
-    events.emit("checked", **as_json(done), text=told_findings(done))
+    done = run_checkup(job.options, job.source, job.image_set, job.cropped, with_thumbs=False)
+    events.emit("checkup", **as_json(done), text=describe_findings(done))
 
 
 def free_folder(options: Options) -> Path:

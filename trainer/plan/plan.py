@@ -10,7 +10,7 @@ from scumble.configs.options import Options
 from scumble.configs.words import counted
 
 from ..adapters.targets import Part
-from ..base_model.detect import Source
+from ..base_model.detect import DetectedBase
 from ..training.optimizers import OPTIMIZERS
 from .training_set import resolution_of
 
@@ -80,18 +80,18 @@ class Plan:
     reasons: list[str]
 
 
-def defaults_for(source: Source) -> Defaults:
+def defaults_for(source: DetectedBase) -> Defaults:
     """The defaults of the base's family, or those of the embedded base."""
     return DEFAULTS["sketch" if source.name == "sketch" else source.family.name]
 
 
-def batch_size_of(options: Options, source: Source) -> int:
+def batch_size_of(options: Options, source: DetectedBase) -> int:
     """The batch size that was asked for, or the default of the base."""
     asked = options.optimization.batch_size
     return defaults_for(source).batch_size if asked == "auto" else asked
 
 
-def parts_of(options: Options, source: Source) -> list[Part]:
+def parts_of(options: Options, source: DetectedBase) -> list[Part]:
     """The parts that are trained, with rank and alpha. Raises `Refused` where the algorithm does not support it."""
     network, defaults = options.network, defaults_for(source)
     if network.algorithm in ("loha", "lokr"):
@@ -121,7 +121,9 @@ def parts_of(options: Options, source: Source) -> list[Part]:
     return parts
 
 
-def make_plan(options: Options, source: Source, batches_per_epoch: int, num_images: int, num_samples: int) -> Plan:
+def make_plan(
+    options: Options, source: DetectedBase, batches_per_epoch: int, num_images: int, num_samples: int
+) -> Plan:
     """The plan for a set of `num_images`: `num_samples` with repeats, in `batches_per_epoch` forward passes."""
     wanted = options.optimization
     parts = parts_of(options, source)
@@ -215,7 +217,7 @@ def absolute(path: str) -> str:
 
 
 def _num_steps(
-    options: Options, source: Source, steps_per_epoch: int, num_images: int, num_samples: int
+    options: Options, source: DetectedBase, steps_per_epoch: int, num_images: int, num_samples: int
 ) -> tuple[int, str]:
     """The number of optimizer steps, and why."""
     wanted, defaults, kind = options.optimization, defaults_for(source), options.data.kind
@@ -233,7 +235,9 @@ def _num_steps(
     return num_steps, f"{reason} ({samples // num_images} per image) for {source.label}"
 
 
-def _learning_rates(options: Options, source: Source, parts: Sequence[Part]) -> tuple[dict[str, float], list[str]]:
+def _learning_rates(
+    options: Options, source: DetectedBase, parts: Sequence[Part]
+) -> tuple[dict[str, float], list[str]]:
     """The peak learning rate of each part, and what there is to say about them."""
     wanted, defaults = options.optimization, defaults_for(source)
     optimizer, algorithm = OPTIMIZERS[wanted.optimizer], ALGORITHMS[options.network.algorithm]

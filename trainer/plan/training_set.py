@@ -8,47 +8,49 @@ from pathlib import Path
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Options
-from scumble.datasets.captions import CERTAIN, ruled, said, with_trigger
-from scumble.datasets.checkup.checkup import Checkup, check
+from scumble.datasets.captions import NOT_RANDOM, caption_at_step, with_folder_rules, with_trigger
+from scumble.datasets.checkup.checkup import Checkup, check_images
 from scumble.datasets.checkup.token_window import read_windows
-from scumble.datasets.crops import View, tables, views_of
-from scumble.datasets.reading.folder import Example, PictureSet, read_set
+from scumble.datasets.crops import CroppedExample, crop_examples, tables
+from scumble.datasets.reading.folder import Example, ImageSet, read_set
 
-from ..base_model.detect import Source
+from ..base_model.detect import DetectedBase
 
 HELD_OUT_BY_SIZE = (8, 0), (16, 2), (31, 4), (51, 6), (math.inf, 8)
 """With validation_split = auto: below so many images, how many are held out."""
 
 
-def resolution_of(options: Options, source: Source) -> int:
+def resolution_of(options: Options, source: DetectedBase) -> int:
     """Side of the square whose area pictures are brought to."""
     return source.resolution_px if options.data.resolution == "auto" else options.data.resolution
 
 
-def read_examples(options: Options) -> PictureSet:
+def read_examples(options: Options) -> ImageSet:
     """The pictures, the trigger in their captions; regularisation pictures are repeated to be about as many."""
     if not options.data.images:
         raise Refused("train: name a folder of pictures, as in `scumble train photos/`")
     found = read_set(Path(options.data.images), options.data.repeats, masks=options.data.masks)
     if options.data.regularization_images:
-        found += read_set(Path(options.data.regularization_images), prior=True, masks=options.data.masks)
+        found += read_set(Path(options.data.regularization_images), is_regularization=True, masks=options.data.masks)
     found = hold_out(found, options)
-    prior = sum(example.repeats for example in found.examples if example.prior)
-    times = max(1, round(sum(example.repeats for example in found.examples if not example.prior) / max(1, prior)))
+    prior = sum(example.repeats for example in found.examples if example.is_regularization)
+    times = max(
+        1, round(sum(example.repeats for example in found.examples if not example.is_regularization) / max(1, prior))
+    )
     found.examples = [
         replace(example, repeats=example.repeats * times)
-        if example.prior
+        if example.is_regularization
         else replace(
             example, caption=with_trigger(example.caption, options.data.trigger, options.data.trigger_position)
         )
         for example in found.examples
     ]
-    if all(example.prior for example in found.examples):
+    if all(example.is_regularization for example in found.examples):
         raise Refused(f"{options.data.images}: every picture there is for regularisation, none is left to learn from")
     return found
 
 
-def hold_out(found: PictureSet, options: Options) -> PictureSet:
+def hold_out(found: ImageSet, options: Options) -> ImageSet:
     """The set with the images that `validation_split` names held out: their repeats are 0, they are never trained on.
 
     A folder adds its images, which are not trained on even where they are also in the training folder. Otherwise images
@@ -58,14 +60,14 @@ def hold_out(found: PictureSet, options: Options) -> PictureSet:
     split = options.data.validation_split
     if split == "off":
         return found
-    trained = [example for example in found.examples if not example.prior]
+    trained = [example for example in found.examples if not example.is_regularization]
     distinct = sorted({_draw(example, options.output.seed) for example in trained})
     if isinstance(split, str) and split != "auto":
         further = read_set(Path(split), masks=options.data.masks)
         chosen = {example.digest for example in further.examples}
-        found.examples = [one for one in found.examples if one.prior or one.digest not in chosen]
+        found.examples = [one for one in found.examples if one.is_regularization or one.digest not in chosen]
         further.examples = [replace(example, repeats=0) for example in further.examples]
-        if all(example.prior for example in found.examples):
+        if all(example.is_regularization for example in found.examples):
             raise Refused(f"--validation-split {split}: it holds every training image; remove some from it")
         return found + further
     count = num_held_out(split, len(distinct))
@@ -75,7 +77,7 @@ def hold_out(found: PictureSet, options: Options) -> PictureSet:
         )
     out = set(distinct[:count])
     found.examples = [
-        one if one.prior or _draw(one, options.output.seed) not in out else replace(one, repeats=0)
+        one if one.is_regularization or _draw(one, options.output.seed) not in out else replace(one, repeats=0)
         for one in found.examples
     ]
     return found
@@ -95,36 +97,36 @@ def _draw(example: Example, seed: int) -> bytes:
     return hashlib.blake2b(f"{seed}/{example.digest}".encode()).digest()
 
 
-def read_views(found: PictureSet, options: Options, source: Source) -> list[View]:
+def crop_set(found: ImageSet, options: Options, source: DetectedBase) -> list[CroppedExample]:
     """The crops of each picture at each resolution. Raises `Refused` for a step that the base cannot do."""
     step_px = source.step_px if options.data.bucket_reso_steps == "auto" else options.data.bucket_reso_steps
     if step_px % source.whole_px:
         raise Refused(f"--bucket-reso-steps {step_px}: must be a multiple of {source.whole_px} for {source.label}")
     buckets = tables(options.data, resolution_of(options, source), step_px)
-    return views_of(found.examples, buckets, options.data, options.output.seed)
+    return crop_examples(found.examples, buckets, options.data, options.output.seed)
 
 
-def heard(example: Example, options: Options) -> str:
+def caption_text(example: Example, options: Options) -> str:
     """What training says of a picture where chance takes nothing away and shuffles nothing."""
     data = options.data.model_copy(
-        update={"trigger": "", "caption_prefix": "", "caption_suffix": ""} if example.prior else {}
+        update={"trigger": "", "caption_prefix": "", "caption_suffix": ""} if example.is_regularization else {}
     )
-    rules = ruled(data, example.rules).model_copy(update=CERTAIN)
-    return said(example.lines, rules, seed=options.output.seed, step=0, index=0)
+    rules = with_folder_rules(data, example.rules).model_copy(update=NOT_RANDOM)
+    return caption_at_step(example.lines, rules, seed=options.output.seed, step=0, index=0)
 
 
-def checked(
+def run_checkup(
     options: Options,
-    source: Source,
-    found: PictureSet,
-    views: list[View],
+    source: DetectedBase,
+    found: ImageSet,
+    views: list[CroppedExample],
     with_thumbs: bool,
     tell: Callable[[int], None] = lambda done: None,
 ) -> Checkup:
     """The check-up of a run's pictures and captions, by what the base hears of them."""
-    return check(
+    return check_images(
         found, views, kind=options.data.kind, trigger=options.data.trigger,
         windows=read_windows(source.tokenizers),
-        heard=lambda example: heard(example, options),
+        heard=lambda example: caption_text(example, options),
         with_thumbs=with_thumbs, tell=tell,
     )  # fmt: skip

@@ -12,19 +12,20 @@ from PIL import Image
 
 from scumble.configs.errors import Refused, printable
 from scumble.configs.options import Model, Previews
+from scumble.configs.progress import tracked
 
 from ..adapters.adapter import Adapter, read_adapter
-from ..adapters.applied import worn
+from ..adapters.applied import applied
 from ..adapters.compatibility import check_fit
 from ..adapters.inspect import beyond_diffusers, network_of, tag_counts
 from ..adapters.weights import find_weights
-from ..base_model.load import Base, Source, load, recognise
+from ..base_model.detect import DetectedBase, detect_base
+from ..base_model.load import Base, load
 from ..system.device import best_device, device_may_fail
-from ..system.progress import with_bar
-from .gallery import dtype_to_paint
-from .grid import cell, grid, write_picture
-from .prompts import SHOWN_WORDS, Shot, default_cfg, shots_of
-from .sampling import paint
+from .gallery import render_dtype
+from .grid import cell, grid, write_png
+from .prompts import SHOWN_WORDS, PreviewPrompt, default_guidance_scale, preview_prompts
+from .sampling import render
 
 STRENGTH_LIMIT = 10.0
 STRENGTHS = ("0", "0.5", "0.8", "1", "1.2")
@@ -43,41 +44,41 @@ def compare(files: Sequence[Path], model: Model, previews: Previews, strengths: 
     adapters = [read_adapter(file) for file in files]
     if "base" not in model.model_fields_set:
         model = model.model_copy(update={"base": base_of(files, adapters)})
-    source = recognise(model)
+    source = detect_base(model)
     for file, adapter in zip(files, adapters, strict=True):
-        check_paintable(file, adapter, source)
-    shots = shots_of(previews, None, prompts_of(adapters), default_cfg(model.base))
+        check_renderable(file, adapter, source)
+    shots = preview_prompts(previews, None, prompts_of(adapters), default_guidance_scale(model.base))
     device = torch.device(best_device())
     amounts = [strength for strength in strengths if strength]
     alone = len(amounts) < len(strengths)
     labels = [*(["no adapter"] if alone else []), *(f"{name} @ {n:g}" for name in names_of(files) for n in amounts)]
 
     def painted() -> Iterator[list[Image.Image]]:
-        base = load(model, source, device, dtype_to_paint(device))
+        base = load(model, source, device, render_dtype(device))
         if alone:
-            yield paint(base, shots, previews.sampler)
+            yield render(base, shots, previews.sampler)
         for file, adapter in zip(files, adapters, strict=True):
-            yield from paint_strengths(base, file, adapter, shots, amounts, previews.sampler)
+            yield from render_strengths(base, file, adapter, shots, amounts, previews.sampler)
 
     with device_may_fail(device):
-        rows = [[cell(picture) for picture in row] for row in with_bar(painted(), "painting", len(labels))]
+        rows = [[cell(picture) for picture in row] for row in tracked(painted(), "painting", len(labels))]
     above = [[shot.prompt for shot in shots], *([] for _ in rows[1:])]
-    write_picture(grid(rows, above, labels), out)
+    write_png(grid(rows, above, labels), out)
 
 
-def paint_strengths(
-    base: Base, file: Path, adapter: Adapter, shots: Sequence[Shot], strengths: Sequence[float], sampler: str
+def render_strengths(
+    base: Base, file: Path, adapter: Adapter, shots: Sequence[PreviewPrompt], strengths: Sequence[float], sampler: str
 ) -> Iterator[list[Image.Image]]:
     """The shots at each strength of one file, whose content is `adapter`; the base is left as it was."""
     if beyond_diffusers(network_of(adapter)):
         for strength in strengths:
-            with worn(base, adapter, strength):
-                yield paint(base, shots, sampler)
+            with applied(base, adapter, strength):
+                yield render(base, shots, sampler)
         return
     base.pipeline.load_lora_weights(str(file), adapter_name=LOADED)
     for strength in strengths:
         base.pipeline.set_adapters([LOADED], [strength])
-        yield paint(base, shots, sampler)
+        yield render(base, shots, sampler)
     base.pipeline.unload_lora_weights()
 
 
@@ -122,7 +123,7 @@ def base_of(files: Sequence[Path], adapters: Sequence[Adapter]) -> str:
     return "sketch"
 
 
-def check_paintable(file: Path, adapter: Adapter, source: Source) -> None:
+def check_renderable(file: Path, adapter: Adapter, source: DetectedBase) -> None:
     """Raises `Refused` for an adapter of another base."""
     if adapter.family != source.family.name:
         raise Refused(

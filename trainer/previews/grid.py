@@ -1,13 +1,12 @@
 """Labelled grids of images."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
-from scumble.configs.errors import Refused
+from scumble.configs.atomic import atomic_write
 from scumble.datasets.fonts import Font, lettered
 
 GAP_PX = 8
@@ -84,14 +83,7 @@ def shortened(label: str, font: Font, width_px: int) -> str:
     return shown
 
 
-def write_picture(picture: Image.Image, path: Path, info: PngInfo | None = None) -> None:
-    """Write a PNG whole or not at all; raises `Refused` (73) where the place cannot be written."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+def write_png(picture: Image.Image, path: Path, info: PngInfo | None = None) -> None:
+    """Write a PNG file atomically. Raises `Refused` (73) where it cannot be written."""
+    with atomic_write(path) as temporary:
         picture.save(temporary, format="PNG", pnginfo=info)
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise Refused(f"{path}: cannot be written ({error.strerror or error})", 73) from None

@@ -20,26 +20,26 @@ KOHYA_FLAG = re.compile(r"\s--([nwhdsl])\s+")
 
 
 @dataclass(frozen=True)
-class Shot:
+class PreviewPrompt:
     """One preview: everything that decides its picture. Sizes in pixels, None for the base's own."""
 
     prompt: str
-    negative: str
+    negative_prompt: str
     width: int | None
     height: int | None
     seed: int
-    steps: int
-    cfg: float
+    num_inference_steps: int
+    guidance_scale: float
 
 
-def shots_of(previews: Previews, size_px: int | None, prompts: Sequence[str], cfg: float) -> list[Shot]:
+def preview_prompts(previews: Previews, size_px: int | None, prompts: Sequence[str], cfg: float) -> list[PreviewPrompt]:
     """The shots that the options name; where they name none, those of `prompts`."""
     lines = list(previews.prompts) + (_lines_of(Path(previews.prompt_file)) if previews.prompt_file else [])
     side = size_px if previews.preview_size == "auto" else previews.preview_size
     return [
         _parsed(
             line,
-            Shot(
+            PreviewPrompt(
                 line, previews.negative_prompt, side, side, previews.preview_seed + index, previews.num_inference_steps,
                 cfg if previews.guidance_scale == "auto" else previews.guidance_scale,
             ),
@@ -48,7 +48,7 @@ def shots_of(previews: Previews, size_px: int | None, prompts: Sequence[str], cf
     ]  # fmt: skip
 
 
-def derived(captions: Sequence[str], prefix: str = "", suffix: str = "") -> list[str]:
+def prompts_from_captions(captions: Sequence[str], prefix: str = "", suffix: str = "") -> list[str]:
     """Three captions from over the set, and one prompt far from them with the words that all captions share.
 
     `captions` are as training says them; `prefix` and `suffix`, which stand around them, stand around that one too.
@@ -77,24 +77,24 @@ def _lines_of(path: Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
 
 
-def _parsed(line: str, default: Shot) -> Shot:
+def _parsed(line: str, default: PreviewPrompt) -> PreviewPrompt:
     """kohya's line: prompt, then --n negative, --w width, --h height, --d seed, --s steps, --l guidance scale."""
     prompt, *rest = KOHYA_FLAG.split(line)
     said = dict(zip(rest[::2], (value.strip() for value in rest[1::2]), strict=True))
     try:
-        return Shot(
+        return PreviewPrompt(
             prompt.strip(),
-            said.get("n", default.negative),
+            said.get("n", default.negative_prompt),
             int(said["w"]) // 8 * 8 if "w" in said else default.width,
             int(said["h"]) // 8 * 8 if "h" in said else default.height,
             int(said.get("d", default.seed)),
-            int(said.get("s", default.steps)),
-            float(said.get("l", default.cfg)),
+            int(said.get("s", default.num_inference_steps)),
+            float(said.get("l", default.guidance_scale)),
         )
     except ValueError:
         raise Refused(f"--prompts {line!r}: a number after --w, --h, --d, --s or --l cannot be read") from None
 
 
-def default_cfg(base_name: str) -> float:
+def default_guidance_scale(base_name: str) -> float:
     """Guidance that suits the base: the embedded one is small and paints cleaner with less."""
     return 5.0 if base_name == "sketch" else 7.0

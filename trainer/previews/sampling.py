@@ -11,12 +11,14 @@ from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncest
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from PIL import Image
 
+from scumble.configs.exit_codes import UNAVAILABLE
+
 from ..base_model.load import Base
-from ..base_model.offload import at_hand
+from ..base_model.offload import on_device
 from ..kernels.capture import Capture, Captured, Tensors
 from ..kernels.cuda_graphs import CudaGraphs
 from ..system.out_of_memory import TooLarge, unless_too_large
-from .prompts import Shot
+from .prompts import PreviewPrompt
 
 SAMPLERS = {
     "ddim": DDIMScheduler,
@@ -30,9 +32,9 @@ MAX_CAPTURED = 8  # pictures in a pass, empty prompts too: with more, launching 
 
 
 @torch.no_grad()
-def paint(
+def render(
     base: Base,
-    shots: Sequence[Shot],
+    shots: Sequence[PreviewPrompt],
     sampler: str,
     say: Callable[[str], None] = lambda line: None,
     capture: Capture | None = None,
@@ -102,7 +104,7 @@ def _decoded_in_own_dtype(vae: Any) -> Generator[None]:
         del vae.decode
 
 
-def _painted(base: Base, shots: Sequence[Shot], captured: Captured) -> list[Image.Image]:
+def _painted(base: Base, shots: Sequence[PreviewPrompt], captured: Captured) -> list[Image.Image]:
     """Shots that are alike, all at once, or as many as fit into memory. Raises `TooLarge` where not one does.
 
     Passes are captured no more where memory lacks: a captured one keeps its own.
@@ -110,19 +112,19 @@ def _painted(base: Base, shots: Sequence[Shot], captured: Captured) -> list[Imag
     first, encode_prompt = shots[0], cast("Callable[..., tuple[torch.Tensor, ...]]", base.pipeline.encode_prompt)
 
     def painted() -> list[Image.Image]:
-        with at_hand(base, *base.text_encoders):
+        with on_device(base, *base.text_encoders):
             heard = encode_prompt(
                 [shot.prompt for shot in shots],
                 device=base.device,
                 num_images_per_prompt=1,
-                do_classifier_free_guidance=first.cfg > 1,
-                negative_prompt=[shot.negative for shot in shots],
+                do_classifier_free_guidance=first.guidance_scale > 1,
+                negative_prompt=[shot.negative_prompt for shot in shots],
             )
-        with at_hand(base, base.vae):
+        with on_device(base, base.vae):
             return base.pipeline(
                 **dict(zip(EMBEDDINGS, heard, strict=False)),
-                num_inference_steps=first.steps,
-                guidance_scale=first.cfg,
+                num_inference_steps=first.num_inference_steps,
+                guidance_scale=first.guidance_scale,
                 height=first.height,
                 width=first.width,
                 generator=[torch.Generator().manual_seed(shot.seed) for shot in shots],
@@ -130,19 +132,21 @@ def _painted(base: Base, shots: Sequence[Shot], captured: Captured) -> list[Imag
 
     images = unless_too_large(painted)
     if images is None and captured.capture is not None:
-        captured.run_as_it_is()
+        captured.disable()
         images = unless_too_large(painted)
     if images is not None:
         return images
     if len(shots) == 1:
-        raise TooLarge(f"a preview of {first.width}x{first.height} does not fit into memory; lower --preview-size", 69)
+        raise TooLarge(
+            f"a preview of {first.width}x{first.height} does not fit into memory; lower --preview-size", UNAVAILABLE
+        )
     half = len(shots) // 2
     return _painted(base, shots[:half], captured) + _painted(base, shots[half:], captured)
 
 
-def _batches(shots: Sequence[Shot]) -> list[list[int]]:
+def _batches(shots: Sequence[PreviewPrompt]) -> list[list[int]]:
     """Indices of shots that can be painted together: one size, one number of steps, one guidance."""
     alike: dict[tuple[object, ...], list[int]] = {}
     for index, shot in enumerate(shots):
-        alike.setdefault((shot.width, shot.height, shot.steps, shot.cfg), []).append(index)
+        alike.setdefault((shot.width, shot.height, shot.num_inference_steps, shot.guidance_scale), []).append(index)
     return [indices[start : start + BATCH] for indices in alike.values() for start in range(0, len(indices), BATCH)]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scumble.configs.errors import Refused
+from scumble.configs.atomic import cannot_write
 
 Event = dict[str, Any]
 Reader = Callable[[Event], None]
@@ -36,7 +36,7 @@ def file_reader(path: Path) -> Reader:
             with path.open("a", encoding="utf-8") as file:
                 file.write(as_line(event) + "\n")
         except OSError as error:
-            raise Refused(f"{path}: cannot be written ({error.strerror or error})", 73) from None
+            raise cannot_write(path, error) from None
 
     return append
 

@@ -10,7 +10,7 @@ from scumble.datasets.reading.folder import Example
 from scumble.datasets.reading.images import Crop, digest_of_file
 
 from ..adapters.targets import LAYOUT
-from ..base_model.detect import Source
+from ..base_model.detect import DetectedBase
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 20
 FREE = {
@@ -28,7 +28,7 @@ FIXED_TABLES = {"network"}
 
 
 def identity_of(
-    source: Source, options: Options, examples: Sequence[Example], crops: Sequence[Sequence[Crop]]
+    source: DetectedBase, options: Options, examples: Sequence[Example], crops: Sequence[Sequence[Crop]]
 ) -> dict[str, Any]:
     """What a run is: its options, its base, and each of its pictures with caption and crop."""
     return {
@@ -62,7 +62,7 @@ def fingerprints_of(examples: Sequence[Example], crops: Sequence[Sequence[Crop]]
         content = [example.digest]
         if example.mask:
             content.append(digest_of_file(example.mask))
-        told = f"{content}/{example.caption}/{example.repeats}/{example.prior}/{seen}"
+        told = f"{content}/{example.caption}/{example.repeats}/{example.is_regularization}/{seen}"
         told += f"/{example.rules}" if example.rules else ""
         inside = example.image.is_relative_to(folder)
         name = example.image.relative_to(folder).as_posix() if inside else example.image.name

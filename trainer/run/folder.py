@@ -17,9 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from scumble.configs.atomic import atomic_write, cannot_write
 from scumble.configs.errors import Refused
+from scumble.configs.exit_codes import CANNOT_WRITE, DONE, INTERRUPTED, RESUMABLE
 
-from ..system.signals import DONE, INTERRUPTED, STOPPED, Cut
+from ..system.signals import Interrupted
 
 OWNER, HEARTBEAT, EXIT, REQUESTS = "owner.json", "heartbeat.json", "exit.json", "requests"
 ROOM, ROOM_BYTES = "exit.json.room", 4096  # kept for the exit record, which a full disk must not prevent
@@ -63,7 +65,7 @@ class RunFolder:
             raise Refused(
                 f"{self.path}: is being trained by process {owner.get('pid')} on {owner.get('host')}; "
                 f"`scumble stop {self.path}` ends it",
-                STOPPED,
+                RESUMABLE,
             )
         try:
             (self.path / REQUESTS).mkdir(parents=True, exist_ok=True)
@@ -93,7 +95,7 @@ class RunFolder:
         owner = read_json(self.path / OWNER)
         if owner.get("token") != self.token:
             what = "another process has taken this run over" if owner else f"{OWNER} has gone or cannot be read"
-            raise TakenOver(f"{self.path}: {what}; this process stops and writes nothing more", STOPPED)
+            raise TakenOver(f"{self.path}: {what}; this process stops and writes nothing more", RESUMABLE)
 
     def beat(self, step: int, num_steps: int) -> None:
         """Say that the run lives: at once where its length is another than before, else at most every few seconds."""
@@ -134,7 +136,7 @@ class RunFolder:
     ) -> None:
         if isinstance(error, Refused):
             self.stopped(error.exit_code, str(error))
-        elif isinstance(error, Cut):
+        elif isinstance(error, Interrupted):
             self.stopped(error.code, f"stopped by {error.by}")
         elif error is not None:
             self.stopped(1, f"{type(error).__name__}: {error}")
@@ -185,7 +187,7 @@ def status_of(folder: Path) -> Status:
     step, num_steps = int(beat.get("step", 0)), int(beat.get("num_steps", 0))
     if ended:
         code = ended.get("code")
-        state = "done" if code == DONE else "stopped" if code in (STOPPED, INTERRUPTED, 73) else "failed"
+        state = "done" if code == DONE else "stopped" if code in (RESUMABLE, INTERRUPTED, CANNOT_WRITE) else "failed"
         return Status(
             state, str(ended.get("reason", "")), int(ended.get("step", step)), int(ended.get("num_steps", num_steps))
         )
@@ -209,7 +211,7 @@ def request(folder: Path, kind: str) -> None:
     try:
         (folder / REQUESTS / kind).touch()
     except OSError as error:
-        raise Refused(f"{folder / REQUESTS}: cannot be written ({error.strerror or error})", 73) from None
+        raise cannot_write(folder / REQUESTS, error) from None
 
 
 def born(pid: int) -> str | None:
@@ -237,18 +239,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def write_json(path: Path, told: Mapping[str, Any]) -> None:
-    """Write whole or not at all. Raises `Refused` (73) where the place cannot be written."""
-    write_text(path, json.dumps(told, ensure_ascii=False) + "\n")
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object atomically. Raises `Refused` (73) where it cannot be written."""
+    write_text(path, json.dumps(content, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write whole or not at all. Raises `Refused` (73) where the place cannot be written."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    """Write a text file atomically. Raises `Refused` (73) where it cannot be written."""
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
-        raise Refused(f"{path}: cannot be written ({error.strerror or error})", 73) from None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from scumble.configs.errors import Refused
 
-from ..system.formatting import in_words
+from ..system.formatting import format_bytes
 from ..system.output_paths import free_bytes
 
 STATES_AT_ONCE = 3  # two that stay and one that is being staged
@@ -40,7 +40,7 @@ def check_disk(folder: Path, needed: int) -> int:
     free = free_bytes(folder)
     if needed > free + held:
         raise Refused(
-            f"--output-dir {folder}: the run needs up to {in_words(needed)}, {in_words(free)} are free; make room, use "
+            f"--output-dir {folder}: the run needs up to {format_bytes(needed)}, {format_bytes(free)} are free; make room, use "
             "another --output-dir, or keep fewer adapters (--keep-checkpoints last, a larger --save-every)",
             73,
         )

@@ -10,7 +10,7 @@ SLOWER = 2.0
 RECENT, FEWEST, MOST = 5, 20, 200  # steps: those judged, and those that tell what is usual
 
 
-class Pace:
+class SlowdownWatch:
     """Fed with the seconds of each step; the run's first step warms up and does not count."""
 
     def __init__(self, device: torch.device):

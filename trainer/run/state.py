@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scumble.configs.errors import Refused
+from scumble.configs.exit_codes import CANNOT_WRITE
 
 from .folder import FORMAT
 
@@ -33,27 +34,27 @@ NUM_KEPT = 2
 class State:
     """`step` steps are done. `rows` are the previews that stand in the grid: label, epoch, step.
 
-    `checkpoints` are saved adapters with the loss by which they are ranked, `validated` steps with the loss on held-out
+    `checkpoints` are saved adapters with the loss by which they are ranked, `validation_losses` steps with the loss on held-out
     pictures after them.
     """
 
     step: int = 0
     started: float = 0.0
     losses: list[float] = field(default_factory=list)
-    rate_factor: float = 1.0
-    broken_in_a_row: int = 0
+    lr_factor: float = 1.0
+    non_finite_in_a_row: int = 0
     micro_batch: int = 0
-    recomputed: int = 0
+    checkpointing_level: int = 0
     bits: int = 16
     compiled: bool = False
     rows: list[tuple[str, int, int]] = field(default_factory=list)
     checkpoints: list[tuple[str, float]] = field(default_factory=list)
-    validated: list[tuple[int, float]] = field(default_factory=list)
+    validation_losses: list[tuple[int, float]] = field(default_factory=list)
     identity: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Kept:
+class LoadedState:
     """A state as read: `tensors` by name, `optimizer` as its `state_dict` gave it."""
 
     state: State
@@ -95,13 +96,13 @@ def save_state(
             raise
         shutil.rmtree(staged, ignore_errors=True)
         reason = (error.strerror or error) if isinstance(error, OSError) else "the disk is full"
-        raise Refused(f"{final}: cannot be written ({reason})", 73) from None
+        raise Refused(f"{final}: cannot be written ({reason})", CANNOT_WRITE) from None
     for path in [*_states(run)[:-NUM_KEPT], *(run / FOLDER).glob(f"{STAGED}-*")]:
         shutil.rmtree(path, ignore_errors=True)
     return final
 
 
-def newest_state(run: Path, say: Callable[[str], None], before: float = inf) -> Kept | None:
+def newest_state(run: Path, say: Callable[[str], None], before: float = inf) -> LoadedState | None:
     """The newest whole state of a step below `before`; `say` is told of each that is not whole. None where is none."""
     for path in reversed([path for path in _states(run) if int(path.name) < before]):
         with suppress(OSError, ValueError, TypeError, KeyError):
@@ -113,10 +114,10 @@ def newest_state(run: Path, say: Callable[[str], None], before: float = inf) -> 
             if told.pop("format", None) != FORMAT:
                 raise ValueError(path)
             if all(_digest(path / name) == digests[name] for name in (ADAPTER, OPTIMIZER)):
-                for name in ("rows", "checkpoints", "validated"):
+                for name in ("rows", "checkpoints", "validation_losses"):
                     told[name] = [tuple(row) for row in told.get(name, ())]
                 optimizer = torch.load(path / OPTIMIZER, weights_only=True, map_location="cpu")
-                return Kept(State(**told), load_file(path / ADAPTER), optimizer)
+                return LoadedState(State(**told), load_file(path / ADAPTER), optimizer)
         say(f"{path} is damaged and left aside")
     return None
 

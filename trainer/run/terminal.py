@@ -49,13 +49,13 @@ class Terminal:
     def _note(self, event: Event) -> None:
         self.progress.console.print(event["text"], soft_wrap=True)
 
-    _measured = _resumed = _validated = _note
+    _measured = _resumed = _validation = _note
 
-    def _pictures(self, event: Event) -> None:
+    def _images(self, event: Event) -> None:
         if event["text"]:
             self._note(event)
 
-    _checked = _pictures
+    _checkup = _images
 
     def _encoded(self, event: Event) -> None:
         if self.encoding is None:
@@ -66,7 +66,7 @@ class Terminal:
             self.progress.remove_task(self.encoding)
 
     def _plan(self, event: Event) -> None:
-        for reason in event["why"]:
+        for reason in event["reasons"]:
             self.console.print(f"  {reason}", soft_wrap=True)
 
     def _step(self, event: Event) -> None:

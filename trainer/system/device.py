@@ -15,9 +15,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from scumble.configs.errors import Refused
+from scumble.configs.exit_codes import RESUMABLE, UNAVAILABLE
 from scumble.configs.options import Machine
-
-from .signals import STOPPED
 
 SIZES_OF_LAUNCHES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # as in accelerate
 SIGNS = (  # in errors that have no type of their own: of the CPU, of CUDA's libraries, of Metal
@@ -33,7 +32,7 @@ def make_accelerator(machine: Machine) -> tuple[Accelerator, torch.dtype]:
     auto precision: bf16 where a CUDA device has it, fp16 on older ones, bf16 on CPUs that multiply it fast, else fp32.
     Raises `Refused` for a device that is not there, or a precision that it has not.
     """
-    if machine.device not in ("auto", *there()):
+    if machine.device not in ("auto", *available_devices()):
         raise Refused(f"--device {machine.device}: this machine has none that torch can use")
     device = best_device() if machine.device == "auto" else machine.device
     precision = machine.mixed_precision
@@ -48,7 +47,7 @@ def make_accelerator(machine: Machine) -> tuple[Accelerator, torch.dtype]:
     return Accelerator(cpu=device == "cpu", mixed_precision=mixed), DTYPES[precision]
 
 
-def there() -> list[str]:
+def available_devices() -> list[str]:
     """The kinds of device that torch can use here, the fastest first."""
     usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     return [kind for kind, is_usable in usable.items() if is_usable]
@@ -56,7 +55,7 @@ def there() -> list[str]:
 
 def best_device() -> str:
     """The fastest that there is."""
-    return there()[0]
+    return available_devices()[0]
 
 
 def auto_precision(device: str) -> str:
@@ -68,7 +67,7 @@ def auto_precision(device: str) -> str:
     return "fp32"
 
 
-def check_alone() -> None:
+def check_single_process() -> None:
     """Raises `Refused` where a launcher (accelerate, torchrun, MPI) started several processes for one run."""
     for name in SIZES_OF_LAUNCHES:
         if (size := os.environ.get(name, "1")) not in ("", "0", "1"):
@@ -83,11 +82,11 @@ def check_attention(attention: str, device: str) -> None:
     if attention == "xformers" and device != "cuda":
         raise Refused(f"--attention xformers: computes on cuda devices only, and this run is on {device}; leave it out")
     if attention == "xformers" and find_spec("xformers") is None:
-        raise Refused('--attention xformers: not installed; pip install "scumble[xformers]"', 69)
+        raise Refused('--attention xformers: not installed; pip install "scumble[xformers]"', UNAVAILABLE)
 
 
 def memory_mb(device: torch.device) -> int:
-    """Peak memory since `forget_peak`: of the CUDA device, else of this process; on MPS what torch holds now."""
+    """Peak memory since `reset_peak_memory`: of the CUDA device, else of this process; on MPS what torch holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) // 2**20
     if device.type == "mps":
@@ -95,7 +94,7 @@ def memory_mb(device: torch.device) -> int:
     return _peak_of_process_mb()
 
 
-def forget_peak(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Let the peak be what is held now, where the system can: loading a base reads files through mapped memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -113,7 +112,7 @@ def total_memory_mb(device: torch.device) -> int:
     return psutil.virtual_memory().total // 2**20
 
 
-def wait_for(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Until the device has done all that was queued on it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -121,14 +120,14 @@ def wait_for(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """On the device; from pinned memory, so that the copy to CUDA is queued like all else and nothing waits for it."""
     if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
-class Coming:
+class AsyncValue:
     """Numbers on their way from a device. `values` waits for them, but not for what was queued after them."""
 
     def __init__(self, numbers: torch.Tensor):
@@ -188,8 +187,8 @@ def device_may_fail(device: torch.device) -> Generator[None]:
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             full = f"the memory of the {device.type} device is full; close other programs that use it"
-            raise Refused(full, STOPPED) from None
+            raise Refused(full, RESUMABLE) from None
         if not str(error).startswith("CUDA error"):
             raise
         line = str(error).splitlines()[0]
-        raise Refused(f"the {device.type} device fails ({line}); look at its driver and cooling", STOPPED) from None
+        raise Refused(f"the {device.type} device fails ({line}); look at its driver and cooling", RESUMABLE) from None

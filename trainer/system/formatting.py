@@ -1,7 +1,7 @@
 """Sizes of files and of memory as people say them."""
 
 
-def in_words(size: float) -> str:
+def format_bytes(size: float) -> str:
     """A number of bytes: 620 kB, 38.1 MB, 2.4 GB."""
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
         if round(size / unit, 1) >= 1:

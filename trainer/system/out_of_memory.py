@@ -8,11 +8,12 @@ from typing import TypeVar
 import torch
 
 from scumble.configs.errors import Refused
+from scumble.configs.exit_codes import UNAVAILABLE
 
-from .device import forget_peak, free_unused, is_out_of_memory, memory_mb, wait_for
+from .device import free_unused, is_out_of_memory, memory_mb, reset_peak_memory, synchronize
 
 PATIENCE_S, TRIALS = 10.0, 3  # so many that on a CPU the last of them runs what the others recorded
-Found = TypeVar("Found")
+T = TypeVar("Found")
 
 
 class TooLarge(Refused):
@@ -20,14 +21,14 @@ class TooLarge(Refused):
 
 
 @dataclass(frozen=True)
-class Measured:
+class StepCost:
     """What one forward and backward pass of the largest batch took."""
 
     seconds: float
     memory_mb: int
 
 
-def measure(trial: Callable[[], None], device: torch.device, need_less: Callable[[], bool], cure: str) -> Measured:
+def measure(trial: Callable[[], None], device: torch.device, need_less: Callable[[], bool], cure: str) -> StepCost:
     """Run `trial`, a pass that leaves nothing behind, and time it; where it is quick, the quickest of some: the first
     warms up, and another program may be in the way of one.
 
@@ -37,18 +38,18 @@ def measure(trial: Callable[[], None], device: torch.device, need_less: Callable
     times: list[float] = []
     while not times or (len(times) < TRIALS and sum(times) < PATIENCE_S):
         if not times:
-            forget_peak(device)  # once: a pass that was captured in the first takes no more memory in the others
+            reset_peak_memory(device)  # once: a pass that was captured in the first takes no more memory in the others
         seconds = unless_too_large(lambda: timed(trial, device))
         if seconds is not None:
             times.append(seconds)
         elif need_less():
             times.clear()
         else:
-            raise TooLarge(f"a step does not fit into the memory of the {device.type} device: {cure}", 69)
-    return Measured(min(times), memory_mb(device))
+            raise TooLarge(f"a step does not fit into the memory of the {device.type} device: {cure}", UNAVAILABLE)
+    return StepCost(min(times), memory_mb(device))
 
 
-def unless_too_large(compute: Callable[[], Found]) -> Found | None:
+def unless_too_large(compute: Callable[[], T]) -> T | None:
     """What `compute` gives; None where it does not fit into memory, which is free again then."""
     try:
         return compute()
@@ -63,5 +64,5 @@ def timed(trial: Callable[[], None], device: torch.device) -> float:
     """Seconds of a trial, all that it queued on the device included."""
     started = time.monotonic()
     trial()
-    wait_for(device)
+    synchronize(device)
     return time.monotonic() - started

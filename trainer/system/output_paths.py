@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 
 from scumble.configs.errors import Refused
+from scumble.configs.exit_codes import CANNOT_WRITE
 
-from .formatting import in_words
+from .formatting import format_bytes
 
 
 def check_out(out: Path, suffix: str, force: bool, *sources: Path) -> None:
@@ -30,7 +31,7 @@ def check_place(out: Path, *sources: Path) -> None:
     folder = next(parent for parent in place.parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         reason = os.strerror(errno.EACCES if folder.is_dir() else errno.ENOTDIR)
-        raise Refused(f"{out}: cannot be written ({reason})", 73)
+        raise Refused(f"{out}: cannot be written ({reason})", CANNOT_WRITE)
 
 
 def free_bytes(place: Path) -> int:
@@ -44,7 +45,7 @@ def check_room(out: Path, needed: int) -> None:
     free = free_bytes(out)
     if needed > free:
         raise Refused(
-            f"--out {out}: {in_words(needed)} are written and {in_words(free)} are free; make room, or choose another "
+            f"--out {out}: {format_bytes(needed)} are written and {format_bytes(free)} are free; make room, or choose another "
             "disk",
             73,
         )

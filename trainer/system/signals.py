@@ -7,21 +7,22 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
-DONE, STOPPED, INTERRUPTED = 0, 75, 130
-SIGNALS = {signal.SIGINT: ("Ctrl-C", INTERRUPTED), signal.SIGTERM: ("SIGTERM", STOPPED)}
+from scumble.configs.exit_codes import INTERRUPTED, RESUMABLE
+
+SIGNALS = {signal.SIGINT: ("Ctrl-C", INTERRUPTED), signal.SIGTERM: ("SIGTERM", RESUMABLE)}
 if hasattr(signal, "SIGHUP"):  # which Windows has not
-    SIGNALS[signal.SIGHUP] = ("the closed terminal", STOPPED)
+    SIGNALS[signal.SIGHUP] = ("the closed terminal", RESUMABLE)
 
 
 class Interrupts:
-    """Ctrl-C, SIGTERM and SIGHUP while a run lasts: at once (`Cut`) until `careful` is set, then noted; a second one is
+    """Ctrl-C, SIGTERM and SIGHUP while a run lasts: at once (`Interrupted`) until `is_deferred` is set, then noted; a second one is
     at once again.
 
     True once one came that was noted; `by` and `code` are its name and the exit code that it asks for.
     """
 
     def __init__(self) -> None:
-        self.careful, self.by, self.code = False, "", 0
+        self.is_deferred, self.by, self.code = False, "", 0
         self.before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -40,14 +41,14 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         by, code = SIGNALS[signal.Signals(number)]
-        if not self.careful or self.code:
-            raise Cut(by, code)
+        if not self.is_deferred or self.code:
+            raise Interrupted(by, code)
         self.by, self.code = by, code
         with suppress(OSError):  # the terminal may be gone, and print might be at work
             os.write(2, b"scumble: stops after this step and saves; once more stops at once\n")
 
 
-class Cut(BaseException):
+class Interrupted(BaseException):
     """A signal that stops a run at once: `by` what, and the exit code that it asks for."""
 
     def __init__(self, by: str, code: int):

@@ -8,13 +8,6 @@ import torch
 import torch.nn.functional as F
 
 
-def rescale_zero_terminal_snr(alphas_cumprod: torch.Tensor) -> torch.Tensor:
-    """The schedule (T,) shifted and scaled so that its last step is pure noise (Lin et al. 2023, algorithm 1)."""
-    root = alphas_cumprod.sqrt()
-    first, last = root[0], root[-1]
-    return ((root - last) * first / (first - last)) ** 2
-
-
 def stratified(timesteps: torch.Tensor, part: int, parts: int, low: int, high: int) -> torch.Tensor:
     """Timesteps drawn evenly from `low` to `high`, moved into the part-th of `parts` equal parts of that range."""
     return low + (timesteps - low + part * (high - low + 1)) // parts

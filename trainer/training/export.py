@@ -19,14 +19,14 @@ from ..adapters.files import read_tensors, write_adapter
 from ..adapters.module import Module
 from ..adapters.targets import Part
 from ..base_model.load import Base
-from .lora import Trained
+from .lora import AdaptedLayer
 
 MAX_TAGS = 500
 PRECISIONS = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """Where training stands when a file is written; times are seconds since 1970."""
 
     epoch: int
@@ -36,7 +36,7 @@ class Progress:
     started: float
 
 
-def module_of(trained: Trained) -> Module:
+def module_of(trained: AdaptedLayer) -> Module:
     """One live module as the file tells of it.
 
     UIs take 1 for the scale of a LoKr whose factors are both whole, so there the scale goes into `lokr_w1`.
@@ -47,7 +47,7 @@ def module_of(trained: Trained) -> Module:
     return Module(trained.kind, tensors, trained.scale * trained.rank)
 
 
-def tensors_of(trained: Sequence[Trained], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def tensors_of(trained: Sequence[AdaptedLayer], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The file's tensors in kohya's dialect: factors in `dtype`, alphas (0-dim) and DoRA's magnitudes in fp32.
 
     Magnitudes are few, and what is learned of them is small beside what they are.
@@ -61,7 +61,7 @@ def tensors_of(trained: Sequence[Trained], dtype: torch.dtype) -> dict[str, torc
 
 def export(
     path: Path,
-    trained: Sequence[Trained],
+    trained: Sequence[AdaptedLayer],
     metadata: dict[str, str],
     dtype: torch.dtype,
 ) -> None:
@@ -76,14 +76,14 @@ def export(
 
 def metadata_of(
     base: Base, options: Options, parts: Sequence[Part], examples: Sequence[Example], buckets: Sequence[Size],
-    progress: Progress,
+    progress: TrainingProgress,
 ) -> dict[str, str]:  # fmt: skip
     """kohya's and ModelSpec's metadata, all strings, with no path and no user name in it."""
     v = base.source.prediction == "v_prediction"
     resolution = options.data.resolution  # a number by now: the plan has settled it
     unet = next((part for part in parts if part.name == "unet"), parts[0])
     finished = time.time()
-    trained_on = [example for example in examples if not example.prior and not example.is_held_out]
+    trained_on = [example for example in examples if not example.is_regularization and not example.is_held_out]
     entries: dict[str, object] = {
         **detection(base.family.name, v),
         "modelspec.title": options.output.output_name,
@@ -95,7 +95,7 @@ def metadata_of(
         "ss_clip_skip": "None",
         "ss_resolution": f"({resolution}, {resolution})",
         "ss_num_train_images": sum(example.repeats for example in trained_on),
-        "ss_num_reg_images": sum(example.repeats for example in examples if example.prior),
+        "ss_num_reg_images": sum(example.repeats for example in examples if example.is_regularization),
         "ss_num_epochs": progress.num_epochs,
         "ss_epoch": progress.epoch,
         "ss_steps": progress.step,

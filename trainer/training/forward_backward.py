@@ -8,7 +8,7 @@ import torch
 
 from ..kernels.capture import Capture, Captured
 from .flat_parameters import Flat
-from .objective import Batch, Look
+from .objective import Batch, Sample
 
 
 class Differentiable(Protocol):
@@ -16,7 +16,7 @@ class Differentiable(Protocol):
 
     seed: int
 
-    def batch(self, looks: Sequence[Look]) -> Batch: ...
+    def batch(self, looks: Sequence[Sample]) -> Batch: ...
     def losses_of(self, batch: Batch) -> torch.Tensor: ...
 
 
@@ -35,15 +35,15 @@ class Passes:
     ):
         self.objectives, self.flat, self.backward, self.surroundings = objectives, flat, backward, surroundings
         self.captured = Captured(self._run, capture, say, flat.gradients)
-        self.prepared: dict[tuple[Look, ...], Batch] = {}
+        self.prepared: dict[tuple[Sample, ...], Batch] = {}
 
-    def __call__(self, looks: Sequence[Look], divisor: float) -> torch.Tensor:
+    def __call__(self, looks: Sequence[Sample], divisor: float) -> torch.Tensor:
         """Add the gradient of the looks' summed loss / divisor; the sum, a scalar that the next call may overwrite."""
         batch = self.prepared.pop(tuple(looks), None) or self.objectives.batch(looks)
         batch["divisor"] = torch.full((), divisor, device=self.flat.groups[0].device)
         return self.captured(batch)
 
-    def prepare(self, looks: Sequence[Look]) -> None:
+    def prepare(self, looks: Sequence[Sample]) -> None:
         """Make ready what the next pass needs, while the device is busy with this one."""
         self.prepared = {tuple(looks): self.objectives.batch(looks)}
 
@@ -52,9 +52,9 @@ class Passes:
         nothing."""
         return self.captured.forget()
 
-    def run_as_they_are(self) -> None:
+    def disable_capture(self) -> None:
         """Capture no more."""
-        self.captured.run_as_it_is()
+        self.captured.disable()
 
     def _run(self, batch: Batch) -> torch.Tensor:
         with self.surroundings():

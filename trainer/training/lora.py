@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from scumble.configs.options import Network
 
-from ..adapters.keys import Place, kohya_stem
+from ..adapters.keys import ModulePath, kohya_stem
 from ..adapters.targets import CONVS, PRESET_TARGETS, TEXT, Part, check_targets
 from ..base_model.load import Base
 from ..system.fast_imports import hidden
@@ -28,7 +28,7 @@ LAYERS = {"lora": LoraLayer, "loha": LoHaLayer, "lokr": LoKrLayer}
 
 
 @dataclass(frozen=True)
-class Trained:
+class AdaptedLayer:
     """One adapted module of the live model: its part, diffusers' path in it, the base's family, PEFT's layer."""
 
     part: str
@@ -37,8 +37,10 @@ class Trained:
     layer: LoraLayer | LoHaLayer | LoKrLayer
 
     @property
-    def place(self) -> Place:
-        return Place(self.part, self.path.removeprefix("text_model."))  # which only some versions of transformers have
+    def place(self) -> ModulePath:
+        return ModulePath(
+            self.part, self.path.removeprefix("text_model.")
+        )  # which only some versions of transformers have
 
     @property
     def key(self) -> str:
@@ -76,12 +78,12 @@ class Trained:
         return int(self.layer.r[ADAPTER])
 
 
-def attach(base: Base, network: Network, parts: list[Part], seed: int) -> list[Trained]:
+def attach(base: Base, network: Network, parts: list[Part], seed: int) -> list[AdaptedLayer]:
     """Put an adapter on each part of the base, in fp32, its product 0; returns every adapted module in order.
 
     Raises `Refused` where a regex of the options matches no layer.
     """
-    trained: list[Trained] = []
+    trained: list[AdaptedLayer] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for part in parts:
@@ -103,7 +105,7 @@ def attach(base: Base, network: Network, parts: list[Part], seed: int) -> list[T
     return trained
 
 
-def laid_out(trained: Iterable[Trained]) -> list[torch.nn.Parameter]:
+def memory_order(trained: Iterable[AdaptedLayer]) -> list[torch.nn.Parameter]:
     """What is trained, in the order in which it lies in memory: factors of layers that hear the same next to each
     other, first all A, then all B, as one product of them wants (`product.together`)."""
     found: list[torch.nn.Parameter] = []
@@ -113,7 +115,7 @@ def laid_out(trained: Iterable[Trained]) -> list[torch.nn.Parameter]:
     return found
 
 
-def _what_it_hears(module: Trained) -> tuple[str, str]:
+def _what_it_hears(module: AdaptedLayer) -> tuple[str, str]:
     """Its part, and its own path, or that of its attention where q, k and v, or k and v, are of one input."""
     siblings = SIBLINGS.fullmatch(module.path)
     return module.part, next(filter(None, siblings.groups())) if siblings else module.path
@@ -124,7 +126,7 @@ def component_of(base: Base, part: str) -> UNet2DConditionModel | CLIPTextModel 
     return base.unet if part == "unet" else base.text_encoders[["text", "text2"].index(part)]
 
 
-def num_parameters(trained: list[Trained]) -> int:
+def num_parameters(trained: list[AdaptedLayer]) -> int:
     """Trainable parameters; of LoRA rank · (in + out) a Linear, rank · (in · h · w + out) a convolution."""
     return sum(parameter.numel() for module in trained for parameter in module.tensors.values())
 
@@ -149,7 +151,7 @@ def _config(part: Part, network: Network) -> LoraConfig | LoHaConfig | LoKrConfi
     return LoraConfig(lora_alpha=alpha, lora_dropout=network.lora_dropout, use_rslora=network.rslora, **shared)
 
 
-def _adapted(base: Base, part: str, component: torch.nn.Module) -> Iterator[Trained]:
+def _adapted(base: Base, part: str, component: torch.nn.Module) -> Iterator[AdaptedLayer]:
     for path, module in component.named_modules():
         if isinstance(module, LoraLayer | LoHaLayer | LoKrLayer):
-            yield Trained(part, path, base.family.name, module)
+            yield AdaptedLayer(part, path, base.family.name, module)

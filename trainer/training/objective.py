@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 import torch
 
 from scumble.configs.options import Data, Objective
-from scumble.datasets.captions import CERTAIN, ruled, said
+from scumble.datasets.captions import NOT_RANDOM, caption_at_step, with_folder_rules
 from scumble.datasets.reading.folder import Example
 from scumble.datasets.reading.images import Crop
 from scumble.datasets.tensors import mask_weights
 
 from ..base_model.latents import Latents
 from ..base_model.load import Base
-from ..base_model.offload import at_hand
-from ..base_model.text_encoding import Conditioning, encode, encode_ids, size_numbers, token_ids
-from ..system.device import sent
+from ..base_model.offload import on_device
+from ..base_model.text_encoding import Conditioning, encode_ids, encode_prompts, size_numbers, token_ids
+from ..system.device import to_device
 from . import diffusion
 
 MAX_ENCODINGS = 512  # for SDXL 0.3 MB each
@@ -28,12 +28,12 @@ Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Look:
-    """One example in one step. `slot` numbers the examples of a step over all its forward passes."""
+class Sample:
+    """One example in one step. `position` numbers the examples of a step over all its forward passes."""
 
     index: int
     step: int
-    slot: int
+    position: int
 
 
 class Objectives:
@@ -61,21 +61,21 @@ class Objectives:
         self.alphas_cumprod = base.alphas_cumprod.to(self.device)
         self.encodings: dict[str, Conditioning] = {}
 
-    def without_chance(self) -> "Objectives":
+    def without_randomness(self) -> "Objectives":
         """The same, but captions are heard whole and in their order; text encodings are kept together."""
         twin = copy(self)
-        twin.data = self.data.model_copy(update=CERTAIN)
+        twin.data = self.data.model_copy(update=NOT_RANDOM)
         twin.examples = [
-            replace(example, rules=tuple(rule for rule in example.rules if rule[0] not in CERTAIN))
+            replace(example, rules=tuple(rule for rule in example.rules if rule[0] not in NOT_RANDOM))
             for example in self.examples
         ]
         return twin
 
-    def losses(self, looks: Sequence[Look]) -> torch.Tensor:
+    def losses(self, looks: Sequence[Sample]) -> torch.Tensor:
         """Weighted loss of each look (B,), with gradients to the adapter. All looks have one bucket."""
         return self.losses_of(self.batch(looks))
 
-    def batch(self, looks: Sequence[Look]) -> Batch:
+    def batch(self, looks: Sequence[Sample]) -> Batch:
         """All that a pass over looks of one bucket needs; without gradients, and without waiting for the device."""
         posterior, noise, shown_noise, timesteps = map(torch.stack, zip(*map(self._draw, looks), strict=True))
         places = [(look.index, self._crop(look)) for look in looks]
@@ -123,9 +123,9 @@ class Objectives:
         )
         return (distances * batch.get("masks", 1.0)).mean((1, 2, 3)) * weights * batch["weights"]
 
-    def _draw(self, look: Look) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _draw(self, look: Sample) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Noise of the posterior, of the target and of the input, each (4, H/8, W/8), and timestep of one look."""
-        generator = generator_for(self.seed, look.step, look.slot)
+        generator = generator_for(self.seed, look.step, look.position)
         shape = (2, *self.latents.mean[look.index][0].shape)
         posterior, noise = torch.randn(shape, generator=generator)
         low, high = self.objective.min_timestep, self.objective.max_timestep
@@ -141,11 +141,11 @@ class Objectives:
         return posterior, noise[0], shown[0], timestep
 
     def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
-        return sent(tensor, self.device)
+        return to_device(tensor, self.device)
 
-    def _crop(self, look: Look) -> int:
+    def _crop(self, look: Sample) -> int:
         """Which of the picture's crops is seen, drawn apart so that more crops change no other number."""
-        return random.Random(f"{self.seed}/{look.step}/{look.slot}/crop").randrange(len(self.crops[look.index]))
+        return random.Random(f"{self.seed}/{look.step}/{look.position}/crop").randrange(len(self.crops[look.index]))
 
     def _masks(self, places: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Weights of mean 1 over the latents of each (example, crop), (B, 1, H/8, W/8); 1 where one has no mask."""
@@ -155,33 +155,35 @@ class Objectives:
             [mask_weights(self.masks[index][crop], floor) if self.masks[index] else ones for index, crop in places]
         )[:, None]
 
-    def _weight(self, look: Look) -> float:
-        return self.data.prior_loss_weight if self.examples[look.index].prior else 1.0
+    def _weight(self, look: Sample) -> float:
+        return self.data.prior_loss_weight if self.examples[look.index].is_regularization else 1.0
 
-    def encode_ahead(self, looks: Iterable[Look]) -> bool:
+    def encode_ahead(self, looks: Iterable[Sample]) -> bool:
         """Encode the captions of all looks, so that frozen text encoders can wait; not, where they are too many."""
         captions: dict[str, None] = {}
         for look in looks:
             captions[self._caption(look)] = None
             if len(captions) > MAX_ENCODINGS:
                 return False
-        with at_hand(self.base, *self.base.text_encoders):
+        with on_device(self.base, *self.base.text_encoders):
             for caption in captions:
                 self._encoding(caption)
         return True
 
-    def _caption(self, look: Look) -> str:
+    def _caption(self, look: Sample) -> str:
         example = self.examples[look.index]
-        rules = ruled(self.rules_of_prior if example.prior else self.data, example.rules)
-        return said(example.lines or [example.caption], rules, seed=self.seed, step=look.step, index=look.slot)
+        rules = with_folder_rules(self.rules_of_prior if example.is_regularization else self.data, example.rules)
+        return caption_at_step(
+            example.lines or [example.caption], rules, seed=self.seed, step=look.step, index=look.position
+        )
 
     def _encoding(self, caption: str) -> Conditioning:
         """Of a frozen text encoder; the latest are kept, which are all of them unless tags are shuffled."""
         if caption not in self.encodings:
             if len(self.encodings) >= MAX_ENCODINGS:
                 del self.encodings[next(iter(self.encodings))]
-            with torch.no_grad(), at_hand(self.base, *self.base.text_encoders):
-                self.encodings[caption] = encode(self.base, [caption])
+            with torch.no_grad(), on_device(self.base, *self.base.text_encoders):
+                self.encodings[caption] = encode_prompts(self.base, [caption])
         return self.encodings[caption]
 
 

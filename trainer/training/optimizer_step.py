@@ -20,11 +20,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from scumble.configs.words import counted
 
-from ..system.device import Coming, free_unused, set_seed
+from ..system.device import AsyncValue, free_unused, set_seed
 from ..system.out_of_memory import TooLarge, unless_too_large
 from .flat_parameters import Flat
 from .forward_backward import Passes
-from .objective import Look, seed_for
+from .objective import Sample, seed_for
 from .optimizers import set_rate
 
 HALVED_AFTER, STOPPED_AFTER = 3, 12
@@ -33,19 +33,19 @@ CLIP_EPSILON = 1e-6  # torch's: norms just below the limit are scaled, too
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A step's rate (of the first group) and mean weighted loss; `broken` names what of it is not finite (then nothing
+class StepOutcome:
+    """A step's rate (of the first group) and mean weighted loss; `non_finite` names what of it is not finite (then nothing
     was applied), else ""."""
 
     step: int
-    rate: float
+    learning_rate: float
     loss: float
-    broken: str = ""
+    non_finite: str = ""
 
 
-def looks_of(step: int, batch: Sequence[int], slot: int = 0) -> list[Look]:
+def samples_of(step: int, batch: Sequence[int], slot: int = 0) -> list[Sample]:
     """The looks at a batch of example indices, the first of them in a slot."""
-    return [Look(index, step, slot + position) for position, index in enumerate(batch)]
+    return [Sample(index, step, slot + position) for position, index in enumerate(batch)]
 
 
 class Update:
@@ -82,7 +82,7 @@ class Update:
         # torch's mark of optimisers that look themselves whether a step is finite; in fp16 accelerate waits for it
         looks_itself = getattr(optimizer, "_step_supports_amp_scaling", False) and accelerator.scaler is None
         self.ahead = 1 if looks_itself and accelerator.device.type == "cuda" else 0
-        self.taken: deque[tuple[int, float, Coming]] = deque()
+        self.taken: deque[tuple[int, float, AsyncValue]] = deque()
 
     def take(self, step: int, batches: Sequence[Sequence[int]], rate_share: float, after: Sequence[int] = ()) -> None:
         """Optimiser step `step` (from 0) over batches of example indices, at a share of the peak rates.
@@ -96,12 +96,12 @@ class Update:
             numbers = self._apply_unseen(total)
         else:
             if after and total.is_cuda:
-                self.passes.prepare(looks_of(step + 1, after)[: self.micro_batch or len(after)])
+                self.passes.prepare(samples_of(step + 1, after)[: self.micro_batch or len(after)])
             numbers = self._apply(total)
         self.flat.zero_grad()
-        self.taken.append((step, self.optimizer.param_groups[0]["lr"], Coming(numbers)))
+        self.taken.append((step, self.optimizer.param_groups[0]["lr"], AsyncValue(numbers)))
 
-    def outcomes(self, of_all: bool = True) -> Iterator[Outcome]:
+    def outcomes(self, of_all: bool = True) -> Iterator[StepOutcome]:
         """What came of the steps taken, each told once, in order; but for the last `ahead`, of which a device may still
         be busy with one, unless `of_all` is asked for."""
         while len(self.taken) > (0 if of_all else self.ahead):
@@ -112,7 +112,7 @@ class Update:
                 self._leave_out(step, broken)
             else:
                 self.broken_in_a_row = 0
-            yield Outcome(step, rate, loss, broken)
+            yield StepOutcome(step, rate, loss, broken)
 
     @property
     def is_hopeless(self) -> bool:
@@ -130,7 +130,7 @@ class Update:
         num_looks = sum(map(len, batches))
         total, slot = torch.zeros((), device=self.accelerator.device), 0
         for batch in batches:
-            looks = looks_of(step, batch, slot)
+            looks = samples_of(step, batch, slot)
             slot += len(batch)
             at_once = self.micro_batch or len(looks)
             for start in range(0, len(looks), at_once):

@@ -11,6 +11,7 @@ import torch
 from transformers.optimization import Adafactor
 
 from scumble.configs.errors import Refused
+from scumble.configs.exit_codes import UNAVAILABLE
 
 from .flat_parameters import Flat
 
@@ -116,4 +117,4 @@ def _package(name: str) -> Any:
     try:
         return import_module(package)
     except ImportError:
-        raise Refused(f'--optimizer {name} needs {package}: pip install "scumble[optimizers]"', 69) from None
+        raise Refused(f'--optimizer {name} needs {package}: pip install "scumble[optimizers]"', UNAVAILABLE) from None

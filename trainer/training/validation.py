@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from .diffusion import stratified
-from .objective import Look, Objectives
+from .objective import Objectives, Sample
 
 DRAWS = 4  # looks at each picture, at timesteps spread over the range
 
@@ -27,10 +27,10 @@ class Validation:
         batch: int,
         surroundings: Callable[[], AbstractContextManager[object]],
     ):
-        self.objectives, self.surroundings = objectives.without_chance(), surroundings
-        alike: dict[object, list[Look]] = {}
+        self.objectives, self.surroundings = objectives.without_randomness(), surroundings
+        alike: dict[object, list[Sample]] = {}
         for slot, index in enumerate(indices):
-            alike.setdefault(buckets[index], []).append(Look(index, 0, slot))
+            alike.setdefault(buckets[index], []).append(Sample(index, 0, slot))
         self.batches = [looks[at : at + batch] for looks in alike.values() for at in range(0, len(looks), batch)]
 
     @torch.no_grad()

@@ -32,8 +32,8 @@ from scumble.datasets.checkup.watermarks import corners_of, stamps_in
 from scumble.datasets.fonts import drawn
 from scumble.datasets.reading.images import read_rgb
 from scumble.trainer import cli
-from scumble.trainer.base_model.detect import BASES, recognise
-from scumble.trainer.plan.training_set import checked, read_examples, read_views
+from scumble.trainer.base_model.detect import BASES, detect_base
+from scumble.trainer.plan.training_set import crop_set, read_examples, run_checkup
 from scumble.trainer.train import train
 
 SAMPLES = CHECKOUT / "datasets/samples"
@@ -66,8 +66,8 @@ def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def checkup_of(folder: Path, base: str = "sketch", **data: object) -> Checkup:
     options = files.resolve(flags={"model": {"base": base}, "data": {"images": str(folder)} | data})
-    source, found = recognise(options.model), read_examples(options)
-    return checked(options, source, found, read_views(found, options, source), with_thumbs=True)
+    source, found = detect_base(options.model), read_examples(options)
+    return run_checkup(options, source, found, crop_set(found, options, source), with_thumbs=True)
 
 
 def grave(done: Checkup) -> dict[str, str]:
@@ -235,7 +235,7 @@ def test_tokens_are_those_of_transformers_and_the_cut_is_where_it_cuts(base: str
     texts = ["a cat", "Zwx_style, it's 2024; naïve café 日本語 🐈", " double  spaces ", "a-b c'est l'été!!!", "x" * 300]
     texts += ["", "one two three four five six seven eight nine ten, " * 12]
     for text in texts:
-        heard = window.hears(text)
+        heard = window.count(text)
         ids = reference(text, add_special_tokens=False).input_ids
         assert heard.tokens == len(ids)
         cut = reference(text, truncation=True, max_length=window.size + 2).input_ids[1:-1]
@@ -248,7 +248,7 @@ def test_a_tokenizer_in_one_file_is_the_same_and_two_alike_are_read_once(tmp_pat
     CLIPTokenizer.from_pretrained(BASES / "sd15/tokenizer").save_pretrained(tmp_path)
     assert not (tmp_path / "merges.txt").exists()
     text = "zwx, naïve café, " * 30
-    assert read_window(tmp_path).hears(text) == read_window(BASES / "sd15/tokenizer").hears(text)
+    assert read_window(tmp_path).count(text) == read_window(BASES / "sd15/tokenizer").count(text)
     assert len(read_windows([BASES / "sdxl/tokenizer", BASES / "sdxl/tokenizer_2"])) == 1
     with pytest.raises(Refused, match="its tokenizer cannot be read"):
         read_windows([tmp_path / "none"])
@@ -348,7 +348,7 @@ def test_the_frame_is_the_part_that_training_crops(tmp_path: Path):
     wide.paste("blue", (50, 0, 250, 100))
     wide.save(tmp_path / "wide.png")
     done = checkup_of(tmp_path, max_bucket_reso=64)
-    frame = frame_of(done.looks[0].crop)
+    frame = frame_of(done.measures[0].crop)
     assert (frame.left, frame.top, frame.width, frame.height) == pytest.approx((16.7, 0, 66.7, 100), abs=0.1)
     seen = np.asarray(sheet(done, "wide", "sketch")).reshape(-1, 3).astype(int)
     assert ((seen[:, 2] > 240) & (seen[:, 0] < 20)).any()  # the part that is seen
@@ -409,7 +409,7 @@ def test_the_command_writes_page_and_picture_and_says_by_its_exit_code_what_it_f
         cli.main(["check", "set", "--json", "--no-page"])
     assert stop.value.code == 65
     told = json.loads(capsys.readouterr().out)
-    assert told["serious"] and told["facts"]["pictures"] == 1 and told["written"] == []
+    assert told["serious"] and told["facts"]["images"] == 1 and told["written"] == []
     assert {one["check"] for one in told["findings"]} <= {check.name for check in CHECKS}
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as stop:
@@ -425,7 +425,7 @@ def test_a_run_checks_before_it_loads_anything_and_goes_on_whatever_is_found(tmp
     events: list[dict] = []
     options = files.resolve(flags={"data": {"images": str(tmp_path)}, "machine": {"device": "cpu"}})
     train(options, [events.append], dry_run=True)
-    (told,) = [event for event in events if event["kind"] == "checked"]
+    (told,) = [event for event in events if event["kind"] == "checkup"]
     assert "  serious: 1 picture of one colour all over" in told["text"]
     assert told["findings"][0]["severity"] == "serious"
     assert json.loads(json.dumps(told, allow_nan=False))

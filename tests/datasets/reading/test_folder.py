@@ -12,11 +12,11 @@ from PIL import Image
 from scumble.captioning.commands_edit import add as captions_edit
 from scumble.configs.errors import Refused
 from scumble.configs.options import Data, declared
-from scumble.datasets.captions import ruled, said
-from scumble.datasets.crops import tables, views_of
+from scumble.datasets.captions import caption_at_step, with_folder_rules
+from scumble.datasets.crops import crop_examples, tables
 from scumble.datasets.reading.dataset_toml import BY_FLAG
-from scumble.datasets.reading.folder import PictureSet, read_set
-from scumble.datasets.reading.images import Size, centre_crop, read_size
+from scumble.datasets.reading.folder import ImageSet, read_set
+from scumble.datasets.reading.images import Size, center_crop, read_size
 from scumble.datasets.tensors import cropped
 from scumble.trainer import cli
 
@@ -30,11 +30,11 @@ def put(path: Path, caption: str | bytes = "") -> Path:
     return path
 
 
-def captions(found: PictureSet) -> dict[str, str]:
+def captions(found: ImageSet) -> dict[str, str]:
     return {example.image.name: example.caption for example in found.examples}
 
 
-def left_out(found: PictureSet) -> dict[str, str]:
+def left_out(found: ImageSet) -> dict[str, str]:
     return {one.path.name: one.reason for one in found.left_out}
 
 
@@ -44,7 +44,7 @@ def test_of_400_good_odd_and_damaged_files_each_is_used_or_named_and_what_is_use
     found = read_set(tmp_path)
     used, named = {example.image for example in found.examples}, {one.path for one in found.left_out}
     assert used | named == set(paths) and not used & named
-    assert all(one.reason and one.picture for one in found.left_out)
+    assert all(one.reason and one.is_image for one in found.left_out)
     for damage, is_used in {
         "whole": True,
         "text-behind": True,
@@ -54,16 +54,16 @@ def test_of_400_good_odd_and_damaged_files_each_is_used_or_named_and_what_is_use
     }.items():
         assert {path in used for path in paths if path.parent.name == damage} == {is_used}, damage
     for image in used:
-        assert cropped(image, centre_crop(read_size(image), Size(32, 32))).isfinite().all()
+        assert cropped(image, center_crop(read_size(image), Size(32, 32))).isfinite().all()
 
 
 def test_a_dry_run_on_the_corpus_names_all_that_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     paths = write_corpus(tmp_path)
     cli.main(["train", str(tmp_path), "--dry-run", "--json"])
     events = {event["kind"]: event for event in map(json.loads, capsys.readouterr().out.splitlines())}
-    names = [path for path in paths if any(line.startswith(f"{path}: ") for line in events["pictures"]["left_out"])]
-    used = sum(bucket["pictures"] for bucket in events["pictures"]["buckets"])
-    assert len(names) == len(events["pictures"]["left_out"]) and used + len(names) == len(paths)
+    names = [path for path in paths if any(line.startswith(f"{path}: ") for line in events["images"]["left_out"])]
+    used = sum(bucket["images"] for bucket in events["images"]["buckets"])
+    assert len(names) == len(events["images"]["left_out"]) and used + len(names) == len(paths)
     cli.main(["train", str(tmp_path), "--dry-run"])
     shown = capsys.readouterr().out
     assert "left out: " in shown and f"and {len(names) - 20} more" in shown
@@ -75,7 +75,9 @@ def test_folders_may_be_nested_and_kohyas_set_repeats_and_words_for_all_inside(t
     put(tmp_path / "3_dog/f.png", "a dog that runs")
     put(tmp_path / "reg/1_cat/g.png")
     found = read_set(tmp_path, repeats=2)
-    told = {example.image.name: (example.caption, example.repeats, example.prior) for example in found.examples}
+    told = {
+        example.image.name: (example.caption, example.repeats, example.is_regularization) for example in found.examples
+    }
     assert told == {
         "a.png": ("", 2, False), "b.png": ("", 2, False), "c.png": ("zwx cat", 20, False),
         "d.png": ("zwx cat", 20, False), "e.png": ("", 2, False), "f.png": ("a dog that runs", 6, False),
@@ -255,7 +257,9 @@ def test_a_list_of_folders_gives_each_its_repeats_words_and_place(tmp_path: Path
         '[[folders]]\npath = "class"\nregularization = true\n'
     )
     found = read_set(listing, repeats=2)
-    told = [(example.image.name, example.caption, example.repeats, example.prior) for example in found.examples]
+    told = [
+        (example.image.name, example.caption, example.repeats, example.is_regularization) for example in found.examples
+    ]
     assert told == [("a.png", "zwx cat", 6, False), ("b.png", "a b", 2, False), ("c.png", "", 2, True)]
 
 
@@ -298,7 +302,9 @@ def test_kohyas_dataset_file_is_read_and_what_is_not_followed_is_named(tmp_path:
     put(tmp_path / "reg/r.png")
     (tmp_path / "kohya.toml").write_text(KOHYA)
     found = read_set(tmp_path / "kohya.toml")
-    told = [(example.image.name, example.caption, example.repeats, example.prior) for example in found.examples]
+    told = [
+        (example.image.name, example.caption, example.repeats, example.is_regularization) for example in found.examples
+    ]
     assert told == [
         ("a.png", "photo of on a mat", 5, False), ("b.png", "photo of zwx cat", 5, False), ("r.png", "", 1, True)
     ]  # fmt: skip
@@ -329,10 +335,11 @@ def test_options_of_one_folder_hold_for_its_pictures_alone_whatever_the_run_says
         '[[folders]]\npath = "dog"\ncaption_dropout = 1\n'
     )
     cat, dog = read_set(listing).examples
-    views = views_of([cat, dog], tables(Data(), 64, 8), Data(), seed=0)
+    views = crop_examples([cat, dog], tables(Data(), 64, 8), Data(), seed=0)
     assert [len(view.crops) for view in views] == [2, 1]
     heard = [
-        {said(one.lines, ruled(Data(), one.rules), seed=0, step=n, index=0) for n in range(60)} for one in (cat, dog)
+        {caption_at_step(one.lines, with_folder_rules(Data(), one.rules), seed=0, step=n, index=0) for n in range(60)}
+        for one in (cat, dog)
     ]
     orders = {", ".join(("a", *rest)) + " in ink" for rest in permutations("bcd")}
     assert heard == [orders, {""}]
@@ -425,7 +432,7 @@ def test_train_takes_a_list_of_folders_where_it_takes_a_folder(tmp_path: Path, c
     for arguments in ([str(tmp_path / "mine.toml")], ["--images", str(tmp_path / "mine.toml")]):
         cli.main(["train", *arguments, "--dry-run", "--json"])
         plan = json.loads(capsys.readouterr().out.partition("\n")[0])
-        assert plan["name"] == "mine" and plan["why"][0].startswith("1 pictures")
+        assert plan["name"] == "mine" and plan["reasons"][0].startswith("1 pictures")
 
 
 def test_a_set_of_which_nothing_can_be_used_is_refused_with_the_first_reason(tmp_path: Path):

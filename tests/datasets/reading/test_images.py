@@ -18,7 +18,7 @@ from scumble.datasets.reading.folder import read_set
 from scumble.datasets.reading.images import (  # fmt: skip
     Crop,
     Size,
-    centre_crop,
+    center_crop,
     check_pixels,
     crop_at,
     read_alpha,
@@ -92,7 +92,7 @@ def test_heic_without_its_extra_is_left_out_with_the_command_that_installs_it(
         (left_out,) = read_set(tmp_path).left_out
     finally:
         images.formats.cache_clear()
-    assert left_out.path.name == "phone.heic" and left_out.picture
+    assert left_out.path.name == "phone.heic" and left_out.is_image
     assert left_out.reason == "HEIC needs pillow-heif: pip install 'scumble[heic]'"
 
 
@@ -216,7 +216,7 @@ def test_the_kind_is_told_by_content_not_by_name(tmp_path: Path):
 def test_a_picture_of_100_megapixels_is_read_and_a_bomb_is_named(tmp_path: Path):
     Image.new("L", (11600, 8700), 77).save(tmp_path / "large.jpg", quality=20)
     assert check_pixels(tmp_path / "large.jpg") == "" and read_size(tmp_path / "large.jpg") == Size(11600, 8700)
-    assert cropped(tmp_path / "large.jpg", centre_crop(Size(11600, 8700), Size(64, 64))).shape == (3, 64, 64)
+    assert cropped(tmp_path / "large.jpg", center_crop(Size(11600, 8700), Size(64, 64))).shape == (3, 64, 64)
     plain().save(tmp_path / "bomb.png")
     data = bytearray((tmp_path / "bomb.png").read_bytes())
     data[16:24] = struct.pack(">II", 20000, 20000)  # in the header of a small file, and its checksum
@@ -242,7 +242,7 @@ def test_a_large_jpeg_decoded_smaller_gives_the_same_crop(tmp_path: Path):
     draw = np.random.default_rng(0)
     rough = Image.fromarray(draw.integers(0, 256, (200, 300, 3), dtype=np.uint8)).resize((3000, 2000))
     rough.save(tmp_path / "photo.jpg", quality=95)
-    crop = centre_crop(Size(3000, 2000), Size(128, 128))
+    crop = center_crop(Size(3000, 2000), Size(128, 128))
     whole = read_rgb(tmp_path / "photo.jpg")
     assert read_rgb(tmp_path / "photo.jpg", Size(3 * crop.resized.width, 3 * 128)).width == 750 < whole.width
     full = images.resized(whole, crop, crop.target, Image.Resampling.LANCZOS)
@@ -252,7 +252,7 @@ def test_a_large_jpeg_decoded_smaller_gives_the_same_crop(tmp_path: Path):
 
 def test_a_thread_of_pixels_becomes_no_giant(tmp_path: Path):
     Image.new("RGB", (1, 5000), "red").save(tmp_path / "thread.png")
-    crop = centre_crop(Size(1, 5000), Size(320, 832))
+    crop = center_crop(Size(1, 5000), Size(320, 832))
     assert crop.resized == Size(320, 1_600_000)
     assert cropped(tmp_path / "thread.png", crop).shape == (3, 832, 320)
 

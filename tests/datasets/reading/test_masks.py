@@ -12,14 +12,15 @@ from small_parts import CPU
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Data, Model, Objective
-from scumble.datasets.crops import tables, views_of
+from scumble.datasets.crops import crop_examples, tables
 from scumble.datasets.reading.folder import Masks, read_set
-from scumble.datasets.reading.images import Size, centre_crop, crop_at, read_size
+from scumble.datasets.reading.images import Size, center_crop, crop_at, read_size
 from scumble.datasets.reading.masks import read_mask
 from scumble.datasets.tensors import cropped_masks, mask_weights, masks_of
+from scumble.trainer.base_model.detect import detect_base
 from scumble.trainer.base_model.latents import encode_set
-from scumble.trainer.base_model.load import load, recognise
-from scumble.trainer.training.objective import Look, Objectives, generator_for
+from scumble.trainer.base_model.load import load
+from scumble.trainer.training.objective import Objectives, Sample, generator_for
 
 
 def halves(size: tuple[int, int] = (40, 28)) -> Image.Image:
@@ -144,14 +145,14 @@ def test_a_mask_that_is_black_in_the_crop_is_refused_by_name_before_anything_is_
 
 
 def test_a_masked_loss_is_the_plain_loss_of_what_the_mask_shows():
-    base = load(Model(), recognise(Model()), CPU, torch.float32)
+    base = load(Model(), detect_base(Model()), CPU, torch.float32)
     examples = read_set(SAMPLES).examples[:2]
-    crops = [[centre_crop(read_size(example.image), Size(64, 64))] for example in examples]
+    crops = [[center_crop(read_size(example.image), Size(64, 64))] for example in examples]
     latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)])
     half = torch.zeros(16, 16, dtype=torch.uint8)
     half[:, :5] = 255
     masks: list[tuple[torch.Tensor, ...]] = [(half,), ()]  # the second picture has none
-    looks = [Look(0, 3, 0), Look(1, 3, 1)]
+    looks = [Sample(0, 3, 0), Sample(1, 3, 1)]
 
     def losses(masks: list[tuple[torch.Tensor, ...]], floor: float = 0.0) -> torch.Tensor:
         data = Data(caption_dropout=0.0, mask_floor=floor)
@@ -206,5 +207,5 @@ def test_a_mask_reaches_the_training_of_a_folder(tmp_path: Path):
 
 def test_a_view_without_a_mask_has_none_over_its_latents(tmp_path: Path):
     plain().save(tmp_path / "a.png")
-    (view,) = views_of(read_set(tmp_path).examples, tables(Data(), 64, 16), Data(), 0)
+    (view,) = crop_examples(read_set(tmp_path).examples, tables(Data(), 64, 16), Data(), 0)
     assert masks_of(view, 4, 0.0) == ()

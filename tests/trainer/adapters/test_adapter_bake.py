@@ -24,11 +24,11 @@ from tiny import tiny_base
 
 from scumble.configs.errors import Refused
 from scumble.trainer.adapters.adapter import Adapter, Module, from_tensors, read_adapter, to_tensors
-from scumble.trainer.adapters.bake import Dose, bake
+from scumble.trainer.adapters.bake import BakedAdapter, bake
 from scumble.trainer.adapters.files import write_adapter
-from scumble.trainer.adapters.keys import Place
+from scumble.trainer.adapters.keys import ModulePath
 from scumble.trainer.adapters.weights import find_weights
-from scumble.trainer.base_model.load import EMBEDDED
+from scumble.trainer.base_model.detect import EMBEDDED
 
 VERSIONS = {"sketch": "sd_v1", "sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 FAMILIES = {"sketch": "sd1", "sd15": "sd1", "sd21": "sd2", "sd1": "sd1", "sd2": "sd2", "sdxl": "sdxl"}
@@ -90,7 +90,7 @@ def test_a_baked_folder_paints_what_the_adapters_paint_when_they_are_loaded(kind
     for name, seed, strength, layers in (("one", 1, 0.8, UNET + TEXT), ("two", 2, -0.5, UNET)):
         file = written(adapter_for(base, FAMILIES[kind], seed, layers), kind, tmp_path / f"{name}.safetensors")
         at_run_time.load_lora_weights(file, adapter_name=name)
-        doses.append(Dose(name, read_adapter(file), strength))
+        doses.append(BakedAdapter(name, read_adapter(file), strength))
     at_run_time.set_adapters(["one", "two"], [0.8, -0.5])
     expected = paint(at_run_time)
     bake(base, tmp_path / "baked", doses)
@@ -102,7 +102,7 @@ def test_a_baked_folder_paints_what_the_adapters_paint_when_they_are_loaded(kind
 
 def test_the_embedded_base_keeps_its_types_and_its_other_files(tmp_path: Path):
     adapter = adapter_for(EMBEDDED, "sd1", 1)
-    bake(EMBEDDED, tmp_path / "baked", [Dose("one", adapter)])
+    bake(EMBEDDED, tmp_path / "baked", [BakedAdapter("one", adapter)])
     before, after = find_weights(EMBEDDED), find_weights(tmp_path / "baked")
     assert before.spots.keys() == after.spots.keys()
     for place in before.spots:
@@ -132,7 +132,7 @@ def test_a_baked_folder_tells_no_path_of_the_disk_that_its_base_lay_on(tiny: Pat
     for name, (key, path, _) in names.items():
         told = json.loads((base / name).read_text(encoding="utf-8")) | {key: path}
         (base / name).write_text(json.dumps(told), encoding="utf-8")
-    lines = bake(base, tmp_path / "baked", [Dose("one", adapter_for(base, "sd1", 1))])
+    lines = bake(base, tmp_path / "baked", [BakedAdapter("one", adapter_for(base, "sd1", 1))])
     assert "model_index.json" in lines[0] and "unet/config.json" in lines[0] and "text_encoder" not in lines[0]
     for name, (key, _, expected) in names.items():
         told = json.loads((tmp_path / "baked" / name).read_text(encoding="utf-8"))
@@ -155,8 +155,8 @@ def test_one_file_of_the_original_layout_is_baked_like_the_folder(base: str, tmp
     assert folders.spots.keys() == files.spots.keys() or base == "sdxl"  # its text projection is transposed in one file
     adapter = adapter_for(tmp_path / "folder", FAMILIES[base], 1)
     assert {place.component for place in adapter.modules} == {"unet", "text"} | ({"text2"} if base == "sdxl" else set())
-    bake(checkpoint, tmp_path / "baked.safetensors", [Dose("one", adapter, 0.7)])
-    bake(tmp_path / "folder", tmp_path / "baked", [Dose("one", adapter, 0.7)])
+    bake(checkpoint, tmp_path / "baked.safetensors", [BakedAdapter("one", adapter, 0.7)])
+    bake(tmp_path / "folder", tmp_path / "baked", [BakedAdapter("one", adapter, 0.7)])
     again = PIPELINES[base].from_single_file(
         str(tmp_path / "baked.safetensors"), config=str(folder), local_files_only=True
     )
@@ -184,7 +184,9 @@ def test_undo_gives_the_base_back_but_for_the_rounding_of_its_type(dtype: torch.
         f"{fused}.in_proj_weight": torch.randn(60, 20, generator=generator).to(dtype),
     }
     save_file(tensors, tmp_path / "base.safetensors")
-    doses = [Dose("one", adapter_for(tmp_path / "base.safetensors", "sdxl", 1, ("proj_in", "q_proj", "v_proj")), 0.9)]
+    doses = [
+        BakedAdapter("one", adapter_for(tmp_path / "base.safetensors", "sdxl", 1, ("proj_in", "q_proj", "v_proj")), 0.9)
+    ]
     bake(tmp_path / "base.safetensors", tmp_path / "baked.safetensors", doses)
     bake(tmp_path / "baked.safetensors", tmp_path / "back.safetensors", doses, undo=True)
     back, there = load_file(tmp_path / "back.safetensors"), load_file(tmp_path / "baked.safetensors")
@@ -223,7 +225,7 @@ def test_dora_of_peft_is_baked_as_peft_merges_it():
         layer = getattr(model, name)
         assert isinstance(layer, LoraLayer)
         layer.merge()
-        module = adapter.modules[Place("unet", prefix.removeprefix("unet."))]
+        module = adapter.modules[ModulePath("unet", prefix.removeprefix("unet."))]
         found = module.on(old[name])
         torch.testing.assert_close(found, layer.get_base_layer().weight.detach(), rtol=1e-5, atol=1e-6)
 
@@ -255,19 +257,20 @@ def test_a_large_file_is_baked_in_little_memory(tmp_path: Path):
     }  # 240 MiB
     save_file(tensors, tmp_path / "base.safetensors")
     places = [
-        Place("unet", f"up_blocks.{i // 3}.attentions.{i % 3}.transformer_blocks.{j}.attn1.to_q") for i, j in blocks
+        ModulePath("unet", f"up_blocks.{i // 3}.attentions.{i % 3}.transformer_blocks.{j}.attn1.to_q")
+        for i, j in blocks
     ]
     write_adapter(to_tensors(Adapter({p: ones() for p in places})), {}, tmp_path / "x.safetensors")
     script = """if True:
         import sys
         from pathlib import Path
         from scumble.trainer.adapters.adapter import read_adapter
-        from scumble.trainer.adapters.bake import Dose, bake
+        from scumble.trainer.adapters.bake import BakedAdapter, bake
         here = Path(sys.argv[1])
         adapter = read_adapter(here / "x.safetensors")
         peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
         before = peak()
-        bake(here / "base.safetensors", here / "baked.safetensors", [Dose("x", adapter, 2.0)])
+        bake(here / "base.safetensors", here / "baked.safetensors", [BakedAdapter("x", adapter, 2.0)])
         print((peak() - before) // 1024)
     """
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
@@ -280,9 +283,9 @@ def test_what_is_not_finite_is_refused_and_leaves_nothing_behind(tmp_path: Path)
     name = "model.diffusion_model.middle_block.1.proj_in"
     save_file({f"{name}.weight": torch.ones(4, 4, dtype=torch.float16)}, tmp_path / "base.safetensors")
     huge = {"lora_down": torch.full((1, 4), 300.0), "lora_up": torch.full((4, 1), 300.0)}
-    adapter = Adapter({Place("unet", "mid_block.attentions.0.proj_in"): Module("lora", huge, None)})
+    adapter = Adapter({ModulePath("unet", "mid_block.attentions.0.proj_in"): Module("lora", huge, None)})
     with pytest.raises(Refused, match=r"proj_in\.weight would not be finite in F16: use a smaller strength"):
-        bake(tmp_path / "base.safetensors", tmp_path / "out.safetensors", [Dose("x", adapter)])
+        bake(tmp_path / "base.safetensors", tmp_path / "out.safetensors", [BakedAdapter("x", adapter)])
     assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
 
 
@@ -294,7 +297,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_does_not_fit_is_one_line_before_anything_is_written(tiny: Path, tmp_path: Path):
     fits = adapter_for(tiny, "sd1", 1)
     place = next(iter(fits.modules))
-    other = Adapter(fits.modules | {Place("unet", "down_blocks.7.attentions.0.proj_in"): fits.modules[place]})
+    other = Adapter(fits.modules | {ModulePath("unet", "down_blocks.7.attentions.0.proj_in"): fits.modules[place]})
     wide = Adapter({place: Module("lora", {"lora_down": torch.ones(2, 9), "lora_up": torch.ones(4, 2)}, None)})
     dora = {place: Module("lora", fits.modules[place].tensors | {"dora_scale": torch.ones(99, 1)}, None)}
     for adapter, undo, line in (
@@ -305,14 +308,14 @@ def test_what_does_not_fit_is_one_line_before_anything_is_written(tiny: Path, tm
         (Adapter(dora), True, "--undo x: .* is DoRA, which sets lengths anew.*keep the base itself"),
     ):
         with pytest.raises(Refused, match=line) as error:
-            bake(tiny, tmp_path / "out", [Dose("x", adapter)], undo=undo)
+            bake(tiny, tmp_path / "out", [BakedAdapter("x", adapter)], undo=undo)
         assert "\n" not in str(error.value)
     for base, line in (
         (tmp_path / "none", "no such file or folder"),
         (tmp_path, r"has no \.safetensors in unet/"),
     ):
         with pytest.raises(Refused, match=line):
-            bake(base, tmp_path / "out", [Dose("x", fits)])
+            bake(base, tmp_path / "out", [BakedAdapter("x", fits)])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -322,7 +325,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tiny: Path, tmp_path:
 
     monkeypatch.setattr(shutil, "copy2", full)
     with pytest.raises(Refused, match=r"out: cannot be written \(No space left on device\)$") as error:
-        bake(tiny, tmp_path / "out", [Dose("x", adapter_for(tiny, "sd1", 1))])
+        bake(tiny, tmp_path / "out", [BakedAdapter("x", adapter_for(tiny, "sd1", 1))])
     assert error.value.exit_code == 73 and list(tmp_path.iterdir()) == []
 
 
@@ -333,21 +336,22 @@ def test_a_disk_with_too_little_room_is_refused_before_anything_is_written(
     size_of_folder = sum(file.stat().st_size for file in tiny.rglob("*/*") if file.is_file())
     sizes = {tiny: size_of_folder, tmp_path / "b.safetensors": (tmp_path / "b.safetensors").stat().st_size}
     for base, needed in sizes.items():
-        out, doses = tmp_path / f"out{base.suffix}", [Dose("x", adapter_for(base, "sd1", 1))]
-        left = out.with_name(out.name + ".part")
+        out, doses = tmp_path / f"out{base.suffix}", [BakedAdapter("x", adapter_for(base, "sd1", 1))]
+        own = out.with_name(out.name + ".part")  # a user's own file by that name stays
+        own.write_bytes(b"mine")
         for free in (needed - 1, needed):
-            left.mkdir() if base.is_dir() else left.write_bytes(b"of one that was killed")
             monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
             if free < needed:
                 with pytest.raises(Refused, match=rf"--out .*{out.name}: .* are written and .* are free") as error:
                     bake(base, out, doses)
-                assert error.value.exit_code == 73 and not out.exists() and not left.exists()
+                assert error.value.exit_code == 73 and not out.exists()
         bake(base, out, doses)
-        assert out.exists() and not left.exists()
+        assert out.exists() and own.read_bytes() == b"mine"
+        assert {path.name for path in tmp_path.glob("*.part")} <= {"out.part", "out.safetensors.part"}
 
 
 def test_an_existing_place_needs_force_and_a_folder_of_something_else_is_never_replaced(tiny: Path, tmp_path: Path):
-    doses = [Dose("x", adapter_for(tiny, "sd1", 1))]
+    doses = [BakedAdapter("x", adapter_for(tiny, "sd1", 1))]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/diary.txt").write_text("dear diary")
     with pytest.raises(Refused, match="exists: choose another name, or --force"):

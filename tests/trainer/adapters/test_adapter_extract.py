@@ -12,9 +12,9 @@ from tiny import tiny_base
 
 from scumble.configs.errors import Refused
 from scumble.trainer.adapters.adapter import Adapter, Module
-from scumble.trainer.adapters.bake import Dose, bake
+from scumble.trainer.adapters.bake import BakedAdapter, bake
 from scumble.trainer.adapters.extract import extract
-from scumble.trainer.adapters.keys import Place
+from scumble.trainer.adapters.keys import ModulePath
 from scumble.trainer.adapters.lowrank import Rule
 from scumble.trainer.adapters.weights import find_weights
 
@@ -80,7 +80,7 @@ def test_a_change_of_full_rank_leaves_the_error_that_is_reported(base: Path, tmp
 
 
 def test_text_encoders_come_along_and_the_adapter_baked_in_gives_the_tuned_model(base: Path, tmp_path: Path):
-    places = [Place("text", "encoder.layers.1.mlp.fc1"), Place("unet", "mid_block.attentions.0.proj_out")]
+    places = [ModulePath("text", "encoder.layers.1.mlp.fc1"), ModulePath("unet", "mid_block.attentions.0.proj_out")]
     generator = torch.Generator().manual_seed(2)
     modules = {}
     for place in places:
@@ -91,11 +91,11 @@ def test_text_encoders_come_along_and_the_adapter_baked_in_gives_the_tuned_model
             "lora_up": torch.randn(len(weight), 2, *ones, generator=generator),
         }
         modules[place] = Module("lora", tensors, 2.0)
-    bake(base, tmp_path / "tuned", [Dose("x", Adapter(modules))])
+    bake(base, tmp_path / "tuned", [BakedAdapter("x", Adapter(modules))])
     found = extract(base, tmp_path / "tuned", Rule(2), dtype=torch.float32)
     assert set(found.adapter.modules) == set(places) and found.errors.keys() == {"text", "mid_block"}
     assert set(extract(base, tmp_path / "tuned", Rule(2), text=False).adapter.modules) == {places[1]}
-    bake(base, tmp_path / "again", [Dose("y", found.adapter)])
+    bake(base, tmp_path / "again", [BakedAdapter("y", found.adapter)])
     for place in places:
         again, tuned = (find_weights(tmp_path / name).read(place) for name in ("again", "tuned"))
         torch.testing.assert_close(again, tuned, rtol=1e-4, atol=1e-4)
@@ -112,7 +112,7 @@ def test_fused_rows_of_one_file_are_told_apart_and_sd2s_unused_layer_is_left_out
     save_file(before, tmp_path / "base.safetensors")
     save_file(after, tmp_path / "tuned.safetensors")
     found = extract(tmp_path / "base.safetensors", tmp_path / "tuned.safetensors", Rule(2, energy=0.999))
-    place = Place("text", "encoder.layers.5.self_attn.k_proj")
+    place = ModulePath("text", "encoder.layers.5.self_attn.k_proj")
     assert found.adapter.family == "sd2" and list(found.adapter.modules) == [place]
     assert found.adapter.modules[place].rank == 1
     torch.testing.assert_close(found.adapter.modules[place].delta(), rows, rtol=1e-2, atol=1e-2)

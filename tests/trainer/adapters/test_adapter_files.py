@@ -24,10 +24,10 @@ from scumble.trainer.adapters.adapter import Adapter, Module, from_tensors, read
 from scumble.trainer.adapters.convert import convert
 from scumble.trainer.adapters.files import write_adapter
 from scumble.trainer.adapters.inspect import inspect
-from scumble.trainer.adapters.keys import Place
+from scumble.trainer.adapters.keys import ModulePath
 from scumble.trainer.adapters.lowrank import Rule
 from scumble.trainer.adapters.resize import resize
-from scumble.trainer.base_model.load import EMBEDDED
+from scumble.trainer.base_model.detect import EMBEDDED
 from scumble.trainer.system.safetensors_header import read_header
 
 TARGETS = r".*\.attn[12]\.to_[qv]|.*\.resnets\.\d+\.conv[12]"
@@ -105,7 +105,7 @@ def lora(up: float, rank: int, alpha: float | None) -> Module:
 
 
 def test_one_alpha_is_written_for_a_component_and_every_delta_stays():
-    places = [Place("unet", f"down_blocks.0.attentions.{n}.transformer_blocks.0.attn2.to_k") for n in range(3)]
+    places = [ModulePath("unet", f"down_blocks.0.attentions.{n}.transformer_blocks.0.attn2.to_k") for n in range(3)]
     adapter = Adapter(dict(zip(places, [lora(1.0, 4, 4.0), lora(2.0, 4, 4.0), lora(1.0, 2, 0.5)], strict=True)))
     tensors = to_tensors(adapter)
     assert {float(tensor) for name, tensor in tensors.items() if name.endswith("alpha")} == {4.0}
@@ -130,7 +130,7 @@ def test_a_file_is_written_as_safetensors_writes_it_byte_for_byte(tmp_path: Path
 
 
 def test_a_missing_alpha_is_the_rank_and_the_family_is_told_by_the_text_that_is_heard():
-    place = Place("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k")
+    place = ModulePath("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k")
     for width, family in ((768, "sd1"), (1024, "sd2"), (2048, "sdxl")):
         tensors = {"lora_down": torch.ones(4, width), "lora_up": torch.ones(8, 4)}
         named = {

@@ -15,7 +15,7 @@ from scumble.trainer import cli
 from scumble.trainer.adapters.adapter import Module
 from scumble.trainer.adapters.files import write_adapter
 from scumble.trainer.adapters.inspect import block_norms, block_of, inspect, norm
-from scumble.trainer.adapters.keys import Place
+from scumble.trainer.adapters.keys import ModulePath
 from scumble.trainer.commands import adapter_tables
 
 ATTN = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -123,8 +123,8 @@ def test_blocks_add_squares_and_stand_in_the_order_of_the_signal(tmp_path: Path)
     assert list(blocks) == ["text encoder layers 4-7", "UNet down 0", "UNet up 1"]
     squares = [size**2 for place, size in norms.items() if "down_blocks" in place.path]
     assert blocks["UNet down 0"] == (pytest.approx(sum(squares) ** 0.5), 2)
-    assert block_of(Place("unet", "mid_block.attentions.0.proj_in")) == "UNet mid"
-    assert block_of(Place("text2", "encoder.layers.31.mlp.fc1")) == "text encoder 2 layers 28-31"
+    assert block_of(ModulePath("unet", "mid_block.attentions.0.proj_in")) == "UNet mid"
+    assert block_of(ModulePath("text2", "encoder.layers.31.mlp.fc1")) == "text encoder 2 layers 28-31"
 
 
 def test_the_longest_names_of_blocks_leave_room_for_whole_bars_on_80_columns(tmp_path: Path):

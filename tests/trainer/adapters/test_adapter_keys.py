@@ -10,7 +10,15 @@ from layouts import LAYOUTS, OTHERS
 from tiny import CONFIGS
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from scumble.trainer.adapters.keys import Place, diffusers_path, kohya_stem, parse_key, peft_stem, sgm_path, unflattened
+from scumble.trainer.adapters.keys import (
+    ModulePath,
+    diffusers_path,
+    kohya_stem,
+    parse_key,
+    peft_stem,
+    sgm_path,
+    unflattened,
+)
 from scumble.trainer.adapters.targets import CONVS, FULL, TEXT
 
 
@@ -28,11 +36,11 @@ def text_paths(family: str, part: str) -> list[str]:
     return [name.removeprefix("text_model.") for name, _ in model.named_modules() if re.fullmatch(TEXT, name)]
 
 
-def places(family: str) -> list[Place]:
-    found = [Place("unet", path) for path in unet_paths(family, f"{FULL}|{CONVS}|{OTHERS}")]
-    found += [Place("text", path) for path in text_paths(family, "text_encoder")]
+def places(family: str) -> list[ModulePath]:
+    found = [ModulePath("unet", path) for path in unet_paths(family, f"{FULL}|{CONVS}|{OTHERS}")]
+    found += [ModulePath("text", path) for path in text_paths(family, "text_encoder")]
     if family == "sdxl":
-        found += [Place("text2", path) for path in text_paths(family, "text_encoder_2")]
+        found += [ModulePath("text2", path) for path in text_paths(family, "text_encoder_2")]
     return found
 
 
@@ -61,10 +69,10 @@ def test_sgm_names_and_diffusers_names_are_one_to_one_in_every_family(family: st
         assert unflattened(sgm_path(path).replace(".", "_")) == sgm_path(path)
 
 
-TO_Q = Place("unet", "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q")
-TO_OUT = Place("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0")
-Q_PROJ = Place("text", "encoder.layers.3.self_attn.q_proj")
-FC1 = Place("text2", "encoder.layers.31.mlp.fc1")
+TO_Q = ModulePath("unet", "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q")
+TO_OUT = ModulePath("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0")
+Q_PROJ = ModulePath("text", "encoder.layers.3.self_attn.q_proj")
+FC1 = ModulePath("text2", "encoder.layers.31.mlp.fc1")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +98,7 @@ FC1 = Place("text2", "encoder.layers.31.mlp.fc1")
         ("text_encoder_2.text_model.encoder.layers.31.mlp.fc1.lora_B.weight", FC1, "lora_up"),
     ],
 )  # fmt: skip
-def test_names_of_every_program_are_understood(name: str, place: Place, slot: str):
+def test_names_of_every_program_are_understood(name: str, place: ModulePath, slot: str):
     key = parse_key(name)
     assert key and (key.place, key.slot) == (place, slot)
 

@@ -10,17 +10,17 @@ from safetensors.torch import save_file
 
 from scumble.configs.errors import Refused
 from scumble.trainer.adapters.adapter import Adapter, from_tensors
-from scumble.trainer.adapters.bake import Dose, bake
+from scumble.trainer.adapters.bake import BakedAdapter, bake
 from scumble.trainer.adapters.factors import factors_of
-from scumble.trainer.adapters.keys import Place
+from scumble.trainer.adapters.keys import ModulePath
 from scumble.trainer.adapters.lowrank import Rule, svd_of_kronecker
 from scumble.trainer.adapters.merge import Input, Recipe, merge
 from scumble.trainer.adapters.module import Module
 from scumble.trainer.adapters.resize import resize
 from scumble.trainer.adapters.weights import Weights, find_weights
 
-TO_Q = Place("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
-CONV = Place("unet", "mid_block.resnets.0.conv1")
+TO_Q = ModulePath("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+CONV = ModulePath("unet", "mid_block.resnets.0.conv1")
 CHECKPOINT = {TO_Q: "middle_block.1.transformer_blocks.0.attn1.to_q", CONV: "middle_block.0.in_layers.2"}
 KINDS = ["lora", "loha", "loha-core", "lokr", "lokr-factored", "lokr-core"]
 
@@ -32,7 +32,7 @@ class Small(torch.nn.Module):
         self.conv = torch.nn.Conv2d(24, 32, 3, bias=False)
 
 
-def of_peft(kind: str, seed: int) -> tuple[Adapter, dict[Place, torch.Tensor]]:
+def of_peft(kind: str, seed: int) -> tuple[Adapter, dict[ModulePath, torch.Tensor]]:
     """An adapter of random numbers on a Linear and a convolution, and the deltas that PEFT's layers compute of it."""
     torch.manual_seed(seed)
     shared: dict[str, Any] = {"target_modules": ["to_q", "conv"]}
@@ -157,7 +157,7 @@ def base(tmp_path: Path) -> Weights:
     return find_weights(tmp_path / "base.safetensors")
 
 
-def dora(base: Weights, by_inputs: bool) -> tuple[Adapter, dict[Place, torch.Tensor]]:
+def dora(base: Weights, by_inputs: bool) -> tuple[Adapter, dict[ModulePath, torch.Tensor]]:
     """A DoRA, and the change of each weight by equation 5 written out: every column (or row) gets its length."""
     adapter, deltas = of_peft("lora", 3)
     modules, changes = {}, {}
@@ -189,8 +189,8 @@ def test_dora_is_merged_and_resized_by_what_it_changes_in_its_base(base: Weights
         u, s, vh = torch.linalg.svd(change.flatten(1), full_matrices=False)
         best = (u[:, :4] * s[:4]) @ vh[:4]
         torch.testing.assert_close(small.modules[place].delta(), best, rtol=1e-3, atol=1e-3)
-    bake(base.path, tmp_path / "one.safetensors", [Dose("a", adapter, 0.7), Dose("b", other)])
-    bake(base.path, tmp_path / "two.safetensors", [Dose("m", merged)])
+    bake(base.path, tmp_path / "one.safetensors", [BakedAdapter("a", adapter, 0.7), BakedAdapter("b", other)])
+    bake(base.path, tmp_path / "two.safetensors", [BakedAdapter("m", merged)])
     one, two = find_weights(tmp_path / "one.safetensors"), find_weights(tmp_path / "two.safetensors")
     for place in changes:
         torch.testing.assert_close(one.read(place), two.read(place), rtol=1e-4, atol=1e-4)
@@ -198,7 +198,7 @@ def test_dora_is_merged_and_resized_by_what_it_changes_in_its_base(base: Weights
 
 def test_what_cannot_be_known_is_one_line(base: Weights):
     adapter, _ = dora(base, by_inputs=True)
-    foreign = Adapter({Place("unet", "conv_in"): adapter.modules[TO_Q]})
+    foreign = Adapter({ModulePath("unet", "conv_in"): adapter.modules[TO_Q]})
     wrong = Adapter({TO_Q: Module("lora", adapter.modules[TO_Q].tensors | {"dora_scale": torch.ones(9, 1)}, 1.0)})
     lora, _ = of_peft("lora", 1)
     halves = {f"hada_w{n}_{letter}": torch.ones(600, 30) for n in (1, 2) for letter in "ab"}

@@ -15,15 +15,16 @@ from tiny import tiny_base
 
 from scumble.configs.options import Data, Model, Network, Objective
 from scumble.datasets.reading.folder import Example, read_set
-from scumble.datasets.reading.images import Crop, Size, centre_crop, read_size
+from scumble.datasets.reading.images import Crop, Size, center_crop, read_size
 from scumble.trainer.adapters.adapter import read_adapter
 from scumble.trainer.adapters.module import Module
 from scumble.trainer.adapters.targets import Part
+from scumble.trainer.base_model.detect import EMBEDDED, detect_base
 from scumble.trainer.base_model.latents import Latents, encode_set
-from scumble.trainer.base_model.load import EMBEDDED, PIPELINES, Base, Pipeline, load, recognise
+from scumble.trainer.base_model.load import PIPELINES, Base, Pipeline, load
 from scumble.trainer.training.export import export
-from scumble.trainer.training.lora import Trained, attach, component_of
-from scumble.trainer.training.objective import Look, Objectives
+from scumble.trainer.training.lora import AdaptedLayer, attach, component_of
+from scumble.trainer.training.objective import Objectives, Sample
 from scumble.trainer.training.optimizers import grouped, make_optimizer
 
 SAMPLES = CHECKOUT / "datasets/samples/clay-style"
@@ -55,11 +56,11 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     kind = request.param
     folder = EMBEDDED if kind == "sketch" else tiny_base(kind, tmp_path_factory.mktemp(kind))
     model = Model(base="sketch" if kind == "sketch" else str(folder))
-    base = load(model, recognise(model), torch.device("cpu"), torch.float32)
+    base = load(model, detect_base(model), torch.device("cpu"), torch.float32)
     stock = PIPELINES[base.family.name].from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)
     examples = read_set(SAMPLES).examples[:2]
-    crops = [[centre_crop(read_size(example.image), Size(64, 64))] for example in examples]
+    crops = [[center_crop(read_size(example.image), Size(64, 64))] for example in examples]
     latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)])
     return Stage(kind, base, stock, examples, crops, latents)
 
@@ -94,7 +95,7 @@ def test_readers_of_the_file_do_what_the_live_adapter_does(
         removed(stage, trained)
 
 
-def stepped(stage: Stage, trained: Sequence[Trained], parts: Sequence[Part]) -> None:
+def stepped(stage: Stage, trained: Sequence[AdaptedLayer], parts: Sequence[Part]) -> None:
     """Two steps of AdamW on the recipe's own loss, the first of which moves what starts at 0, the second the rest."""
     objectives = Objectives(
         stage.base, stage.examples, stage.crops, stage.latents, Data(caption_dropout=0.0), Objective(), seed=1,
@@ -105,13 +106,13 @@ def stepped(stage: Stage, trained: Sequence[Trained], parts: Sequence[Part]) -> 
     ]
     optimizer = make_optimizer("adamw", grouped(groups), 0.0)
     for step in range(2):
-        objectives.losses([Look(0, step, 0), Look(1, step, 1)]).mean().backward()
+        objectives.losses([Sample(0, step, 0), Sample(1, step, 1)]).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
 @torch.no_grad()
-def read_as_live(module: Trained, read: Module) -> bool:
+def read_as_live(module: AdaptedLayer, read: Module) -> bool:
     """Compare what the file makes of a layer with what the live one does on random inputs; did it change at all?"""
     original = module.layer.get_base_layer()
     assert isinstance(original, torch.nn.Linear | torch.nn.Conv2d) and isinstance(module.layer, torch.nn.Module)
@@ -147,7 +148,7 @@ def painted(pipeline: Pipeline) -> np.ndarray:
     ).images[0]  # fmt: skip
 
 
-def removed(stage: Stage, trained: Sequence[Trained]) -> None:
+def removed(stage: Stage, trained: Sequence[AdaptedLayer]) -> None:
     """Take the adapters off again."""
     stage.stock.unload_lora_weights()
     for module in trained:

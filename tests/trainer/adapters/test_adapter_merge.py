@@ -11,15 +11,15 @@ from peft.utils import merge_utils
 from scumble.configs.errors import Refused
 from scumble.trainer.adapters.adapter import Adapter, Module, from_tensors, to_tensors
 from scumble.trainer.adapters.factors import Reduction
-from scumble.trainer.adapters.keys import Place
+from scumble.trainer.adapters.keys import ModulePath
 from scumble.trainer.adapters.merge import METHODS, Input, Recipe, fused, merge, rank_stabilised, seed_at
 from scumble.trainer.adapters.provenance import metadata_of_result, write_result
 from scumble.trainer.system.safetensors_header import read_header
 
-TO_K = Place("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k")
-CONV = Place("unet", "up_blocks.0.resnets.1.conv1")
-MID = Place("unet", "mid_block.attentions.0.proj_in")
-FC1 = Place("text", "encoder.layers.0.mlp.fc1")
+TO_K = ModulePath("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k")
+CONV = ModulePath("unet", "up_blocks.0.resnets.1.conv1")
+MID = ModulePath("unet", "mid_block.attentions.0.proj_in")
+FC1 = ModulePath("text", "encoder.layers.0.mlp.fc1")
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
@@ -75,7 +75,10 @@ def test_a_linear_merge_is_exactly_the_weighted_sum_through_the_written_file_too
 
 def test_blocks_are_named_by_the_part_of_the_model():
     assert [place.block for place in (TO_K, CONV, MID, FC1)] == ["down_blocks.1", "up_blocks.0", "mid_block", "text"]
-    assert [Place("text2", "encoder.layers.0.mlp.fc1").block, Place("unet", "conv_in").block] == ["text2", "conv_in"]
+    assert [ModulePath("text2", "encoder.layers.0.mlp.fc1").block, ModulePath("unet", "conv_in").block] == [
+        "text2",
+        "conv_in",
+    ]
 
 
 def test_an_svd_merge_is_the_best_of_the_largest_rank_or_of_the_rank_that_is_given():

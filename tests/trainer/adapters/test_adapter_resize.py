@@ -7,13 +7,13 @@ import torch
 
 from scumble.configs.errors import Refused
 from scumble.trainer.adapters.adapter import Adapter, Module, from_tensors, to_tensors
-from scumble.trainer.adapters.keys import Place
+from scumble.trainer.adapters.keys import ModulePath
 from scumble.trainer.adapters.lowrank import Rule
 from scumble.trainer.adapters.resize import resize
 
-TO_Q = Place("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q")
-TO_K = Place("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k")
-CONV = Place("unet", "up_blocks.0.resnets.1.conv1")
+TO_Q = ModulePath("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q")
+TO_K = ModulePath("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k")
+CONV = ModulePath("unet", "up_blocks.0.resnets.1.conv1")
 
 
 def falling(out: int, inputs: tuple[int, ...], rank: int, fall: float) -> Module:

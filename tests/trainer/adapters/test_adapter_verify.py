@@ -25,12 +25,13 @@ from scumble.configs.options import Model, Network
 from scumble.trainer import cli
 from scumble.trainer.adapters.adapter import from_tensors, to_tensors
 from scumble.trainer.adapters.forward_check import output_of
-from scumble.trainer.adapters.keys import Place, kohya_stem
+from scumble.trainer.adapters.keys import ModulePath, kohya_stem
 from scumble.trainer.adapters.targets import ATTENTION, CONVS, FULL, TEXT, Part
 from scumble.trainer.adapters.ui_keys import matches
 from scumble.trainer.adapters.verify import verify
 from scumble.trainer.adapters.weights import find_weights
-from scumble.trainer.base_model.load import EMBEDDED, load, recognise
+from scumble.trainer.base_model.detect import EMBEDDED, detect_base
+from scumble.trainer.base_model.load import load
 from scumble.trainer.training.export import export
 from scumble.trainer.training.lora import attach
 
@@ -61,16 +62,16 @@ def chosen(family: str, unet: str = ATTENTION) -> list[tuple[str, str]]:
     ]
 
 
-def place_of(part: str, name: str) -> Place:
+def place_of(part: str, name: str) -> ModulePath:
     component = {"unet": "unet", "text_encoder": "text", "text_encoder_2": "text2"}[part]
-    return Place(component, name.removeprefix("text_model."))
+    return ModulePath(component, name.removeprefix("text_model."))
 
 
-def layout(family: str) -> list[Place]:
+def layout(family: str) -> list[ModulePath]:
     return [place_of(part, name) for part, name in chosen(family, f"{FULL}|{CONVS}|{OTHERS}")]
 
 
-def shapes(base: Path) -> dict[Place, tuple[int, ...]]:
+def shapes(base: Path) -> dict[ModulePath, tuple[int, ...]]:
     return {place: spot.shape for place, spot in find_weights(base).spots.items()}
 
 
@@ -142,7 +143,7 @@ def test_the_layout_of_a_base_is_that_of_its_modules(kind: str, tmp_path: Path):
     }  # fmt: skip
     assert {place.path: shape for place, shape in found.items() if place.component == "unet"} == expected
     assert sum(place.component != "unet" for place in found) == 2 * 6 * (2 if kind == "sdxl" else 1)
-    assert found[Place("text", "encoder.layers.1.mlp.fc1")] == (64, 32)
+    assert found[ModulePath("text", "encoder.layers.1.mlp.fc1")] == (64, 32)
 
 
 def test_a_single_file_has_the_same_layout_as_the_folder(tmp_path: Path):
@@ -162,12 +163,12 @@ def test_a_single_file_has_the_same_layout_as_the_folder(tmp_path: Path):
         tmp_path / "x.safetensors",
     )
     assert shapes(tmp_path / "x.safetensors") == {
-        Place("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"): (16, 32),
-        Place("unet", "down_blocks.0.resnets.0.conv1"): (16, 8, 3, 3),
-        Place("unet", "up_blocks.0.upsamplers.0.conv"): (8, 8, 3, 3),
-        Place("text", "encoder.layers.0.mlp.fc1"): (64, 32),
-        **{Place("text2", f"encoder.layers.3.self_attn.{name}_proj"): (32, 32) for name in "qkv"},
-        Place("text2", "encoder.layers.3.mlp.fc2"): (32, 64),
+        ModulePath("unet", "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"): (16, 32),
+        ModulePath("unet", "down_blocks.0.resnets.0.conv1"): (16, 8, 3, 3),
+        ModulePath("unet", "up_blocks.0.upsamplers.0.conv"): (8, 8, 3, 3),
+        ModulePath("text", "encoder.layers.0.mlp.fc1"): (64, 32),
+        **{ModulePath("text2", f"encoder.layers.3.self_attn.{name}_proj"): (32, 32) for name in "qkv"},
+        ModulePath("text2", "encoder.layers.3.mlp.fc2"): (32, 64),
     }
 
 
@@ -342,7 +343,7 @@ def test_kinds_that_diffusers_does_not_know_are_tried_on_the_base_and_it_is_said
 ):
     folder = tiny_base(kind, tmp_path / "base")
     model = Model(base=str(folder))
-    base = load(model, recognise(model), torch.device("cpu"), torch.float32)
+    base = load(model, detect_base(model), torch.device("cpu"), torch.float32)
     names = ["text", "text2"][: len(base.text_encoders)]
     parts = [Part("unet", 4, 4.0), *(Part(name, 2, 2.0) for name in names)]
     trained = attach(base, Network(algorithm=network, lokr_factor=4), parts, seed=0)  # ty: ignore[invalid-argument-type]
@@ -360,7 +361,7 @@ def test_kinds_that_diffusers_does_not_know_are_tried_on_the_base_and_it_is_said
         "ComfyUI", "A1111", "Forge"
     }  # fmt: skip
     assert [trial.difference for trial in verdict.trials] == [None] * len(live)
-    plain = load(model, recognise(model), torch.device("cpu"), torch.float32)
+    plain = load(model, detect_base(model), torch.device("cpu"), torch.float32)
     for trial in verdict.trials:  # what verify adds to the weights moves the output as PEFT's layers do
         alone = output_of(plain, trial.component)
         effect = float((live[trial.component] - alone).abs().max())

@@ -20,7 +20,8 @@ from tiny import tiny_base
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Network
 from scumble.trainer.adapters.targets import Part
-from scumble.trainer.base_model.load import load, recognise
+from scumble.trainer.base_model.detect import detect_base
+from scumble.trainer.base_model.load import load
 from scumble.trainer.training.export import export
 from scumble.trainer.training.lora import attach
 
@@ -61,7 +62,7 @@ def test_a_folder_that_was_published_in_fp16_alone_loads(tmp_path: Path):
         tmp_path / "half", variant="fp16"
     )
     model = Model(base=str(tmp_path / "half"))
-    base = load(model, recognise(model), CPU, torch.float32)
+    base = load(model, detect_base(model), CPU, torch.float32)
     assert base.unet.dtype == torch.float32 and base.text_encoders[0].dtype == torch.float32
 
 
@@ -70,7 +71,7 @@ def test_a_folder_of_pickles_is_refused_with_the_reason(tmp_path: Path):
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(Refused, match=r"no \.safetensors in unet/; pickles"):
-        recognise(Model(base=str(folder)))
+        detect_base(Model(base=str(folder)))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_a_folder_tells_its_family_prediction_and_sizes(
 ):
     folder = shutil.copytree(BASES / kind, tmp_path / kind)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").touch()
-    source = recognise(Model(base=str(folder)))
+    source = detect_base(Model(base=str(folder)))
     assert (source.family.name, source.prediction) == (family, prediction)
     assert (source.resolution_px, source.step_px) == (resolution_px, step_px)
 
@@ -116,13 +117,13 @@ def test_a_single_file_tells_its_kind_by_shapes_and_keys(
     context: int, extra: dict, spread: float, family: str, prediction: str, zero_snr: bool, tmp_path: Path
 ):
     norm1 = torch.tensor([-spread, spread] * 4)
-    source = recognise(Model(base=str(header_only(tmp_path / "m.safetensors", context, extra, norm1))))
+    source = detect_base(Model(base=str(header_only(tmp_path / "m.safetensors", context, extra, norm1))))
     assert (source.family.name, source.prediction, source.zero_terminal_snr) == (family, prediction, zero_snr)
 
 
 def test_options_go_before_what_the_file_says(tmp_path: Path):
     path = header_only(tmp_path / "m.safetensors", 768, {})
-    source = recognise(Model(base=str(path), prediction_type="v_prediction", zero_terminal_snr=True))
+    source = detect_base(Model(base=str(path), prediction_type="v_prediction", zero_terminal_snr=True))
     assert source.prediction == "v_prediction" and source.zero_terminal_snr
 
 
@@ -130,7 +131,7 @@ def test_options_go_before_what_the_file_says(tmp_path: Path):
 def test_what_is_no_safetensors_file_is_one_line(data: bytes, tmp_path: Path):
     (tmp_path / "m.safetensors").write_bytes(data)
     with pytest.raises(Refused, match=r"m\.safetensors: not a safetensors file"):
-        recognise(Model(base=str(tmp_path / "m.safetensors")))
+        detect_base(Model(base=str(tmp_path / "m.safetensors")))
 
 
 @pytest.mark.slow
@@ -141,7 +142,7 @@ def test_a_single_file_of_the_real_sd15_layout_takes_an_adapter_that_stock_diffu
     save_file({name: weight.half() for name, weight in weights.items()}, checkpoint)
     del weights
     model = Model(base=str(checkpoint))
-    base = load(model, recognise(model), CPU, torch.float32)
+    base = load(model, detect_base(model), CPU, torch.float32)
     trained = attach(base, Network(targets="full"), [Part("unet", 4, 4.0, 2, 2.0), Part("text", 4, 4.0)], seed=0)
     assert sum(module.part == "unet" for module in trained) == 278
     assert sum(module.part == "text" for module in trained) == 72

@@ -15,9 +15,9 @@ from scumble.configs.options import Model
 from scumble.trainer import train as recipe
 from scumble.trainer.adapters.files import read_tensors
 from scumble.trainer.base_model import offload
-from scumble.trainer.base_model.detect import Source
-from scumble.trainer.base_model.load import Base, load_waiting, place_unet, recognise
-from scumble.trainer.base_model.offload import at_hand, fetch
+from scumble.trainer.base_model.detect import DetectedBase, detect_base
+from scumble.trainer.base_model.load import Base, load_offloaded, place_unet
+from scumble.trainer.base_model.offload import fetch, on_device
 from scumble.trainer.training import objective
 from scumble.trainer.training.objective import Batch, Objectives
 
@@ -46,8 +46,8 @@ class Places:
 def places(monkeypatch: pytest.MonkeyPatch) -> Places:
     places = Places()
 
-    def loaded(model: Model, source: Source, device: torch.device, dtype: torch.dtype) -> Base:
-        base = load_waiting(model, source, device, dtype)
+    def loaded(model: Model, source: DetectedBase, device: torch.device, dtype: torch.dtype) -> Base:
+        base = load_offloaded(model, source, device, dtype)
         for module in (base.unet, base.vae, *base.text_encoders):
             places.send(module, ELSEWHERE)
         return base
@@ -66,7 +66,7 @@ def places(monkeypatch: pytest.MonkeyPatch) -> Places:
     monkeypatch.setattr(offload, "waits", lambda base, module: places.waiting[module])
     for module in (offload, recipe):
         monkeypatch.setattr(module, "resting_place", lambda device: ELSEWHERE)
-    monkeypatch.setattr(recipe, "load_waiting", loaded)
+    monkeypatch.setattr(recipe, "load_offloaded", loaded)
     monkeypatch.setattr(recipe, "place_unet", placed)
     monkeypatch.setattr(Objectives, "losses_of", watched)
     return places
@@ -115,9 +115,9 @@ def test_text_encoders_stay_where_there_are_more_captions_than_are_kept(
 
 def test_what_was_at_hand_before_stays_and_what_waited_waits_again_even_after_an_error(tmp_path: Path, places: Places):
     tiny = Model(base=str(tiny_base("sd1", tmp_path / "base")))
-    base = recipe.load_waiting(tiny, recognise(tiny), torch.device("cpu"), torch.float32)
+    base = recipe.load_offloaded(tiny, detect_base(tiny), torch.device("cpu"), torch.float32)
     fetch(base, base.vae)
-    with pytest.raises(ZeroDivisionError), at_hand(base, base.vae, base.text_encoders[0]):
+    with pytest.raises(ZeroDivisionError), on_device(base, base.vae, base.text_encoders[0]):
         assert not places.waiting[base.vae] and not places.waiting[base.text_encoders[0]]
         raise ZeroDivisionError
     assert not places.waiting[base.vae] and places.waiting[base.text_encoders[0]]

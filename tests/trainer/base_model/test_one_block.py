@@ -9,7 +9,8 @@ from tiny import tiny_base
 from scumble.configs.options import Model, Network
 from scumble.trainer.adapters.targets import Part
 from scumble.trainer.base_model import one_block
-from scumble.trainer.base_model.load import load, recognise
+from scumble.trainer.base_model.detect import detect_base
+from scumble.trainer.base_model.load import load
 from scumble.trainer.base_model.one_block import ALIGNED_BYTES, place_together, take_apart
 from scumble.trainer.training.lora import attach
 
@@ -24,7 +25,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_unet_lies_in_one_block_and_computes_the_same(dtype: torch.dtype, tmp_path: Path, elsewhere: torch.device):
     model = Model(base=str(tiny_base("sd1", tmp_path)))
-    base = load(model, recognise(model), torch.device("cpu"), dtype)
+    base = load(model, detect_base(model), torch.device("cpu"), dtype)
     unet = base.unet
     trained = attach(base, Network(), [Part("unet", 4, 4.0)], seed=0)
     adapter = [parameter for one in trained for parameter in one.tensors.values()]

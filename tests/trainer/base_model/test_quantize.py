@@ -19,7 +19,8 @@ from tiny import tiny_base
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Network
 from scumble.trainer.base_model import quantize
-from scumble.trainer.base_model.load import EMBEDDED, Base, load, place_unet, recognise, take_fewer_bits
+from scumble.trainer.base_model.detect import EMBEDDED, detect_base
+from scumble.trainer.base_model.load import Base, load, place_unet, take_fewer_bits
 from scumble.trainer.base_model.quantize import QuantizedLinear, check_bits, fewer_bits
 from scumble.trainer.run.state import newest_state
 from scumble.trainer.training.lora import attach
@@ -40,7 +41,7 @@ def linear(dtype: torch.dtype = torch.float32) -> torch.nn.Linear:
 
 
 def loaded(model: Model, bits: int, dtype: torch.dtype = torch.float32) -> Base:
-    base = load(model, recognise(model), CPU, dtype)
+    base = load(model, detect_base(model), CPU, dtype)
     place_unet(base, model, bits)
     return base
 
@@ -222,7 +223,7 @@ def test_nf4_without_bitsandbytes_is_refused_with_the_cure_and_auto_ends_at_8_bi
 def test_other_bits_in_the_middle_of_a_run_are_named(tmp_path: Path):
     run = begun(tmp_path, 1, optimization={"steps": 3}, output={"preview_every": 0})
     (plan,) = go_on(run, machine={"base_quantization": "int8"}).of("plan")
-    assert "changed: --base-quantization int8 instead of auto" in plan["why"]
+    assert "changed: --base-quantization int8 instead of auto" in plan["reasons"]
 
 
 def test_4_bits_are_packed_by_bitsandbytes():

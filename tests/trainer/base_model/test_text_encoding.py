@@ -8,9 +8,10 @@ from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import
 from tiny import tiny_base
 
 from scumble.configs.options import Model
-from scumble.datasets.reading.images import Size, centre_crop
-from scumble.trainer.base_model.load import load, recognise
-from scumble.trainer.base_model.text_encoding import encode, size_numbers
+from scumble.datasets.reading.images import Size, center_crop
+from scumble.trainer.base_model.detect import detect_base
+from scumble.trainer.base_model.load import load
+from scumble.trainer.base_model.text_encoding import encode_prompts, size_numbers
 
 PROMPTS = ["a photo of a cat", "", "a " + "very " * 100 + "long prompt"]
 
@@ -18,9 +19,9 @@ PROMPTS = ["a photo of a cat", "", "a " + "very " * 100 + "long prompt"]
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 def test_encodings_are_those_of_the_pipeline(kind: str, tmp_path: Path):
     model = Model(base=str(tiny_base(kind, tmp_path / kind)))
-    base = load(model, recognise(model), torch.device("cpu"), torch.float32)
+    base = load(model, detect_base(model), torch.device("cpu"), torch.float32)
     with torch.no_grad():
-        ours = encode(base, PROMPTS)
+        ours = encode_prompts(base, PROMPTS)
         theirs = base.pipeline.encode_prompt(
             PROMPTS,  # ty: ignore[invalid-argument-type]
             device=torch.device("cpu"),
@@ -36,7 +37,7 @@ def test_encodings_are_those_of_the_pipeline(kind: str, tmp_path: Path):
 
 def test_size_numbers_are_those_of_the_sdxl_pipeline(tmp_path: Path):
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_base("sdxl", tmp_path))
-    crop = centre_crop(Size(1500, 1000), Size(1216, 832))
+    crop = center_crop(Size(1500, 1000), Size(1216, 832))
     assert (crop.resized, crop.left, crop.top) == (Size(1248, 832), 16, 0)
     expected = pipeline._get_add_time_ids(
         (1000, 1500), (0, 16), (832, 1216), dtype=torch.float32, text_encoder_projection_dim=48

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from scumble.configs.errors import Refused
 from scumble.trainer.adapters.adapter import Adapter, Module, read_adapter, to_tensors
 from scumble.trainer.adapters.files import write_adapter
-from scumble.trainer.adapters.keys import Place
+from scumble.trainer.adapters.keys import ModulePath
 from scumble.trainer.adapters.weights import find_weights
-from scumble.trainer.base_model.load import EMBEDDED
+from scumble.trainer.base_model.detect import EMBEDDED
 from scumble.trainer.commands import adapter_math
 
 app = App()
@@ -65,7 +65,7 @@ def test_merge_writes_the_weighted_sum_and_says_of_what(folder: Path):
 
 
 def test_a_large_exact_sum_is_refused_with_its_file_and_both_sizes_unless_it_is_asked_for(tmp_path: Path):
-    place = Place("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
+    place = ModulePath("unet", "mid_block.attentions.0.transformer_blocks.0.attn1.to_q")
     whole, out = {"lokr_w1": torch.ones(4, 4), "lokr_w2": torch.randn(320, 320)}, tmp_path / "out.safetensors"
     for name, module in (("whole", Module("lokr", whole, None)), ("small", loha(rank=4))):
         write_adapter(to_tensors(Adapter({place: module})), {}, tmp_path / f"{name}.safetensors")

@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 from scumble.trainer.base_model.projection import project_tokens
 from scumble.trainer.kernels import attention
 from scumble.trainer.kernels.attention import attend_by_products, attend_jointly
-from scumble.trainer.kernels.lora_matmul import is_plain, speed_up, together
+from scumble.trainer.kernels.lora_matmul import is_plain, joint_linear, use_fast_lora
 from scumble.trainer.training.flat_parameters import Flat
-from scumble.trainer.training.lora import ADAPTER, Trained, laid_out
+from scumble.trainer.training.lora import ADAPTER, AdaptedLayer, memory_order
 
 
 def passed(model: Any, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -105,7 +105,7 @@ def test_attention_of_adapted_layers_is_that_of_diffusers_and_peft(
     joined: set[tuple[int, bool]] = set()
 
     def noted(layers: Any, x: torch.Tensor) -> torch.Tensor | None:
-        found = together(layers, x)
+        found = joint_linear(layers, x)
         joined.add((len(layers), found is not None))
         return found
 
@@ -116,15 +116,15 @@ def test_attention_of_adapted_layers_is_that_of_diffusers_and_peft(
         model = unet()
         inject_adapter_in_model(LoraConfig(r=2, lora_alpha=3, target_modules=names), model, ADAPTER)
         modules = [
-            Trained("unet", path, "sd1", one) for path, one in model.named_modules() if isinstance(one, LoraLayer)
+            AdaptedLayer("unet", path, "sd1", one) for path, one in model.named_modules() if isinstance(one, LoraLayer)
         ]
-        factors = laid_out(modules)
+        factors = memory_order(modules)
         torch.manual_seed(2)
         for factor in factors:
             torch.nn.init.normal_(factor, std=0.2).requires_grad_(True)
         if is_ours:
             attend(model)
-            speed_up([one.layer for one in modules], ADAPTER, Flat([factors]).lowered)
+            use_fast_lora([one.layer for one in modules], ADAPTER, Flat([factors]).lowered)
         else:
             model.set_attn_processor(AttnProcessor())
         found.append([*passed(model, torch.float32), *(factor.grad for factor in factors)])
@@ -148,15 +148,16 @@ def test_attention_that_does_more_than_a_unet_asks_is_left_to_diffusers(what: st
         layer.requires_grad_(False)
         model: Any = torch.nn.ModuleDict({"attn": layer})
         inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v"]), model, ADAPTER)
-        factors = laid_out(
-            Trained("unet", f"x.attn1.{name}", "sd1", layer.get_submodule(name)) for name in ("to_q", "to_k", "to_v")
+        factors = memory_order(
+            AdaptedLayer("unet", f"x.attn1.{name}", "sd1", layer.get_submodule(name))
+            for name in ("to_q", "to_k", "to_v")
         )
         for factor in factors:
             torch.nn.init.normal_(factor)
         layer.set_processor(AttnProcessor() if attend is attend_by_products else AttnProcessor2_0())
         if is_ours:
             attend(model)
-            speed_up([layer.to_q, layer.to_k, layer.to_v], ADAPTER, Flat([factors]).lowered)
+            use_fast_lora([layer.to_q, layer.to_k, layer.to_v], ADAPTER, Flat([factors]).lowered)
         mask = torch.tensor([[[0.0, -9.0, 0.0]]]).expand(2, 3, 3) if what == "a mask" else None
         torch.manual_seed(1)
         x = torch.randn(2, 3, 8)
@@ -172,7 +173,7 @@ def test_a_compiler_sees_one_graph_of_a_block_that_gives_the_same():
     for factor in factors:
         torch.nn.init.normal_(factor, std=0.3)
     attend_by_products(model)
-    speed_up([one for one in model.modules() if is_plain(one)], ADAPTER, Flat([factors]).lowered)
+    use_fast_lora([one for one in model.modules() if is_plain(one)], ADAPTER, Flat([factors]).lowered)
     x, text = torch.randn(2, 5, 8), torch.randn(2, 7, 6)
     right = model.block(x, encoder_hidden_states=text)
     compiled: Any = torch.compile(model.block, backend="eager", fullgraph=True)

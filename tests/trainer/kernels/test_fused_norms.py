@@ -20,7 +20,7 @@ from itertools import product
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from scumble.trainer import triton_kernels as kernels
+from scumble.trainer.kernels import triton_kernels as kernels
 
 KINDS = {"partial": "*fp32", "moments": "*fp32", "eps": "fp32", **dict.fromkeys((*kernels.SIZES, "width"), "i32")}
 sizes = {}

@@ -16,10 +16,10 @@ from scumble.trainer.adapters.files import read_tensors
 from scumble.trainer.base_model.quantize import QuantizedLinear
 from scumble.trainer.kernels import lora_matmul
 from scumble.trainer.kernels.capture import Capture, Replay
-from scumble.trainer.kernels.lora_matmul import is_plain, speed_up, together
+from scumble.trainer.kernels.lora_matmul import is_plain, joint_linear, use_fast_lora
 from scumble.trainer.training.flat_parameters import Flat
 from scumble.trainer.training.forward_backward import Passes
-from scumble.trainer.training.objective import Batch, Look
+from scumble.trainer.training.objective import Batch, Sample
 from scumble.trainer.training.optimizers import OPTIMIZERS, grouped, make_optimizer
 
 
@@ -61,7 +61,7 @@ def test_outputs_and_gradients_are_pefts(stride: int, flat_gradients: bool, drop
     if not flat_gradients:
         for parameter in our_parameters:
             parameter.grad = None
-    assert speed_up(layers_of(ours), "it", flat.lowered)
+    assert use_fast_lora(layers_of(ours), "it", flat.lowered)
     x = torch.randn(2, 5, 5, 6, requires_grad=True)
     y = x.detach().clone().requires_grad_(True)
     for _ in range(2):  # gradients add up
@@ -117,12 +117,12 @@ def test_layers_together_give_the_outputs_and_gradients_of_peft(flat_gradients: 
     if not flat_gradients:
         for parameter in our_parameters:
             parameter.grad = None
-    assert speed_up(ours.layers, "it", flat.lowered)
+    assert use_fast_lora(ours.layers, "it", flat.lowered)
     x = torch.randn(2, 5, 6, requires_grad=of_input)
     y = x.detach().clone().requires_grad_(of_input)
     for _ in range(2):  # gradients add up
         wanted = torch.stack([layer(x) for layer in theirs.layers], -2)
-        found = together(ours.layers, y)
+        found = joint_linear(ours.layers, y)
         assert found is not None
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
         wanted.pow(3).sum().backward()
@@ -135,7 +135,7 @@ def test_layers_together_give_the_outputs_and_gradients_of_peft(flat_gradients: 
 
 def test_layers_together_keep_their_weights_once_and_see_when_one_has_another():
     model, parameters = three()
-    speed_up(model.layers, "it", Flat([parameters]).lowered)
+    use_fast_lora(model.layers, "it", Flat([parameters]).lowered)
     x = torch.randn(2, 6)
 
     def memory() -> set[int]:
@@ -143,16 +143,16 @@ def test_layers_together_keep_their_weights_once_and_see_when_one_has_another():
 
     before = torch.stack([layer(x) for layer in model.layers], -2)
     assert len(memory()) == 3
-    found = together(model.layers, x)
+    found = joint_linear(model.layers, x)
     torch.testing.assert_close(found, before)
     assert len(where := memory()) == 1
-    together(model.layers, x)
+    joint_linear(model.layers, x)
     assert memory() == where
     base = model.layers[1].get_base_layer()
     for change in (lambda: setattr(base, "weight", torch.nn.Parameter(torch.zeros(8, 6), False)), base.double):
         change()
         base.float().weight.data.add_(1)
-        again = together(model.layers, x)
+        again = joint_linear(model.layers, x)
         torch.testing.assert_close(again, torch.stack([layer(x) for layer in model.layers], -2))
 
 
@@ -172,24 +172,24 @@ def test_layers_that_have_to_compute_by_themselves_do(why: str):
     if why == "order":
         parameters = [factor for pair in zip(parameters[:3], parameters[3:], strict=True) for factor in pair]
     if why != "not fast":
-        speed_up(filter(is_plain, model.layers), "it", Flat([parameters]).lowered)
+        use_fast_lora(filter(is_plain, model.layers), "it", Flat([parameters]).lowered)
     _, k, v = model.layers
     if why == "quantised":
         k.base_layer = QuantizedLinear(k.get_base_layer(), 8, torch.device("cpu"))
     if why == "base learns":
         v.get_base_layer().weight.requires_grad_(True)
-    assert together(model.layers, torch.randn(2, 6)) is None
+    assert joint_linear(model.layers, torch.randn(2, 6)) is None
 
 
 def test_layers_together_let_go_of_weights_when_a_base_is_quantised():
     model, parameters = three()
-    speed_up(model.layers, "it", Flat([parameters]).lowered)
+    use_fast_lora(model.layers, "it", Flat([parameters]).lowered)
     x = torch.randn(2, 6)
-    assert together(model.layers, x) is not None
+    assert joint_linear(model.layers, x) is not None
     held = [weakref.ref(layer.get_base_layer().weight) for layer in model.layers]
     for layer in model.layers:
         layer.base_layer = QuantizedLinear(layer.get_base_layer(), 8, torch.device("cpu"))
-    assert together(model.layers, x) is None and [one() for one in held] == [None] * 3
+    assert joint_linear(model.layers, x) is None and [one() for one in held] == [None] * 3
 
 
 def test_where_products_are_not_added_up_in_fp32_that_is_found_out_but_not_where_memory_is_full(
@@ -215,7 +215,7 @@ def test_where_products_are_not_added_up_in_fp32_that_is_found_out_but_not_where
 def test_no_gradient_is_made_for_what_wants_none():
     model, parameters = adapted()
     flat = Flat([parameters])
-    speed_up(layers_of(model), "it", flat.lowered)
+    use_fast_lora(layers_of(model), "it", flat.lowered)
     x = torch.randn(1, 4, 4, 6)
     model(x).sum().backward()
     assert x.grad is None and bool((flat.gradients[0] != 0).any())
@@ -227,7 +227,7 @@ def test_in_bf16_the_product_is_nearer_to_the_exact_one_than_pefts_under_autocas
     theirs, _ = adapted()
     ours, parameters = adapted()
     flat = Flat([parameters], torch.bfloat16)
-    speed_up(layers_of(ours), "it", flat.lowered)
+    use_fast_lora(layers_of(ours), "it", flat.lowered)
     for model in (theirs, ours):
         for layer in layers_of(model):
             layer.get_base_layer().bfloat16()
@@ -256,7 +256,7 @@ def test_dora_is_left_to_peft():
     assert all(map(is_plain, layers))
     layers[0].dora_scale = torch.nn.Parameter(torch.ones(1, 6))
     before = [layer.forward for layer in layers]
-    assert not speed_up(layers, "it", lambda parameter: parameter)
+    assert not use_fast_lora(layers, "it", lambda parameter: parameter)
     assert [layer.forward == was for layer, was in zip(layers, before, strict=True)] == [True, False, False]
 
 
@@ -264,7 +264,7 @@ def test_a_base_that_is_quantised_later_computes_by_itself():
     theirs, _ = adapted()
     ours, parameters = adapted()
     flat = Flat([parameters])
-    speed_up(layers_of(ours), "it", flat.lowered)
+    use_fast_lora(layers_of(ours), "it", flat.lowered)
     for model in (theirs, ours):
         layer: Any = model.get_submodule("first")
         layer.base_layer = QuantizedLinear(layer.get_base_layer(), 8, torch.device("cpu"))
@@ -305,7 +305,7 @@ class Squares:
     def __init__(self, weight: torch.nn.Parameter):
         self.weight, self.computed, self.prepared = weight, 0, 0
 
-    def batch(self, looks: Sequence[Look]) -> Batch:
+    def batch(self, looks: Sequence[Sample]) -> Batch:
         self.prepared += 1
         return {"x": torch.tensor([1.0 + look.index for look in looks])}
 
@@ -326,7 +326,7 @@ def test_captured_passes_add_the_same_gradients_whatever_comes_in_which_shape():
     one, _, plain, _ = passes_with(None)
     two, squares, captured, said = passes_with(recorded)
     for step, indices in enumerate([[0, 1], [2], [3, 4], [5], [6, 7]]):
-        looks = [Look(index, step, slot) for slot, index in enumerate(indices)]
+        looks = [Sample(index, step, slot) for slot, index in enumerate(indices)]
         if step == 2:
             two.prepare(looks)
         assert torch.equal(one(looks, 4.0), two(looks, 4.0))
@@ -346,7 +346,7 @@ def test_what_is_dropped_at_random_does_not_depend_on_whether_a_pass_was_capture
 
     monkeypatch.setattr(Squares, "losses_of", dropped)
     one, two = passes_with(None)[0], passes_with(recorded)[0]
-    looks = [Look(index, 0, index) for index in range(64)]
+    looks = [Sample(index, 0, index) for index in range(64)]
     for seed in range(3):
         losses = []
         for passes in (one, two):
@@ -363,7 +363,7 @@ def test_a_pass_that_cannot_be_captured_is_run_and_the_reason_is_said_once():
     one, _, plain, _ = passes_with(None)
     two, _, other, said = passes_with(refused)
     for step in range(3):
-        looks = [Look(step, step, 0)]
+        looks = [Sample(step, step, 0)]
         assert torch.equal(one(looks, 1.0), two(looks, 1.0))
     assert torch.equal(plain.gradients[0], other.gradients[0])
     assert said == ["CUDA graphs are off, each kernel is launched by itself: operation not permitted when stream is "
@@ -380,16 +380,16 @@ def test_a_pass_that_fails_in_itself_is_captured_all_the_same_once_it_does_not(m
 
     monkeypatch.setattr(Squares, "losses_of", failing)
     with pytest.raises(RuntimeError, match="no compiler here"):
-        passes([Look(0, 0, 0)], 1.0)
+        passes([Sample(0, 0, 0)], 1.0)
     monkeypatch.setattr(Squares, "losses_of", losses_of)
-    passes([Look(0, 0, 0)], 1.0)
+    passes([Sample(0, 0, 0)], 1.0)
     assert len(passes.captured.by_shape) == 1 and said == []
 
 
 def test_what_was_prepared_for_another_pass_is_not_taken():
     passes, squares, _, _ = passes_with(None)
-    passes.prepare([Look(9, 0, 0)])
-    assert float(passes([Look(1, 0, 0)], 1.0)) == pytest.approx((0.3 * 2 - 1) ** 2) and squares.prepared == 2
+    passes.prepare([Sample(9, 0, 0)])
+    assert float(passes([Sample(1, 0, 0)], 1.0)) == pytest.approx((0.3 * 2 - 1) ** 2) and squares.prepared == 2
 
 
 @pytest.mark.slow

@@ -15,24 +15,25 @@ from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Network, Previews
 from scumble.trainer import cli
 from scumble.trainer.adapters.adapter import Adapter, read_adapter
-from scumble.trainer.adapters.applied import worn
+from scumble.trainer.adapters.applied import applied
 from scumble.trainer.adapters.files import write_adapter
 from scumble.trainer.adapters.keys import text_key, unet_key
 from scumble.trainer.adapters.targets import Part
-from scumble.trainer.base_model.load import EMBEDDED, Base, load, recognise
+from scumble.trainer.base_model.detect import EMBEDDED, detect_base
+from scumble.trainer.base_model.load import Base, load
 from scumble.trainer.kernels.capture import Replay
 from scumble.trainer.previews import compare, grid
-from scumble.trainer.previews.prompts import Shot, derived, shots_of
-from scumble.trainer.previews.sampling import SAMPLERS, paint
+from scumble.trainer.previews.prompts import PreviewPrompt, preview_prompts, prompts_from_captions
+from scumble.trainer.previews.sampling import SAMPLERS, render
 from scumble.trainer.training.export import export
 from scumble.trainer.training.lora import attach
 
 SHOTS_OF_THREE_SHAPES = ("cat", 64, 4.0), ("dog", 64, 4.0), ("cat", 96, 4.0), ("cat", 64, 1.0)
-SHOT = Shot("owl, flat style", "", None, None, seed=3, steps=3, cfg=4.0)
+SHOT = PreviewPrompt("owl, flat style", "", None, None, seed=3, num_inference_steps=3, guidance_scale=4.0)
 
 
 def loaded(model: Model) -> Base:
-    return load(model, recognise(model), torch.device("cpu"), torch.float32)
+    return load(model, detect_base(model), torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_a_preview_is_the_picture_that_stock_diffusers_paints(base: Base):
     expected = stock(
         "owl", num_inference_steps=5, guidance_scale=4.0, negative_prompt="cat", generator=torch.manual_seed(3)
     ).images[0]
-    painted = paint(base, [replace(SHOT, prompt="owl", negative="cat", steps=5)], "ddim")[0]
+    painted = render(base, [replace(SHOT, prompt="owl", negative="cat", steps=5)], "ddim")[0]
     assert np.abs(pixels(painted) - pixels(expected)).max() <= 1
 
 
@@ -58,9 +59,9 @@ def test_a_base_in_fp16_paints_with_its_vae_in_fp32(kind: str, tmp_path: Path, c
     model = Model(base=str(tiny_base(kind, tmp_path)))
     pictures = {}
     for dtype in (torch.float32, torch.float16):
-        base = load(model, recognise(model), torch.device("cpu"), dtype)
+        base = load(model, detect_base(model), torch.device("cpu"), dtype)
         assert base.unet.dtype == dtype and base.vae.dtype == torch.float32
-        (picture,) = paint(base, [Shot("cat", "", 64, 64, 3, 2, 4.0)], "ddim")
+        (picture,) = render(base, [PreviewPrompt("cat", "", 64, 64, 3, 2, 4.0)], "ddim")
         pictures[dtype] = pixels(picture)
     assert np.abs(pictures[torch.float16].astype(int) - pictures[torch.float32]).max() <= 8
     assert "float16" not in capfd.readouterr().err
@@ -70,8 +71,8 @@ def test_a_shot_gives_the_same_picture_alone_and_among_others_of_any_size(base: 
     words = ("cat", "dog", "car", "bus", "owl", "bee", "fox", "pie", "key")
     shots = [replace(SHOT, prompt=f"{word}, flat style", seed=seed) for seed, word in enumerate(words)]
     shots.insert(4, replace(SHOT, width=48, height=64))
-    together = paint(base, shots, "ddim")
-    alone = paint(base, shots[9:], "ddim")
+    together = render(base, shots, "ddim")
+    alone = render(base, shots[9:], "ddim")
     assert [picture.size for picture in together].count((48, 64)) == 1 and together[4].size == (48, 64)
     assert np.abs(pixels(together[9]) - pixels(alone[0])).max() <= 2
 
@@ -79,7 +80,7 @@ def test_a_shot_gives_the_same_picture_alone_and_among_others_of_any_size(base: 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_paints_and_the_base_keeps_its_own(sampler: str, base: Base):
     own = base.pipeline.scheduler
-    picture = paint(base, [replace(SHOT, steps=12)], sampler)[0]
+    picture = render(base, [replace(SHOT, steps=12)], sampler)[0]
     assert base.pipeline.scheduler is own
     assert np.isfinite(pixels(picture)).all() and pixels(picture).std() > 5
 
@@ -98,8 +99,8 @@ def test_captured_passes_paint_what_run_passes_do(kind: str, tmp_path: Path):
 
     for sampler in SAMPLERS:
         runs.clear()
-        captured = paint(small, shots, sampler, pytest.fail, capture)
-        assert len(runs) == 3 and captured == paint(small, shots, sampler)
+        captured = render(small, shots, sampler, pytest.fail, capture)
+        assert len(runs) == 3 and captured == render(small, shots, sampler)
     assert "forward" not in vars(small.unet)
 
 
@@ -108,14 +109,14 @@ def test_where_memory_lacks_for_a_capture_passes_are_run(base: Base):
         raise torch.OutOfMemoryError("no room")
 
     shots = [SHOT, replace(SHOT, seed=4)]
-    assert paint(base, shots, "ddim", pytest.fail, refused) == paint(base, shots, "ddim")
+    assert render(base, shots, "ddim", pytest.fail, refused) == render(base, shots, "ddim")
 
 
 def test_many_pictures_at_once_are_not_captured(base: Base):
     def refused(run: Replay) -> Replay:
         pytest.fail("captured")
 
-    paint(base, [replace(SHOT, seed=seed) for seed in range(5)], "ddim", pytest.fail, refused)
+    render(base, [replace(SHOT, seed=seed) for seed in range(5)], "ddim", pytest.fail, refused)
 
 
 def test_options_of_the_base_reach_its_schedule():
@@ -126,7 +127,7 @@ def test_options_of_the_base_reach_its_schedule():
 
 def test_zero_terminal_snr_is_refused_on_epsilon():
     with pytest.raises(Refused, match="--zero-terminal-snr needs a base with v-prediction"):
-        recognise(Model(zero_terminal_snr=True))
+        detect_base(Model(zero_terminal_snr=True))
 
 
 def test_another_vae_is_used_where_one_is_named(tmp_path: Path, base: Base):
@@ -173,27 +174,32 @@ def test_rows_of_a_grid_have_their_label_at_the_left():
 def test_prompts_come_from_options_then_from_the_file_without_its_remarks(tmp_path: Path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeff# three\n\ntiger\n  Bär, flat style \n#owl\n".encode())
-    shots = shots_of(Previews(prompts=("first",), prompt_file=str(path), preview_seed=5), 64, [], 7.0)
+    shots = preview_prompts(Previews(prompts=("first",), prompt_file=str(path), preview_seed=5), 64, [], 7.0)
     assert [shot.prompt for shot in shots] == ["first", "tiger", "Bär, flat style"]
     assert [shot.seed for shot in shots] == [5, 6, 7]
-    assert {(shot.width, shot.height, shot.cfg) for shot in shots} == {(64, 64, 7.0)}
+    assert {(shot.width, shot.height, shot.guidance_scale) for shot in shots} == {(64, 64, 7.0)}
 
 
 def test_kohyas_prompt_lines_are_read():
     line = "a cat, sitting --n blurry, low quality --w 515 --h 768 --d 42 --s 30 --l 6.5"
-    (shot,) = shots_of(Previews(prompts=(line,)), 64, [], 7.0)
-    assert shot == Shot("a cat, sitting", "blurry, low quality", 512, 768, 42, 30, 6.5)
+    (shot,) = preview_prompts(Previews(prompts=(line,)), 64, [], 7.0)
+    assert shot == PreviewPrompt("a cat, sitting", "blurry, low quality", 512, 768, 42, 30, 6.5)
     with pytest.raises(Refused, match="cannot be read"):
-        shots_of(Previews(prompts=("a cat --w wide",)), 64, [], 7.0)
+        preview_prompts(Previews(prompts=("a cat --w wide",)), 64, [], 7.0)
 
 
 def test_derived_prompts_are_three_captions_and_one_far_from_them_in_their_words():
     captions = [f"{thing}, clay style" for thing in ("fox", "tiger", "house", "owl", "tulip")]
-    assert derived(captions) == ["fox, clay style", "house, clay style", "tulip, clay style", "castle, clay style"]
-    assert derived(["clay cat, crying", "clay cat, smiling"])[-1] == "clay cat, tiger"
-    assert derived([""])[-1] == "tiger"
+    assert prompts_from_captions(captions) == [
+        "fox, clay style",
+        "house, clay style",
+        "tulip, clay style",
+        "castle, clay style",
+    ]
+    assert prompts_from_captions(["clay cat, crying", "clay cat, smiling"])[-1] == "clay cat, tiger"
+    assert prompts_from_captions([""])[-1] == "tiger"
     framed = [f"photo of {caption}, on white" for caption in captions]
-    assert derived(framed, "photo of", ", on white") == [
+    assert prompts_from_captions(framed, "photo of", ", on white") == [
         *(f"photo of {thing}, clay style, on white" for thing in ("fox", "house", "tulip", "castle"))
     ]
 
@@ -251,9 +257,9 @@ def an_adapter(path: Path, **metadata: str) -> Path:
 def test_strengths_are_those_of_stock_diffusers_and_the_base_is_left_as_it_was(tmp_path: Path):
     base, shots = loaded(Model()), [replace(SHOT, cfg=1.5, steps=2)]
     file = an_adapter(tmp_path / "it.safetensors")
-    plain = paint(base, shots, "ddim")[0]
+    plain = render(base, shots, "ddim")[0]
     nothing, half, whole = (
-        row[0] for row in compare.paint_strengths(base, file, read_adapter(file), shots, [0, 0.5, 1], "ddim")
+        row[0] for row in compare.render_strengths(base, file, read_adapter(file), shots, [0, 0.5, 1], "ddim")
     )
     assert np.array_equal(pixels(nothing), pixels(plain))
     stock = StableDiffusionPipeline.from_pretrained(EMBEDDED)
@@ -265,20 +271,20 @@ def test_strengths_are_those_of_stock_diffusers_and_the_base_is_left_as_it_was(t
         ).images[0]
         assert np.abs(pixels(picture) - pixels(expected)).max() <= 1
         assert np.abs(pixels(picture) - pixels(plain)).max() > 8
-    assert np.array_equal(pixels(paint(base, shots, "ddim")[0]), pixels(plain))
+    assert np.array_equal(pixels(render(base, shots, "ddim")[0]), pixels(plain))
 
 
 def test_an_adapter_is_put_on_a_base_on_another_device(tmp_path: Path):
     base = loaded(Model())
     base.unet.to("meta")  # which like all devices refuses tensors that lie elsewhere
-    with worn(base, read_adapter(an_adapter(tmp_path / "it.safetensors")), 0.5):
+    with applied(base, read_adapter(an_adapter(tmp_path / "it.safetensors")), 0.5):
         assert {weight.device.type for weight in base.unet.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("network", ["dora", "loha", "lokr"])
 def test_kinds_that_diffusers_cannot_load_are_painted_as_they_were_trained(network: str, tmp_path: Path):
     base, shots = loaded(Model()), [replace(SHOT, cfg=1.5, steps=2)]
-    plain = paint(base, shots, "ddim")[0]
+    plain = render(base, shots, "ddim")[0]
     live = loaded(Model())
     settings = Network.model_validate({"algorithm": network, "targets": "full", "lokr_factor": 4})
     trained = attach(live, settings, [Part("unet", 4, 8.0, 2, 2.0), Part("text", 2, 2.0)], seed=0)
@@ -290,12 +296,12 @@ def test_kinds_that_diffusers_cannot_load_are_painted_as_they_were_trained(netwo
     file = tmp_path / "it.safetensors"
     export(file, trained, {}, torch.float32)
     nothing, whole = (
-        row[0] for row in compare.paint_strengths(base, file, read_adapter(file), shots, [0, 1], "ddim")
+        row[0] for row in compare.render_strengths(base, file, read_adapter(file), shots, [0, 1], "ddim")
     )  # fmt: skip
     assert np.array_equal(pixels(nothing), pixels(plain))
-    assert np.abs(pixels(whole) - pixels(paint(live, shots, "ddim")[0])).max() <= 2
+    assert np.abs(pixels(whole) - pixels(render(live, shots, "ddim")[0])).max() <= 2
     assert np.abs(pixels(whole) - pixels(plain)).max() > 8
-    assert np.array_equal(pixels(paint(base, shots, "ddim")[0]), pixels(plain))
+    assert np.array_equal(pixels(render(base, shots, "ddim")[0]), pixels(plain))
 
 
 def test_a_row_is_a_file_at_a_strength_and_a_column_a_prompt(tmp_path: Path):

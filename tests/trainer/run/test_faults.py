@@ -27,21 +27,22 @@ from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Previews
 from scumble.trainer import train as recipe
 from scumble.trainer.adapters.files import read_tensors
+from scumble.trainer.base_model.detect import detect_base
 from scumble.trainer.base_model.latents import _posteriors
-from scumble.trainer.base_model.load import Base, load, recognise
-from scumble.trainer.previews.prompts import shots_of
-from scumble.trainer.previews.sampling import paint
+from scumble.trainer.base_model.load import Base, load
+from scumble.trainer.previews.prompts import preview_prompts
+from scumble.trainer.previews.sampling import render
 from scumble.trainer.run.events import Event
 from scumble.trainer.run.folder import status_of
 from scumble.trainer.run.retention import check_disk, disk_needed, surplus
-from scumble.trainer.run.slowdown import Pace
+from scumble.trainer.run.slowdown import SlowdownWatch
 from scumble.trainer.run.state import newest_state
-from scumble.trainer.system.formatting import in_words
+from scumble.trainer.system.formatting import format_bytes
 from scumble.trainer.train import train
 from scumble.trainer.training.flat_parameters import Flat
 from scumble.trainer.training.forward_backward import Passes
-from scumble.trainer.training.objective import Batch, Look, Objectives
-from scumble.trainer.training.optimizer_step import HALVED_AFTER, STOPPED_AFTER, Outcome, Update
+from scumble.trainer.training.objective import Batch, Objectives, Sample
+from scumble.trainer.training.optimizer_step import HALVED_AFTER, STOPPED_AFTER, StepOutcome, Update
 from scumble.trainer.training.optimizers import grouped, make_optimizer
 
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ class Line:
     def __init__(self, weight: torch.nn.Parameter, broken: Sequence[int] = (), fits: int = 1000):
         self.weight, self.broken, self.fits, self.largest = weight, broken, fits, 0
 
-    def batch(self, looks: Sequence[Look]) -> Batch:
+    def batch(self, looks: Sequence[Sample]) -> Batch:
         self.largest = max(self.largest, len(looks))
         weight = math.nan if looks[0].step in self.broken else 1.0
         return {"x": torch.tensor([1.0 + look.index for look in looks]), "weight": torch.tensor(weight)}
@@ -97,7 +98,7 @@ def update_of(
     return update, line, said
 
 
-def taken(update: Update, step: int, batches: Sequence[Sequence[int]]) -> Outcome:
+def taken(update: Update, step: int, batches: Sequence[Sequence[int]]) -> StepOutcome:
     update.take(step, batches, 1.0)
     (outcome,) = update.outcomes()
     return outcome
@@ -108,7 +109,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_some_in_a_row_halve_the_rate(
     values = [float(line.weight)]
     for step in range(8):
         outcome = taken(update, step, [[0, 1], [2]])
-        assert outcome.broken == ("loss" if step in line.broken else "")
+        assert outcome.non_finite == ("loss" if step in line.broken else "")
         values.append(float(line.weight))
     assert values[2] == values[3] == values[4] == values[5] and values[5] != values[6]
     assert update.optimizer.param_groups[0]["lr"] == 0.005 and not update.is_hopeless
@@ -141,7 +142,7 @@ def test_a_scaled_loss_gives_the_same_steps_and_an_overflow_is_left_out_and_scal
     assert again.optimizer_state()["scaler"] == scaled.optimizer_state()["scaler"]
     large, fourth, said = update_of(accelerator=Halved(3e38))
     before = float(fourth.weight)
-    assert taken(large, 0, [[0, 1], [2]]).broken == "" and float(fourth.weight) == before
+    assert taken(large, 0, [[0, 1], [2]]).non_finite == "" and float(fourth.weight) == before
     assert large.optimizer_state()["scaler"]["scale"] == pytest.approx(1.5e38) and said == []
     for update, weight in ((scaled, other.weight), (again, third.weight)):
         taken(update, 4, [[0, 1], [2]])
@@ -166,7 +167,7 @@ def test_a_step_that_does_not_fit_is_cut_and_its_gradient_stays(fits: int):
     cut.recompute = [lambda: recomputed.append(1)]
     outcome = taken(cut, 0, [[0, 1, 2, 3], [4, 5]])
     torch.testing.assert_close(other.weight.detach(), line.weight.detach(), rtol=1e-6, atol=0)
-    assert not outcome.broken and recomputed == ([1] if fits < 4 else [])
+    assert not outcome.non_finite and recomputed == ([1] if fits < 4 else [])
     assert [line for line in said if "effective batch stays" in line] if fits < 4 else said == []
     assert cut.micro_batch == {4: 0, 3: 2, 2: 2, 1: 1}[fits]
 
@@ -185,7 +186,7 @@ def test_where_memory_lacks_captured_passes_are_given_up_before_anything_else(mo
         return losses_of(batch)
 
     monkeypatch.setattr(line, "losses_of", once)
-    assert taken(update, 1, [[0, 1, 2]]).broken == "" and set(times) == {3} and said == []
+    assert taken(update, 1, [[0, 1, 2]]).non_finite == "" and set(times) == {3} and said == []
     line.fits, update.recompute = 0, []
     monkeypatch.setattr(line, "losses_of", losses_of)
     with pytest.raises(Refused, match="step 3 does not fit"):
@@ -209,11 +210,11 @@ def limited(monkeypatch: pytest.MonkeyPatch, owner: Any, method: str, most: int)
 
 def test_previews_that_do_not_fit_at_once_are_painted_in_parts_and_are_the_same(monkeypatch: pytest.MonkeyPatch):
     model = Model(base="sketch")
-    base = load(model, recognise(model), CPU, torch.float32)
-    shots = shots_of(Previews(prompts=("owl", "fox", "cup"), num_inference_steps=2), 64, [], 5.0)
-    whole = paint(base, shots, "ddim")
+    base = load(model, detect_base(model), CPU, torch.float32)
+    shots = preview_prompts(Previews(prompts=("owl", "fox", "cup"), num_inference_steps=2), 64, [], 5.0)
+    whole = render(base, shots, "ddim")
     tried = limited(monkeypatch, StableDiffusionPipeline, "__call__", 1)
-    parts = paint(base, shots, "ddim")
+    parts = render(base, shots, "ddim")
     assert tried == [3, 1, 2, 1, 1]
     assert (
         max(abs(np.asarray(one, int) - np.asarray(two, int)).max() for one, two in zip(whole, parts, strict=True)) <= 1
@@ -232,7 +233,7 @@ def test_a_preview_that_fits_in_no_way_is_left_out_and_the_run_goes_on(tmp_path:
 
 def test_latents_that_do_not_fit_at_once_are_encoded_in_parts(monkeypatch: pytest.MonkeyPatch):
     model = Model(base="sketch")
-    vae = load(model, recognise(model), CPU, torch.float32).vae
+    vae = load(model, detect_base(model), CPU, torch.float32).vae
     pixels = torch.rand(5, 3, 64, 64)
     with torch.no_grad():
         (whole,) = _posteriors(vae, pixels)
@@ -248,7 +249,7 @@ def test_latents_that_do_not_fit_at_once_are_encoded_in_parts(monkeypatch: pytes
 def test_a_device_that_is_lost_stops_the_run_which_can_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     batch = Objectives.batch
 
-    def lost(self: Objectives, looks: Sequence[Look]) -> Batch:
+    def lost(self: Objectives, looks: Sequence[Sample]) -> Batch:
         if looks[0].step == 2:
             raise RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronous")
         return batch(self, looks)
@@ -304,7 +305,7 @@ def test_a_run_of_broken_numbers_goes_back_to_its_last_good_state(tmp_path: Path
     last_finite = max(step for step, loss in enumerate(losses) if loss is not None)  # of the weights after these steps
     assert int(metadata["ss_steps"]) == last_finite and losses[-1] is None
     kept = newest_state(run, pytest.fail)
-    assert kept and kept.state.broken_in_a_row == 0 and kept.state.step == last_finite + 1
+    assert kept and kept.state.non_finite_in_a_row == 0 and kept.state.step == last_finite + 1
 
 
 @pytest.fixture(params=[MOUNTED, ORDINARY])
@@ -354,7 +355,7 @@ def test_too_little_room_is_refused_before_training_with_what_is_needed(tmp_path
     assert error.value.exit_code == 73
     assert check_disk(tmp_path / "runs", 10**6) > 10**6
     assert disk_needed(1000, 2, 10, "all", 3, False, 0) - disk_needed(1000, 2, 10, "last", 3, False, 0) == 6 * 2000
-    assert [in_words(size) for size in (0, 620_400, 999_999, 38_060_000, 999_960_000, 6_934_786_702)] == [
+    assert [format_bytes(size) for size in (0, 620_400, 999_999, 38_060_000, 999_960_000, 6_934_786_702)] == [
         "0 kB", "620 kB", "1.0 MB", "38.1 MB", "1.0 GB", "6.9 GB"
     ]  # fmt: skip
 
@@ -383,7 +384,7 @@ def test_only_the_last_adapters_stay_where_that_is_asked(tmp_path: Path):
 
 
 def test_steps_that_become_slow_are_noticed_once_and_steady_ones_never():
-    steady, slow = Pace(CPU), Pace(CPU)
+    steady, slow = SlowdownWatch(CPU), SlowdownWatch(CPU)
     assert not any(steady.add(0.1 + 0.05 * (step % 3)) for step in range(200))
     said = [slow.add(0.1 if step < 50 else 0.4) for step in range(100)]
     assert len([line for line in said if line]) == 1

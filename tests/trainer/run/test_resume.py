@@ -61,7 +61,7 @@ def test_a_finished_run_is_left_alone_and_more_steps_go_on_with_it(tmp_path: Pat
     assert f"{run} is finished" in capsys.readouterr().out
     cli.main(["train", str(run), "--steps", "5", "--json"])
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert any("changed: --steps 5 instead of 3" in line for line in events[0]["why"])
+    assert any("changed: --steps 5 instead of 3" in line for line in events[0]["reasons"])
     assert [event["step"] for event in events if event["kind"] == "step"] == [4, 5]
     assert_same(adapter_of(run), adapter_of(longer.folder))
 
@@ -72,7 +72,10 @@ def test_a_longer_run_says_what_becomes_of_its_rate(tmp_path: Path):
         tmp_path, optimization={"steps": 2, "lr_scheduler": "linear", "lr_warmup_steps": 0.0}, output=output
     ).folder
     (plan,) = go_on(run, optimization={"steps": 4}).of("plan")  # shares of the peak: 1, 1/2, then 2/4, 1/4
-    assert "the linear rate spans 4 steps now: from 50.0% of its peak it goes to 50.0%" in plan["why"]
+    assert (
+        "the linear schedule now spans 4 steps: the learning rate changes from 50.0% to 50.0% of its peak"
+        in plan["reasons"]
+    )
 
 
 def test_a_run_moved_to_another_place_goes_on_there(tmp_path: Path):
@@ -124,9 +127,11 @@ def test_what_changed_since_is_named_and_taken_only_when_forced(tmp_path: Path, 
         go_on(run)
     assert status_of(run).state == "stopped"
     last = go_on(run, force=True, optimization={"learning_rate": 1e-4})
-    why = "\n".join(last.of("plan")[0]["why"])
+    why = "\n".join(last.of("plan")[0]["reasons"])
     assert "changed: --learning-rate 0.0001 instead of" in why and f"{captions[0].stem}.webp: picture" in why
-    assert {event["rate"] for event in last.of("step")} and max(event["rate"] for event in last.of("step")) <= 1e-4
+    assert {event["learning_rate"] for event in last.of("step")} and max(
+        event["learning_rate"] for event in last.of("step")
+    ) <= 1e-4
 
 
 @pytest.mark.parametrize("damaged", ["adapter.safetensors", "optimizer.pt", "state.json"])
@@ -142,7 +147,7 @@ def test_a_damaged_state_is_left_aside_and_the_one_before_goes_on(damaged: str, 
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     last = go_on(cut)
-    assert any("000003 is damaged and left aside" in line for line in last.of("plan")[0]["why"])
+    assert any("000003 is damaged and left aside" in line for line in last.of("plan")[0]["reasons"])
     assert [event["step"] for event in last.of("step")] == [3, 4]
     assert_same(adapter_of(cut), adapter_of(unbroken.folder))
 

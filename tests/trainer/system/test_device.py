@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 from scumble.configs.errors import Refused
 from scumble.configs.options import Machine, Model
 from scumble.trainer import cli
-from scumble.trainer.base_model.load import load, recognise
+from scumble.trainer.base_model.detect import detect_base
+from scumble.trainer.base_model.load import load
 from scumble.trainer.kernels.attention import try_xformers
 from scumble.trainer.plan import job
 from scumble.trainer.system import device
@@ -25,9 +26,9 @@ from scumble.trainer.system.device import (
     SIZES_OF_LAUNCHES,
     best_device,
     check_attention,
-    forget_peak,
     make_accelerator,
     memory_mb,
+    reset_peak_memory,
     total_memory_mb,
 )
 from scumble.trainer.system.out_of_memory import timed, unless_too_large
@@ -102,7 +103,7 @@ def test_a_run_with_xformers_attends_through_it_and_learns_the_same(
     assert plain.losses[0] != plain.losses[2]
     torch.testing.assert_close(through.losses, plain.losses, rtol=1e-5, atol=0)
     model = Model(base="sketch")
-    layers = load(model, recognise(model), CPU, torch.float32).unet.attn_processors
+    layers = load(model, detect_base(model), CPU, torch.float32).unet.attn_processors
     passes, others = divmod(xformers.num_calls, len(layers))
     assert passes >= 3 and others == 1  # which tries whether it computes
 
@@ -127,11 +128,11 @@ def test_xformers_is_refused_where_it_is_not_or_does_not_compute(xformers: Xform
 
 
 def test_a_peak_is_of_what_came_after_the_last_one():
-    forget_peak(CPU)
+    reset_peak_memory(CPU)
     before = memory_mb(CPU)
     torch.ones(2**26)  # 256 MB, and gone
     assert before + 200 < memory_mb(CPU) < total_memory_mb(CPU)
-    forget_peak(CPU)
+    reset_peak_memory(CPU)
     assert memory_mb(CPU) < before + 200
 
 

@@ -12,8 +12,8 @@ from tiny import tiny_base
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model, Network
-from scumble.trainer.base_model.detect import BASES
-from scumble.trainer.base_model.load import load, recognise
+from scumble.trainer.base_model.detect import BASES, detect_base
+from scumble.trainer.base_model.load import load
 from scumble.trainer.system.formatting import duration
 from scumble.trainer.system.out_of_memory import TRIALS, measure
 from scumble.trainer.training.checkpointing import recompute_activations, shallow_blocks
@@ -89,7 +89,7 @@ def test_another_error_of_a_pass_is_no_lack_of_memory():
 def test_recomputed_activations_give_the_same_gradients_and_the_more_the_fewer_are_kept(kind: str, tmp_path: Path):
     def gradients(recompute: Sequence[bool]) -> tuple[list[torch.Tensor], int]:
         model = Model(base=str(tiny_base(kind, tmp_path / "base")))
-        base = load(model, recognise(model), CPU, torch.float32)
+        base = load(model, detect_base(model), CPU, torch.float32)
         trained = attach(base, Network(), PARTS, seed=0)
         for part in PARTS:
             component_of(base, part.name).train()

@@ -13,13 +13,13 @@ from scumble.configs.options import Network
 from scumble.trainer.adapters.targets import Part
 from scumble.trainer.training.checkpointing import recompute_activations
 from scumble.trainer.training.export import network_arguments, tensors_of
-from scumble.trainer.training.lora import ADAPTER, Trained, attach, component_of
+from scumble.trainer.training.lora import ADAPTER, AdaptedLayer, attach, component_of
 
 Plain = torch.nn.Linear | torch.nn.Conv2d
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> list[Trained]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[AdaptedLayer]:
     """A Linear and convolutions of 1 x 1 and 3 x 3 (one with stride), their factors and magnitudes shaken."""
     base = loaded("sd1", tmp_path_factory.mktemp("sd1"))
     targets = r"down_blocks\.0\.(attentions\.0\.(proj_in|transformer_blocks\.0\.attn2\.to_k)|downsamplers\.0\.conv)"
@@ -32,7 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> list[Trained]:
     return adapted
 
 
-def dense(module: Trained, inputs: torch.Tensor) -> torch.Tensor:
+def dense(module: AdaptedLayer, inputs: torch.Tensor) -> torch.Tensor:
     """The layer with W' = m · V / ‖V‖, V = W + s · up @ down, written out; the norm is a constant (section 4.3)."""
     layer = plain(module)
     up, down, magnitude = (module.tensors[slot] for slot in ("lora_up", "lora_down", "dora_scale"))
@@ -44,18 +44,18 @@ def dense(module: Trained, inputs: torch.Tensor) -> torch.Tensor:
     return linear(inputs, weight, layer.bias)
 
 
-def plain(module: Trained) -> Plain:
+def plain(module: AdaptedLayer) -> Plain:
     layer = module.layer.get_base_layer()
     assert isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
     return layer
 
 
-def live(module: Trained) -> torch.nn.Module:
+def live(module: AdaptedLayer) -> torch.nn.Module:
     assert isinstance(module.layer, torch.nn.Module)
     return module.layer
 
 
-def inputs_for(module: Trained) -> torch.Tensor:
+def inputs_for(module: AdaptedLayer) -> torch.Tensor:
     width = plain(module).weight.shape[1]
     shape = (2, width, 8, 8) if isinstance(plain(module), torch.nn.Conv2d) else (2, 7, width)
     return torch.randn(shape, generator=torch.Generator().manual_seed(2))
@@ -74,7 +74,7 @@ def test_at_the_start_nothing_changes_not_even_a_bit(kind: str, tmp_path: Path):
         assert {parameter.dtype for parameter in module.tensors.values()} == {torch.float32}
 
 
-def test_values_and_gradients_are_those_of_the_formula(trained: list[Trained]):
+def test_values_and_gradients_are_those_of_the_formula(trained: list[AdaptedLayer]):
     assert {type(plain(module)) for module in trained} == {torch.nn.Linear, torch.nn.Conv2d}
     for module in trained:
         found = []
@@ -91,7 +91,7 @@ def test_values_and_gradients_are_those_of_the_formula(trained: list[Trained]):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
-def test_autocast_stays_near_the_formula_and_takes_the_norm_in_full_precision(trained: list[Trained]):
+def test_autocast_stays_near_the_formula_and_takes_the_norm_in_full_precision(trained: list[AdaptedLayer]):
     for module in trained:
         inputs = inputs_for(module)
         with torch.autocast("cpu", torch.bfloat16):
@@ -106,7 +106,7 @@ def test_autocast_stays_near_the_formula_and_takes_the_norm_in_full_precision(tr
             parameter.grad = None
 
 
-def test_dropout_is_that_of_pefts_lora_and_switching_off_takes_the_magnitudes_off(trained: list[Trained]):
+def test_dropout_is_that_of_pefts_lora_and_switching_off_takes_the_magnitudes_off(trained: list[AdaptedLayer]):
     for module in trained:
         layer, inputs = live(module), inputs_for(module)
         assert isinstance(layer, LoraLayer)
@@ -144,7 +144,7 @@ def test_recomputed_activations_give_the_same_gradients(tmp_path: Path):
         torch.testing.assert_close(one, two)
 
 
-def test_the_file_keeps_magnitudes_in_full_precision_and_its_metadata_tells_of_them(trained: list[Trained]):
+def test_the_file_keeps_magnitudes_in_full_precision_and_its_metadata_tells_of_them(trained: list[AdaptedLayer]):
     tensors = tensors_of(trained, torch.float16)
     for module in trained:
         assert torch.equal(tensors[f"{module.key}.dora_scale"], module.tensors["dora_scale"])

@@ -9,7 +9,7 @@ from paths import CHECKOUT
 
 from scumble.configs import files
 from scumble.trainer import cli
-from scumble.trainer.base_model.load import EMBEDDED
+from scumble.trainer.base_model.detect import EMBEDDED
 from scumble.trainer.system.safetensors_header import read_header
 from scumble.trainer.train import train
 

@@ -14,14 +14,15 @@ from scumble.configs.options import Data, Model, Network, Objective
 from scumble.datasets.reading.folder import Example
 from scumble.datasets.reading.images import Crop, Size
 from scumble.trainer.adapters.targets import Part
+from scumble.trainer.base_model.detect import detect_base
 from scumble.trainer.base_model.latents import Latents
-from scumble.trainer.base_model.load import load, recognise
-from scumble.trainer.kernels.lora_matmul import speed_up
+from scumble.trainer.base_model.load import load
+from scumble.trainer.kernels.lora_matmul import use_fast_lora
 from scumble.trainer.training.checkpointing import recompute_activations
 from scumble.trainer.training.flat_parameters import Flat
 from scumble.trainer.training.forward_backward import Passes
 from scumble.trainer.training.lora import ADAPTER, attach
-from scumble.trainer.training.objective import Look, Objectives
+from scumble.trainer.training.objective import Objectives, Sample
 from scumble.trainer.training.optimizers import grouped
 
 META = torch.device("meta")
@@ -65,7 +66,7 @@ class OnDeviceAlone(TorchDispatchMode):
 )
 def test_a_pass_stays_on_the_device(kind: str, objective: str, text_is_trained: bool, recomputes: bool, tmp_path: Path):
     model = Model(base=str(tiny_base(kind, tmp_path)))
-    base = load(model, recognise(model), torch.device("cpu"), torch.bfloat16)
+    base = load(model, detect_base(model), torch.device("cpu"), torch.bfloat16)
     parts = [Part("unet", 4, 4.0, 2, 2.0)]
     if text_is_trained:
         parts += [Part(name, 2, 2.0) for name in ["text", "text2"][: len(base.text_encoders)]]
@@ -75,7 +76,7 @@ def test_a_pass_stays_on_the_device(kind: str, objective: str, text_is_trained: 
     base.device = META
     groups = grouped([(1e-3, [parameter for module in trained for parameter in module.tensors.values()])])
     flat = Flat([group["params"] for group in groups], torch.bfloat16)
-    assert speed_up([module.layer for module in trained], ADAPTER, flat.lowered)
+    assert use_fast_lora([module.layer for module in trained], ADAPTER, flat.lowered)
     if recomputes:
         recompute_activations(base, parts)
     size = Size(64, 64)
@@ -93,5 +94,5 @@ def test_a_pass_stays_on_the_device(kind: str, objective: str, text_is_trained: 
         assert any("backward" in name for name in mode.names)
         return recorded(run)
 
-    Passes(objectives, flat, capture=capture, say=pytest.fail)([Look(0, 0, 0), Look(1, 0, 1)], 2.0)
+    Passes(objectives, flat, capture=capture, say=pytest.fail)([Sample(0, 0, 0), Sample(1, 0, 1)], 2.0)
     assert seen == [True]

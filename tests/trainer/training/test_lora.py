@@ -19,10 +19,10 @@ from scumble.trainer.adapters.files import read_tensors, write_adapter
 from scumble.trainer.adapters.keys import sgm_path, text_key, unet_key
 from scumble.trainer.adapters.targets import CONVS, FULL, Part
 from scumble.trainer.training.export import export, tensors_of
-from scumble.trainer.training.lora import ADAPTER, Trained, attach, laid_out, num_parameters
+from scumble.trainer.training.lora import ADAPTER, AdaptedLayer, attach, memory_order, num_parameters
 
 
-def shaken(trained: list[Trained]) -> None:
+def shaken(trained: list[AdaptedLayer]) -> None:
     """Give every up matrix values, so that the adapter shows."""
     generator = torch.Generator().manual_seed(1)
     for module in trained:
@@ -134,7 +134,7 @@ def test_the_same_seed_gives_the_same_adapter_and_leaves_other_randomness_alone(
 def test_factors_of_layers_that_hear_the_same_lie_next_to_each_other(tmp_path: Path):
     trained = attach(base := loaded("sd1", tmp_path), Network(), parts_of(base), seed=0)
     names = {p: f"{module.path.split('.')[-1]}.{slot}" for module in trained for slot, p in module.tensors.items()}
-    found = laid_out(trained)
+    found = memory_order(trained)
     assert len(found) == len(set(found)) == len(names)
     told = " ".join(names[p].replace("lora_", "").replace("to_", "") for p in found)
     own, heard = "q.down k.down v.down q.up k.up v.up 0.down 0.up", "q.down q.up k.down v.down k.up v.up 0.down 0.up"

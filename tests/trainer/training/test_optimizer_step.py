@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scumble.trainer.adapters.files import read_tensors
 from scumble.trainer.run.state import newest_state
-from scumble.trainer.system.device import Coming
+from scumble.trainer.system.device import AsyncValue
 from scumble.trainer.training.flat_parameters import Flat
 from scumble.trainer.training.forward_backward import Passes
-from scumble.trainer.training.objective import Batch, Look
-from scumble.trainer.training.optimizer_step import HALVED_AFTER, STOPPED_AFTER, Outcome, Update
+from scumble.trainer.training.objective import Batch, Sample
+from scumble.trainer.training.optimizer_step import HALVED_AFTER, STOPPED_AFTER, StepOutcome, Update
 from scumble.trainer.training.optimizers import OPTIMIZERS, grouped, make_optimizer
 
 
@@ -28,7 +28,7 @@ class Cubes:
     def __init__(self, weights: Sequence[torch.nn.Parameter], of_loss: Sequence[int], of_gradient: Sequence[int]):
         self.weights, self.of_loss, self.of_gradient = weights, of_loss, of_gradient
 
-    def batch(self, looks: Sequence[Look]) -> Batch:
+    def batch(self, looks: Sequence[Sample]) -> Batch:
         step = looks[0].step
         spoilt = torch.tensor(torch.inf if step in self.of_loss else 1.0)
         root = torch.tensor(0.0 if step in self.of_gradient else 1.0)  # of sqrt, whose gradient at 0 is infinite
@@ -55,8 +55,8 @@ def update_of(
     return update, said
 
 
-def outcomes_of(update: Update, steps: int) -> list[Outcome]:
-    found: list[Outcome] = []
+def outcomes_of(update: Update, steps: int) -> list[StepOutcome]:
+    found: list[StepOutcome] = []
     for step in range(steps):
         update.take(step, [[0, 1], [2]], 1.0 - step / 20)
         found += update.outcomes(of_all=False)
@@ -68,7 +68,7 @@ def test_a_step_that_the_device_looks_at_itself_is_the_same_to_the_bit(clip: flo
     (one, said), (other, also_said) = (update_of(ahead, (3, 7, 8), (4, 10), clip) for ahead in (0, 1))
     first, second = outcomes_of(one, 12), outcomes_of(other, 12)
     assert [outcome.step for outcome in first] == list(range(12))
-    assert {outcome.step: outcome.broken for outcome in first if outcome.broken} == {
+    assert {outcome.step: outcome.non_finite for outcome in first if outcome.non_finite} == {
         3: "loss", 4: "gradient", 7: "loss", 8: "loss", 10: "gradient",
     }  # fmt: skip
     assert repr(first) == repr(second) and said == also_said and len(said) == 5
@@ -83,7 +83,7 @@ def test_a_step_that_the_device_looks_at_itself_is_the_same_to_the_bit(clip: flo
 
 def test_a_rate_is_halved_one_step_later_and_a_hopeless_run_ends_one_step_later():
     broken = range(2, 2 + HALVED_AFTER)
-    rates = [[outcome.rate for outcome in outcomes_of(update_of(ahead, broken)[0], 8)] for ahead in (0, 1)]
+    rates = [[outcome.learning_rate for outcome in outcomes_of(update_of(ahead, broken)[0], 8)] for ahead in (0, 1)]
     usual = [0.01 * (1.0 - step / 20) for step in range(8)]
     for ahead in (0, 1):
         halved = 2 + HALVED_AFTER + ahead
@@ -132,7 +132,7 @@ def test_torchs_adamw_looks_itself_and_other_optimisers_are_waited_for():
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every device is one that looks itself; when steps were taken, and their numbers read."""
     lines: list[str] = []
-    init, take, values, number = Update.__init__, Update.take, Coming.values, {}
+    init, take, values, number = Update.__init__, Update.take, AsyncValue.values, {}
 
     def ahead(self: Update, *given: Any, **more: Any) -> None:
         init(self, *given, **more)
@@ -143,23 +143,23 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         take(self, step, *given)
         number[self.taken[-1][2]] = step
 
-    def read(self: Coming) -> list[float]:
+    def read(self: AsyncValue) -> list[float]:
         lines.append(f"read {number[self]}")
         return values(self)
 
     monkeypatch.setattr(Update, "__init__", ahead)
     monkeypatch.setattr(Update, "take", taken)
-    monkeypatch.setattr(Coming, "values", read)
+    monkeypatch.setattr(AsyncValue, "values", read)
     return lines
 
 
 def told(run: Run) -> list[tuple[Any, ...]]:
     """What a run said of its steps, and what it left between them."""
-    keys = "step", "epoch", "loss", "rate", "file", "prompt_index"
+    keys = "step", "epoch", "loss", "learning_rate", "file", "prompt_index"
     return [
         (event["kind"], *(event.get(key) for key in keys))
         for event in run.events
-        if event["kind"] in ("step", "saved", "preview", "validated")
+        if event["kind"] in ("step", "saved", "preview", "validation")
     ]
 
 

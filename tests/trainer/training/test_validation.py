@@ -14,7 +14,7 @@ from runs import SAMPLES, adapter_of, assert_same, begun, go_on, ran
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Options
-from scumble.datasets.reading.folder import Example, PictureSet
+from scumble.datasets.reading.folder import Example, ImageSet
 from scumble.datasets.reading.images import digest_of_file
 from scumble.trainer.adapters.files import read_tensors
 from scumble.trainer.plan.training_set import hold_out, num_held_out, read_examples
@@ -62,13 +62,15 @@ def options_with(split: object) -> Options:
 
 def test_regularization_images_stay_and_at_least_one_image_is_held_out_and_one_trained():
     digests = [digest_of_file(path) for path in pictures_in(SAMPLES)]
-    examples = [Example(Path(one), "", 3, prior=number > 1, digest=one) for number, one in enumerate(digests)]
-    assert hold_out(PictureSet(examples), options_with("off")).examples == examples
-    repeats = [example.repeats for example in hold_out(PictureSet(examples), options_with(0.01)).examples]
+    examples = [
+        Example(Path(one), "", 3, is_regularization=number > 1, digest=one) for number, one in enumerate(digests)
+    ]
+    assert hold_out(ImageSet(examples), options_with("off")).examples == examples
+    repeats = [example.repeats for example in hold_out(ImageSet(examples), options_with(0.01)).examples]
     assert sorted(repeats[:2]) == [0, 3] and set(repeats[2:]) == {3}
     for split in (0.9, 2):
         with pytest.raises(Refused, match=rf"--validation-split {split}: holds out all 2 images; add images"):
-            hold_out(PictureSet(examples), options_with(split))
+            hold_out(ImageSet(examples), options_with(split))
 
 
 @pytest.mark.parametrize(
@@ -107,13 +109,13 @@ def test_a_run_that_holds_pictures_out_is_the_run_that_never_had_them(tmp_path: 
         (fewer / name).with_suffix(".txt").unlink(missing_ok=True)
     data = {"images": str(fewer), "validation_split": "off"}
     other = ran(tmp_path / "b", data=data, network={"lora_dropout": 0.2}, output=FOUR_OF_20["output"])
-    assert [event["step"] for event in measured.of("validated")] == [0, 3] and not other.of("validated")
+    assert [event["step"] for event in measured.of("validation")] == [0, 3] and not other.of("validation")
     assert measured.losses == other.losses
     assert_same(adapter_of(measured.folder), adapter_of(other.folder))
     told = [read_tensors(run.folder / "clay.safetensors")[1]["ss_num_train_images"] for run in (measured, other)]
     assert told == ["16", "16"]
     assert any("20 pictures in 1 bucket (64x64), 4 of them held out, for sketch" in line
-               for line in measured.of("plan")[0]["why"])  # fmt: skip
+               for line in measured.of("plan")[0]["reasons"])  # fmt: skip
 
 
 def test_timesteps_fall_evenly_into_each_part_of_the_range():
@@ -154,7 +156,7 @@ def test_the_loss_is_that_of_stock_diffusers_with_the_saved_file(tmp_path: Path)
                 total += float((prediction - noise).square().mean())
         return total / (DRAWS * len(examples))
 
-    before, after = run.of("validated")
+    before, after = run.of("validation")
     assert before["loss"] == pytest.approx(loss(), rel=1e-4)
     stock.load_lora_weights(str(run.folder / "clay.safetensors"))
     assert after["loss"] == pytest.approx(loss(), rel=1e-4) and abs(after["loss"] / before["loss"] - 1) > 1e-3
@@ -180,7 +182,7 @@ def test_a_run_that_goes_on_knows_what_was_measured_and_keeps_the_best(tmp_path:
         },
     }
     unbroken = ran(tmp_path / "a", **tables)
-    losses = {event["step"]: event["loss"] for event in unbroken.of("validated")}
+    losses = {event["step"]: event["loss"] for event in unbroken.of("validation")}
     assert list(losses) == [0, 2, 4, 6, 8]
     best = min((2, 4, 6), key=lambda step: losses[step])
     assert [path.name for path in (unbroken.folder / "checkpoints").iterdir()] == [f"clay-{best:06}.safetensors"]
@@ -189,9 +191,9 @@ def test_a_run_that_goes_on_knows_what_was_measured_and_keeps_the_best(tmp_path:
         "what came later did not help with pictures unseen" in end  # fmt: skip
     cut = begun(tmp_path / "b", stop_at=3, **tables)
     again = go_on(cut)
-    assert [(event["step"], event["loss"]) for event in again.of("validated")] == [*losses.items()][2:]
+    assert [(event["step"], event["loss"]) for event in again.of("validation")] == [*losses.items()][2:]
     kept = newest_state(cut, pytest.fail)
-    assert kept and dict(kept.state.validated) == losses
+    assert kept and dict(kept.state.validation_losses) == losses
     assert_same(adapter_of(cut), adapter_of(unbroken.folder))
     with pytest.raises(Refused, match=r"--validation-split 0.5: the run has 0.2, and cannot change on its way"):
         go_on(cut, data={"validation_split": 0.5}, optimization={"steps": 10})
@@ -200,7 +202,7 @@ def test_a_run_that_goes_on_knows_what_was_measured_and_keeps_the_best(tmp_path:
 def test_a_state_from_before_anything_was_measured_is_whole(tmp_path: Path):
     cut = begun(tmp_path, stop_at=2, output={"preview_every": 0})
     (numbers,) = (cut / "state").glob("*/state.json")
-    assert json.loads(numbers.read_text().splitlines()[0])["validated"] == []
+    assert json.loads(numbers.read_text().splitlines()[0])["validation_losses"] == []
     assert go_on(cut).events[-1]["kind"] == "done"
 
 

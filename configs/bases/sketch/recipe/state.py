@@ -1,4 +1,4 @@
-"""Training state of the recipe: written whole or not at all, so that a cut run goes on where it stopped."""
+"""Training state of the recipe: written atomically, so that an interrupted run resumes."""
 
 import time
 from pathlib import Path
@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
+from ....atomic import atomic_write
+
 
 def save_state(path: Path, step: int, **parts: Any) -> None:
     """Write `step` and the state dict of each part; a crash while writing leaves the older file."""
-    temporary = path.with_suffix(".part")
-    torch.save({"step": step} | {name: part.state_dict() for name, part in parts.items()}, temporary)
-    temporary.replace(path)
+    with atomic_write(path) as temporary:
+        torch.save({"step": step} | {name: part.state_dict() for name, part in parts.items()}, temporary)
 
 
 def load_state(path: Path, **parts: Any) -> int:
