@@ -1,7 +1,9 @@
-"""Functions on a CPU, recorded once as the operators that they come to, and run again as a flat list of those.
+"""Record a pass on a CPU as a tape of operators, and replay the tape instead of running the pass.
 
-A step of a small UNet is thousands of small operators. To find out in Python which is next, and to note what autograd
-wants to know of each, takes a fifth of it. A recording does as a CUDA graph does: the same, on the same memory.
+A step of a small UNet is thousands of small operators. Autograd and the model's Python code, which a tape leaves out,
+take a fifth to a third of its time. A tape is bound to the memory of the tensors that existed before it was recorded:
+parameters, inputs and gradient buffers must be changed in place and never replaced. It contains only what ran as an
+operator, so each tape is verified against the pass itself before it is used.
 """
 
 import math
@@ -10,214 +12,206 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
-from weakref import finalize
 
 import torch
-from torch.nn import Parameter
+from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .grouping import group
-from .onednn_packing import pack_products
-from .program import Place, Program, Room, layout_of, written_to
-from .simplify import simplify
-from .tensor_memory import memory_of
-
-PAID_BACK = 25  # runs in which a recording saves the time that it took
-MAX_EXTRA_BYTES = 2**28  # of constants that are laid out otherwise, for all shapes of a batch
-FACTORS_STD, PROOFS = 0.1, 8
-PAYS_BELOW_S = 3.0  # what takes longer gains little: SD 1.5 at 512 px 1 %, at 256 px 4 %
-WRITABLE = bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None)
-Run = Callable[[], torch.Tensor]
-
-
-class RecordingError(RuntimeError):
-    """What was done cannot be written down."""
+PAYS_AFTER = 25  # replays that save as much time as recording and verifying a tape takes
+PAYS_BELOW_S = 3.0  # a slower pass gains little: SD 1.5 gains 4 % at 256 px and 1 % at 512 px
+MAX_ATTEMPTS = 8  # to verify a tape
+FACTORS_STD = 0.1
+BINDABLE = bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format, type(None)
+BINDINGS = torch._C._VariableFunctions, torch._C.TensorBase
+Pass = Callable[[], torch.Tensor]
 
 
 class Recordings:
-    """Records functions without arguments that give a result and add to `kept`.
+    """Makes passes (functions without arguments that return a tensor) faster with tapes.
 
-    A run is recorded, of the first function the first one, and in the next, which has other inputs where a batch is
-    another, it is seen whether the recording gives the same numbers: of what is no operator it knows nothing. For that
-    `factors`, of which half are zero at first and would hide much, are random. Where the numbers are the same, the
-    recording runs from then on; where they are not, or a run cannot be recorded or takes long, the function goes on as
-    it is. So does one that is not likely to be run often enough to pay for its recording, of the `runs` of all that
-    are expected.
+    A pass may change only the `accumulated` tensors (gradient buffers) and the random state. `factors` are the trained
+    tensors that it reads. `runs` is the expected number of runs of all passes together.
     """
 
-    def __init__(self, kept: Sequence[torch.Tensor] = (), factors: Sequence[torch.Tensor] = (), runs: float = math.inf):
-        self.kept, self.factors, self.runs = kept, factors, runs
-        self.done, self.room = 0, Room(MAX_EXTRA_BYTES)
+    def __init__(
+        self, accumulated: Sequence[torch.Tensor] = (), factors: Sequence[torch.Tensor] = (), runs: float = math.inf
+    ):
+        self.accumulated, self.factors, self.runs = accumulated, factors, runs
+        self.runs_done = 0
 
-    def __call__(self, run: Run) -> Run:
-        return _Recording(run, self)
+    def __call__(self, run: Pass) -> Pass:
+        return _TapedPass(run, self)
 
-    def pays_after(self, times: int) -> bool:
-        """Whether it pays to record a function that has run so many times: by its share of the runs until now, which is
-        all for the first, it will pay twice over, or it would have paid already."""
-        share = times / self.done if self.done else 1.0
-        return times >= PAID_BACK or (share > 0 and self.runs * share >= 2 * PAID_BACK)
+    def pays(self, times: int) -> bool:
+        """Whether to record a pass that has run `times` times.
+
+        Its share of the runs so far (for the very first pass: all) predicts its share of the expected runs. It is
+        recorded if that is twice what pays, or if recording it at the start would have paid by now.
+        """
+        share = times / self.runs_done if self.runs_done else 1.0
+        return times >= PAYS_AFTER or (share > 0 and self.runs * share >= 2 * PAYS_AFTER)
 
 
-class _Recording:
-    def __init__(self, run: Run, recordings: Recordings):
-        self.run, self.recordings, self.kept, self.factors = run, recordings, recordings.kept, recordings.factors
-        self.times, self.quickest_s, self.proofs = 0, math.inf, 0
-        self.ways = [True, False]  # with products grouped and without: those that are left to try, the quickest first
-        self.replay: Run | None = None
-        self.is_proven = False
+class _TapedPass:
+    """Records one run, verifies the tape in a later run, and replays the tape from then on.
+
+    It runs the pass itself until a tape pays, and for good if the pass is slow, cannot be recorded, or the tape gives
+    other numbers.
+    """
+
+    def __init__(self, run: Pass, recordings: Recordings):
+        self.run, self.recordings = run, recordings
+        self.times, self.seconds, self.attempts = 0, 0.0, 0
+        self.tape: Pass | None = None
+        self.is_verified = self.has_given_up = False
 
     def __call__(self) -> torch.Tensor:
-        is_quick = not self.times or self.quickest_s < PAYS_BELOW_S
-        pays = is_quick and self.recordings.pays_after(self.times)
+        pays = self.seconds < PAYS_BELOW_S and self.recordings.pays(self.times)
         self.times += 1
-        self.recordings.done += 1
-        if self.replay is not None:
-            return self.replay() if self.is_proven else self._proven(self.replay)
-        return self._recorded(grouped=self.ways[0]) if self.ways and pays else self._timed()
+        self.recordings.runs_done += 1
+        if self.tape is not None:
+            return self.tape() if self.is_verified else self._verify(self.tape)
+        return self._record() if pays and not self.has_given_up else self._run_timed()
 
-    def _timed(self) -> torch.Tensor:
-        """Run as it is."""
+    def _run_timed(self) -> torch.Tensor:
         began = time.perf_counter()
         result = self.run()
-        self.quickest_s = min(self.quickest_s, time.perf_counter() - began)
+        self.seconds = time.perf_counter() - began
         return result
 
-    def _recorded(self, grouped: bool) -> torch.Tensor:
-        before, room = self._moment(), self.recordings.room
-        recorder, left = Recorder(Program(room=room)), room.bytes_left
-
-        def recorded() -> torch.Tensor:
-            with recorder:
-                result = self._timed()
-            if self.quickest_s < PAYS_BELOW_S:
-                self.replay = recorder.finished(result, grouped)
+    def _record(self) -> torch.Tensor:
+        before = self._state()
+        with suppress(Exception):  # such as too little memory; an error of the pass itself occurs again below
+            with (recorder := Recorder()):
+                result = self._run_timed()
+            if self.seconds < PAYS_BELOW_S:
+                self.tape = recorder.tape(result)
             return result
+        self.has_given_up = True
+        self._restore(before)
+        return self._run_timed()
 
-        result = _unless_it_fails(recorded)
-        self.free_room = finalize(self, room.gets_back, left - room.bytes_left)
-        if result is None:
-            self._give_up()
-            self._go_to(before)
-            return self._timed()
-        return result
+    def _verify(self, tape: Pass) -> torch.Tensor:
+        """Compare tape and pass on random factors, then do the run that was asked for.
 
-    def _give_up(self) -> None:
-        """The way that was tried leads nowhere."""
-        self.replay = None
-        self.ways.pop(0)
-        self.free_room()
-
-    def _proven(self, replay: Run) -> torch.Tensor:
-        """Both on the same random factors, which leaves nothing behind; then what was asked for, by the one proved.
-
-        Numbers that are not finite, or gradients that are all zero, prove nothing; the next run may.
+        The factors are random because half of those of a new adapter are zero, which hides what is multiplied by them.
+        Numbers that are not finite, or gradients that are all zero, prove nothing; the next run tries again.
         """
-        before = self._moment()
-        self.proofs += 1
+        before, replayed = self._state(), None
         try:
-            for one in self.kept:
-                one.zero_()
+            for buffer in self.recordings.accumulated:
+                buffer.zero_()
             generator = torch.Generator().manual_seed(0)
-            for factor in self.factors:
+            for factor in self.recordings.factors:
                 factor.normal_(0, FACTORS_STD, generator=generator)
-            drawn = self._moment()
-            again, found = _unless_it_fails(replay), self._moment()
-            self._go_to(drawn)
-            result, right = self.run(), self._moment()
+            start = self._state()
+            with suppress(Exception):
+                replayed = [tape(), *self._state()]
+            self._restore(start)
+            expected = [self.run(), *self._state()]
         finally:
-            self._go_to(before)
-        says_much = all(bool(one.isfinite().all()) for one in (result, *right)) and all(
-            map(torch.any, right[: len(self.kept)])
-        )
-        self.is_proven = says_much and again is not None and all(map(torch.equal, (again, *found), (result, *right)))
-        if not self.is_proven and (says_much or again is None or self.proofs >= PROOFS):
-            self._give_up()
-        return replay() if self.is_proven else self.run()
+            self._restore(before)
+        gradients = expected[1 : 1 + len(self.recordings.accumulated)]
+        is_conclusive = all(bool(one.isfinite().all()) for one in expected) and all(map(torch.any, gradients))
+        self.is_verified = is_conclusive and replayed is not None and all(map(torch.equal, replayed, expected))
+        self.attempts += 1
+        if self.is_verified:
+            return tape()
+        if is_conclusive or self.attempts == MAX_ATTEMPTS:
+            self.tape, self.has_given_up = None, True
+        return self.run()
 
-    def _moment(self) -> list[torch.Tensor]:
-        """Copies of what a run changes and a proof draws, and the state of chance."""
-        return [*(one.clone() for one in (*self.kept, *self.factors)), torch.get_rng_state()]
+    def _state(self) -> list[torch.Tensor]:
+        """Copies of all that a run or `_verify` changes."""
+        copies = [tensor.clone() for tensor in (*self.recordings.accumulated, *self.recordings.factors)]
+        return [*copies, torch.get_rng_state()]
 
-    def _go_to(self, moment: Sequence[torch.Tensor]) -> None:
-        *values, chance = moment
-        for one, value in zip((*self.kept, *self.factors), values, strict=True):
-            one.copy_(value)
-        torch.set_rng_state(chance)
+    def _restore(self, state: Sequence[torch.Tensor]) -> None:
+        *values, random_state = state
+        for tensor, value in zip((*self.recordings.accumulated, *self.recordings.factors), values, strict=True):
+            tensor.copy_(value)
+        torch.set_rng_state(random_state)
 
 
 class Recorder(TorchDispatchMode):
-    """While it is on, writes down the operators that run, below autograd.
+    """Records the operators below autograd that run while it is active.
 
-    Tensors from before are constants of the program; so are views of them, made but once.
-    Raises `RecordingError` for an operator that tells Python a number, since the next run may have another.
+    Tensors that existed before are constants: the tape uses their memory. Views of constants are made only once, while
+    recording. Raises `RuntimeError` for what a tape cannot repeat.
     """
 
-    def __init__(self, program: Program | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.program = program or Program()
-        self.nodes = WeakIdKeyDictionary()  # by tensor; it keeps none, so that memory is freed as it always is
-        self.in_memory: dict[int, list[torch.Tensor]] = {}  # constants, by where their memory begins
+        self.graph = Graph()
+        self.constants: dict[Node, torch.Tensor] = {}
+        self.nodes = WeakIdKeyDictionary()  # by tensor; weak, so that recording takes no more memory than the pass
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        made = func(*args, **kwargs)
+        result = func(*args, **kwargs)
         given = [*_tensors(args), *_tensors(kwargs.values())]
-        self.program.frozen |= {memory_of(one) for one in given if isinstance(one, Parameter) and not one.requires_grad}
-        if any(one.is_complex() or one.is_neg() for one in given):
-            raise RecordingError(f"{func} is of numbers that are not in memory as they are")
-        if func.is_view and given and all(map(self.is_constant, given)):
-            return made
-        written = {name: self.written(value) for name, value in kwargs.items()}
-        graph, places = self.program.graph, self.program.places
-        node = graph.call_function(func, tuple(map(self.written, args)), written)
-        if torch._C._current_graph_task_id() >= 0:
-            self.program.in_backward.add(node)
-        is_one = not isinstance(made, tuple | list)
-        for place, one in enumerate([made] if is_one else made):
-            if isinstance(one, torch.Tensor):
-                if all(one is not old for old in given):  # else it was changed in place
-                    self.nodes[one] = node if is_one else graph.call_function(operator.getitem, (node, place))
-                    self._note_place(one, given)
-            elif one is not None:
-                raise RecordingError(f"{func} tells Python a {type(one).__name__}")
-        self.program.changed |= {places[self.nodes[one]].root for one in _tensors(written_to(func, args, kwargs))}
-        return made
+        if any(tensor.is_complex() or tensor.is_neg() for tensor in given):  # may be conjugated or negated lazily
+            raise RuntimeError(f"{func} takes a complex or negated tensor")
+        if func.is_view and given and all(map(self._is_constant, given)):
+            return result
+        bound = {name: self._bind(value) for name, value in kwargs.items()}
+        node = self.graph.call_function(func, tuple(map(self._bind, args)), bound)
+        is_single = not isinstance(result, tuple | list)
+        for index, made in enumerate([result] if is_single else result):
+            if isinstance(made, torch.Tensor):
+                self.nodes[made] = node if is_single else self.graph.call_function(operator.getitem, (node, index))
+            elif made is not None:  # Python code may depend on it, and the next run may return another
+                raise RuntimeError(f"{func} returns a Python {type(made).__name__}")
+        return result
 
-    def is_constant(self, tensor: torch.Tensor) -> bool:
-        return tensor not in self.nodes or self.nodes[tensor].op == "placeholder"
+    def _is_constant(self, tensor: torch.Tensor) -> bool:
+        return tensor not in self.nodes or self.nodes[tensor] in self.constants
 
-    def written(self, value: object) -> Any:
+    def _bind(self, value: object) -> Any:
         """An argument as the graph has it."""
         if isinstance(value, torch.Tensor):
             if value not in self.nodes:
-                self.nodes[value] = self.program.constant(value)
-                self._note_place(value, self.in_memory.setdefault(memory_of(value), []))
-                self.in_memory[memory_of(value)].append(value)
+                with self.graph.inserting_before():  # all others
+                    node = self.graph.placeholder(f"constant_{len(self.constants)}")
+                self.nodes[value], self.constants[node] = node, value
             return self.nodes[value]
         if isinstance(value, tuple | list):
-            return [self.written(one) for one in value]
-        if isinstance(value, WRITABLE):
+            return [self._bind(item) for item in value]
+        if isinstance(value, BINDABLE):
             return value
-        raise RecordingError(f"an operator takes a {type(value).__name__}")
+        raise RuntimeError(f"an operator takes a {type(value).__name__}")
 
-    def _note_place(self, tensor: torch.Tensor, others: Iterable[torch.Tensor]) -> None:
-        """It lies in the memory of one of the others, or in its own."""
-        if tensor.layout is torch.strided:
-            node, places, memory = self.nodes[tensor], self.program.places, memory_of(tensor)
-            roots = (places[self.nodes[one]].root for one in others if memory and memory_of(one) == memory)
-            places[node] = Place(next(roots, node), layout_of(tensor))
+    def tape(self, result: torch.Tensor) -> Pass:
+        """What was recorded up to `result`, without operators and constants that nothing uses.
 
-    def finished(self, result: torch.Tensor, grouped: bool = True) -> Run:
-        """Runs what was recorded, up to its `result`; its products `grouped`, which may change how they are rounded."""
-        self.program.graph.output(self.written(result))
-        simplify(self.program)
-        if grouped:
-            group(self.program)
-            simplify(self.program)
-            pack_products(self.program)
-        return self.program.runnable()
+        The code that torch.fx generates frees each tensor after its last use.
+        """
+        self.graph.output(self._bind(result))
+        self.graph.eliminate_dead_code(lambda node: node.op != "placeholder" and node.is_impure())
+        for node in self.graph.nodes:
+            node.target = _binding(node.target)
+        constants = [self.constants[node] for node in self.graph.nodes if node.op == "placeholder"]
+        forward = GraphModule(torch.nn.Module(), self.graph).forward
+
+        def replay() -> torch.Tensor:
+            with torch.inference_mode():
+                replayed = forward(*constants)
+            return replayed.clone()  # autograd and in-place operators elsewhere refuse inference tensors
+
+        return replay
+
+
+def _binding(target: Any) -> Any:
+    """torch's own Python binding of an operator, which takes less time to call than the operator in `torch.ops`.
+
+    Not where `torch` has a function of that name in Python, which may take other arguments.
+    """
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return target
+    name = target.overloadpacket.__name__
+    binding = next((getattr(place, name) for place in BINDINGS if hasattr(place, name)), target)
+    return binding if getattr(torch, name, binding) is binding else target
 
 
 def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
@@ -226,10 +220,3 @@ def _tensors(values: Iterable[object]) -> Iterator[torch.Tensor]:
             yield value
         elif isinstance(value, tuple | list):
             yield from _tensors(value)
-
-
-def _unless_it_fails(compute: Run) -> torch.Tensor | None:
-    """What `compute` gives; None where it fails, be it for too little memory. A fault of the run's comes again."""
-    with suppress(Exception):
-        return compute()
-    return None
