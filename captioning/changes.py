@@ -1,9 +1,10 @@
-"""Changes of caption files: written whole or not at all, told from a person's own, and taken back.
+"""Changes to caption files: atomic, recorded, and undoable.
 
-Beside the captions of a folder lies `.scumble/captions/`. Each change has a file there, named by its time in
-nanoseconds: JSON lines, the first says what was done, each other names a file, the text before and the hash of the
-text after. A line is written before its file is, so that a run that is cut can be taken back too. `written.jsonl`
-holds the hash of every text that a captioner wrote: a caption with another hash is a person's.
+Each folder of captions has a folder `.scumble/captions/`. Every change adds one JSON lines file there, named by its
+time in nanoseconds. The first line is the command; each other line is a file name, the text before the change and the
+hash of the text after it. The line is written before the file, so an interrupted change can be undone too.
+`written.jsonl` holds the hash of every text that a captioner wrote: a caption with any other hash was written or
+edited by a person.
 """
 
 import hashlib
@@ -16,19 +17,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from scumble.configs.atomic import atomic_write
+from scumble.configs.atomic import atomic_write, cannot_write
 from scumble.configs.errors import Refused
-from scumble.configs.exit_codes import CANNOT_WRITE
 
-PLACE = Path(".scumble") / "captions"
-WRITTEN = "written.jsonl"
+HISTORY_FOLDER = Path(".scumble") / "captions"
+WRITTEN_FILE = "written.jsonl"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Who wrote a text that is ours: `request` stands for captioner, settings and picture.
+    """How a generated caption was made: `request` is the fingerprint of captioner, settings and image.
 
-    `mixed` says that words of a person are in it.
+    `mixed` is True if the caption also contains text written by a person.
     """
 
     request: str
@@ -36,52 +36,52 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Before:
-    """A file as a change found it (None: not there) and the hash that it left."""
+class UndoEntry:
+    """The content of a file before a change (None: it did not exist), and the hash of its content afterwards."""
 
     file: Path
-    data: bytes | None
-    after: str
+    before: bytes | None
+    hash_after: str
 
 
 class Change:
-    """One change of caption files, over all their folders."""
+    """One change to caption files, in one or several folders."""
 
     def __init__(self, command: str):
-        self.command, self.number = command, time.time_ns()
-        self.begun: set[Path] = set()
+        self.command, self.time_ns = command, time.time_ns()
+        self.started: set[Path] = set()
 
-    def write(self, file: Path, text: str, origin: Origin | None = None) -> None:
-        """Put `text` and a line's end into `file`; its folder remembers what was there."""
-        self.put(file, (text + "\n").encode(), origin)
+    def write_text(self, file: Path, text: str, origin: Origin | None = None) -> None:
+        """Write `text` and a line break to `file`, and record its previous content."""
+        self.write_bytes(file, (text + "\n").encode(), origin)
 
-    def put(self, file: Path, data: bytes, origin: Origin | None = None) -> None:
-        """Put `data` into `file`. Raises `Refused` (73) where that cannot be."""
-        place, digest = file.parent / PLACE, hashed(data)
+    def write_bytes(self, file: Path, data: bytes, origin: Origin | None = None) -> None:
+        """Write `data` to `file`, and record its previous content. Raises `Refused` (73) if that fails."""
+        history, digest = file.parent / HISTORY_FOLDER, sha256(data)
         try:
             before = file.read_bytes() if file.exists() else None
-            if place not in self.begun:
-                place.mkdir(parents=True, exist_ok=True)
-                when = datetime.fromtimestamp(self.number / 1e9, UTC).isoformat(timespec="seconds")
-                append(place / f"{self.number}.jsonl", {"did": self.command, "when": when})
-                self.begun.add(place)
+            if history not in self.started:
+                history.mkdir(parents=True, exist_ok=True)
+                when = datetime.fromtimestamp(self.time_ns / 1e9, UTC).isoformat(timespec="seconds")
+                append(history / f"{self.time_ns}.jsonl", {"command": self.command, "time": when})
+                self.started.add(history)
             if origin:
-                told = {"file": file.name, "sha256": digest, "request": origin.request, "mixed": origin.mixed}
-                append(place / WRITTEN, told)
+                line = {"file": file.name, "sha256": digest, "request": origin.request, "mixed": origin.mixed}
+                append(history / WRITTEN_FILE, line)
             line = {"file": file.name, "before": None if before is None else as_text(before), "after": digest}
-            append(place / f"{self.number}.jsonl", line)
+            append(history / f"{self.time_ns}.jsonl", line)
             replace_file(file, data)
         except OSError as error:
-            raise Refused(f"{error.filename or file} cannot be written ({error.strerror})", CANNOT_WRITE) from None
+            raise cannot_write(Path(error.filename or file), error) from None
 
 
-def hashed(data: bytes) -> str:
+def sha256(data: bytes) -> str:
     """SHA-256 in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def as_text(data: bytes) -> str:
-    """Any bytes as text; `as_bytes` gives them back, those that are not UTF-8 too."""
+    """Decode any bytes, including invalid UTF-8; `as_bytes` restores them."""
     return data.decode("utf-8", "surrogateescape")
 
 
@@ -90,13 +90,13 @@ def as_bytes(text: str) -> bytes:
 
 
 def append(path: Path, line: dict[str, Any]) -> None:
-    """One JSON object more in a file of lines."""
+    """Append one JSON object to a JSON lines file."""
     with path.open("ab") as file:
         file.write(json.dumps(line).encode() + b"\n")
 
 
 def replace_file(file: Path, data: bytes) -> None:
-    """Write a file atomically. A link stays a link, and the permissions stay. Raises `Refused` (73)."""
+    """Write a file atomically, keeping symlinks and permissions. Raises `Refused` (73) if that fails."""
     target = file.resolve()
     with atomic_write(target) as temporary:
         temporary.write_bytes(data)
@@ -104,80 +104,81 @@ def replace_file(file: Path, data: bytes) -> None:
             temporary.chmod(target.stat().st_mode & 0o7777)
 
 
-def written_in(folder: Path) -> dict[tuple[str, str], Origin]:
-    """(name of a file, hash of its text) -> who wrote that, for every text that captioners wrote in a folder."""
+def read_origins(folder: Path) -> dict[tuple[str, str], Origin]:
+    """(file name, hash of its text) -> origin, for every text that captioners wrote in a folder."""
     return {
         (str(line.get("file")), str(line.get("sha256"))): Origin(str(line.get("request")), bool(line.get("mixed")))
-        for line in log_lines(folder / PLACE / WRITTEN)
+        for line in read_lines(folder / HISTORY_FOLDER / WRITTEN_FILE)
     }
 
 
 def undo(roots: Sequence[Path], overwrite: bool) -> tuple[str, list[Path]]:
-    """Take back the latest change at or below these folders: what it did, and the files that are as before.
+    """Undo the latest change in or below these folders; returns its command and the restored files.
 
-    Raises `Refused` where there is none, or a file was changed since by other means, unless `overwrite`.
+    Raises `Refused` if there is no change to undo. Unless `overwrite` is set, also raises `Refused` if a file was
+    edited after the change.
     """
     logs = sorted({log for root in roots for log in logs_below(root)}, key=lambda path: int(path.stem))
     if not logs:
-        raise Refused(f"{roots[0]}: no change of captions to take back")
+        raise Refused(f"{roots[0]}: no caption changes to undo")
     latest = [log for log in logs if log.stem == logs[-1].stem]
-    told, befores = "", []
+    command, entries = "", []
     for log in latest:
-        did, found = read_log(log)
-        told, befores = told or did, befores + found
-    now = {one.file: one.file.read_bytes() if one.file.exists() else None for one in befores}
-    moved = [one for one in befores if now[one.file] != one.data]
-    other = [one.file for one in moved if (data := now[one.file]) is None or hashed(data) != one.after]
-    if other and not overwrite:
-        more = f" and {len(other) - 1} more" if len(other) > 1 else ""
-        raise Refused(f"{other[0]}{more} was changed since ({told}): --overwrite takes it back all the same")
+        log_command, log_entries = read_log(log)
+        command, entries = command or log_command, entries + log_entries
+    current = {entry.file: entry.file.read_bytes() if entry.file.exists() else None for entry in entries}
+    changed = [entry for entry in entries if current[entry.file] != entry.before]
+    edited = [e.file for e in changed if (data := current[e.file]) is None or sha256(data) != e.hash_after]
+    if edited and not overwrite:
+        more = f" and {len(edited) - 1} more" if len(edited) > 1 else ""
+        raise Refused(f"{edited[0]}{more}: edited after `{command}`; --overwrite undoes it anyway")
     try:
-        for one in moved:
-            if one.data is None:
-                one.file.unlink(missing_ok=True)
+        for entry in changed:
+            if entry.before is None:
+                entry.file.unlink(missing_ok=True)
             else:
-                replace_file(one.file, one.data)
+                replace_file(entry.file, entry.before)
         for log in latest:
             log.unlink()
     except OSError as error:
-        raise Refused(f"{error.filename} cannot be written ({error.strerror})", CANNOT_WRITE) from None
-    return told, [one.file for one in moved]
+        raise cannot_write(Path(error.filename or roots[0]), error) from None
+    return command, [entry.file for entry in changed]
 
 
 def logs_below(root: Path) -> Iterator[Path]:
-    """The file of every change in every folder at or below `root`, links followed, each folder once."""
+    """The log of every change in or below `root`; follows symlinks and visits each folder once."""
     seen: set[tuple[int, int]] = set()
-    for place, folders, _ in os.walk(root, followlinks=True):
-        status = Path(place).stat()
+    for folder, subfolders, _ in os.walk(root, followlinks=True):
+        status = Path(folder).stat()
         if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
+            subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (path for path in (Path(place) / PLACE).glob("*.jsonl") if path.stem.isdigit())
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        yield from (path for path in (Path(folder) / HISTORY_FOLDER).glob("*.jsonl") if path.stem.isdigit())
 
 
-def read_log(log: Path) -> tuple[str, list[Before]]:
-    """What a change did, and every file as it found it; of a file that it wrote twice, the first and the last."""
-    folder, did, found = log.parents[2], "", {}
-    for line in log_lines(log):
-        if "did" in line:
-            did = str(line["did"])
-        elif file := line.get("file"):
-            text, path = line.get("before"), folder / str(file)
-            data = found[path].data if path in found else None if text is None else as_bytes(str(text))
-            found[path] = Before(path, data, str(line.get("after")))
-    return did, list(found.values())
+def read_log(log: Path) -> tuple[str, list[UndoEntry]]:
+    """The command of a change and its files; a file written twice has its first `before` and its last hash."""
+    folder, command, entries = log.parents[2], "", {}
+    for line in read_lines(log):
+        if "command" in line:
+            command = str(line["command"])
+        elif name := line.get("file"):
+            text, path = line.get("before"), folder / str(name)
+            before = entries[path].before if path in entries else None if text is None else as_bytes(str(text))
+            entries[path] = UndoEntry(path, before, str(line.get("after")))
+    return command, list(entries.values())
 
 
-def log_lines(path: Path) -> Iterable[dict[str, Any]]:
-    """The objects of a file of JSON lines; a last line that was cut is none."""
+def read_lines(path: Path) -> Iterable[dict[str, Any]]:
+    """The objects in a JSON lines file; skips a truncated last line."""
     if not path.exists():
         return
     for line in path.read_bytes().splitlines():
         try:
-            one = json.loads(line)
+            value = json.loads(line)
         except ValueError:
             continue
-        if isinstance(one, dict):
-            yield one
+        if isinstance(value, dict):
+            yield value

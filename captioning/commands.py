@@ -1,4 +1,4 @@
-"""`scumble caption`. Models and torch are imported when it needs them."""
+"""`scumble caption`. torch and the models are imported only when they are needed."""
 
 import sys
 from typing import Annotated
@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from scumble.configs.errors import Refused
 
 from .captioners.request import Device, Existing, Precision
-from .commands_edit import Folder, take_back
+from .commands_edit import Folder, undo_latest
 from .flags import CaptionFlags
 
 DEFAULTS = CaptionFlags()
@@ -18,48 +18,47 @@ def caption(
     source: Folder,
     /,
     *,
-    wanted: Annotated[CaptionFlags, Parameter(name="*")] = DEFAULTS,
+    flags: Annotated[CaptionFlags, Parameter(name="*")] = DEFAULTS,
     existing: Annotated[
-        Existing, Parameter(help="Captions that are there: replace touches none by hand, line adds one as a new line")
+        Existing,
+        Parameter(help="What happens to existing captions: replace rewrites generated ones only, line adds a new line"),
     ] = "keep",
-    overwrite: Annotated[bool, Parameter(help="Replace captions that a person wrote too", negative="")] = False,
-    undo: Annotated[bool, Parameter(help="Take back the latest change of captions", negative="")] = False,
-    dry_run: Annotated[bool, Parameter(help="Print the captions and write nothing", negative="")] = False,
-    batch_size: Annotated[int, Parameter(help="Images at once; 0: the default of the captioner")] = 0,
-    device: Annotated[Device | None, Parameter(help="Where to compute")] = None,
+    overwrite: Annotated[bool, Parameter(help="Also replace captions written by a person", negative="")] = False,
+    undo: Annotated[bool, Parameter(help="Undo the latest caption change", negative="")] = False,
+    dry_run: Annotated[bool, Parameter(help="Print the captions without writing them", negative="")] = False,
+    batch_size: Annotated[int, Parameter(help="Images per batch; 0: the captioner's default")] = 0,
+    device: Annotated[Device | None, Parameter(help="Device to run the captioner on")] = None,
     precision: Annotated[Precision | None, Parameter(help="auto: half precision on a GPU, fp32 on the CPU")] = None,
 ) -> None:
-    """Write a caption beside every picture that has none.
+    """Write a caption for every image that has none.
 
-    What captions name, a prompt can change later; what they leave unsaid goes
-    into the adapter. For a style, tell what is in the picture and nothing of
-    how it is painted. For a character, tell all that changes (pose, clothes,
-    place, how it is painted) and nothing of who it is. The templates and
-    filters of --kind do so; what they miss, --drop takes out.
+    A prompt can change whatever the captions name; whatever they leave out
+    becomes part of the adapter. For a style, describe the content of the image
+    but not how it is made. For a character, describe everything that varies
+    (pose, clothes, place, medium) but not who the character is. --kind selects
+    templates and filters that do this; --drop removes what they miss.
 
-    A caption that a person wrote is never replaced without --overwrite. A run
-    that is cut goes on where it was.
+    Captions written by a person are never replaced without --overwrite. To
+    continue an interrupted run, repeat the command.
     """
     if undo and dry_run:
-        raise Refused("--undo writes: it has no --dry-run")
+        raise Refused("--undo: cannot be combined with --dry-run")
     if undo:
-        take_back(source, overwrite)
+        undo_latest(source, overwrite)
         return
     if overwrite and existing not in ("keep", "replace"):
-        raise Refused(f"--overwrite replaces whole captions, --existing {existing} keeps them: use one of the two")
+        raise Refused(f"--overwrite: replaces whole captions, but --existing {existing} keeps them; use only one")
     if batch_size < 0:
-        raise Refused(
-            f"--batch-size {batch_size}: must be a whole number above 0, or 0 for the default of the captioner"
-        )
-    request = wanted.request(device, precision)
+        raise Refused(f"--batch-size {batch_size}: must be a whole number above 0, or 0 for the captioner's default")
+    request = flags.request(device, precision)
     from .progress import caption_progress, describe_outcome
     from .recipe import caption_set
 
-    way: Existing = "replace" if overwrite else existing
+    mode: Existing = "replace" if overwrite else existing
     try:
-        with caption_progress(show_all=dry_run) as tell:
-            outcome = caption_set(source, request, way, overwrite, batch_size, dry_run, tell)
+        with caption_progress(show_all=dry_run) as report:
+            outcome = caption_set(source, request, mode, overwrite, batch_size, dry_run, report)
     except KeyboardInterrupt:
-        print("stopped: the captions so far stay, and the same command goes on with the others", file=sys.stderr)
+        print("interrupted: the captions written so far are kept; repeat the command to continue", file=sys.stderr)
         raise SystemExit(130) from None
     print(describe_outcome(outcome, source, request.captioner, dry_run))

@@ -1,4 +1,4 @@
-"""Edits over the caption files of a set. Each line of a file is edited as a caption of its own."""
+"""Edits to the caption files of an image set. Each line of a file is edited as a separate caption."""
 
 import re
 from collections.abc import Sequence
@@ -9,44 +9,45 @@ from scumble.datasets.reading.sidecars import decoded
 
 from .changes import Change
 from .edits import Edit
-from .texts import Text
+from .texts import CaptionEntry
 
 
 @dataclass(frozen=True)
-class Edited:
-    """A caption file and what an edit makes of it. A caption from a table gets a file, which goes before the table."""
+class EditedFile:
+    """A caption file before and after an edit. A caption from a table goes to a new file, which overrides the table."""
 
     file: Path
     before: str
     after: str
 
 
-def edited(texts: Sequence[Text], edit: Edit, only: re.Pattern[str] | None = None) -> list[Edited]:
-    """The files that change, of those in which `only` finds something. Pictures without a caption are passed over."""
-    found: dict[Path, Edited] = {}
-    for text in texts:
-        if not text.is_caption:
+def edited(entries: Sequence[CaptionEntry], edit: Edit, only: re.Pattern[str] | None = None) -> list[EditedFile]:
+    """The files that `edit` changes, among those in which `only` matches. Skips images without a caption."""
+    changes: dict[Path, EditedFile] = {}
+    for entry in entries:
+        if not entry.has_caption:
             continue
-        file = text.stands_in or text.file
-        before = decoded(file.read_bytes(), file) if text.stands_in else "\n".join(text.lines) + "\n"
+        source = entry.caption_file
+        before = decoded(source.read_bytes(), source) if source else "\n".join(entry.lines) + "\n"
         if only and not only.search(before):
             continue
-        after = "".join(_line(line, edit) for line in before.splitlines(keepends=True))
+        after = "".join(_edit_line(line, edit) for line in before.splitlines(keepends=True))
         if after != before:
-            found[file] = Edited(file, before, after)
-    return list(found.values())
+            file = source or entry.target_file
+            changes[file] = EditedFile(file, before, after)
+    return list(changes.values())
 
 
-def write(changes: Sequence[Edited], command: str) -> None:
-    """Put every edited text in its file, as one change that can be taken back."""
+def write(changes: Sequence[EditedFile], command: str) -> None:
+    """Write every edited file, as one change that can be undone."""
     change = Change(command)
     for one in changes:
-        change.put(one.file, one.after.encode())
+        change.write_bytes(one.file, one.after.encode())
 
 
-def _line(line: str, edit: Edit) -> str:
-    said = " ".join(line.split())
-    if not said:
+def _edit_line(line: str, edit: Edit) -> str:
+    text = " ".join(line.split())
+    if not text:
         return line
-    changed = edit(said)
-    return line if changed == said else changed + line[len(line.splitlines()[0]) :]
+    changed = edit(text)
+    return line if changed == text else changed + line[len(line.splitlines()[0]) :]

@@ -1,4 +1,4 @@
-"""Flags of `scumble caption` that say what a caption is to be, and the request that they make."""
+"""The flags of `scumble caption` that determine the caption text, and the captioning request built from them."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -12,48 +12,49 @@ from .captioners.request import Category, Detail, Device, Precision, Request, Su
 
 @dataclass(frozen=True)
 class CaptionFlags:
-    """One flag a field; None is the captioner's own default."""
+    """One field per flag; None selects the captioner's default."""
 
     captioner: Annotated[
         Literal["filename", "blip", "florence2", "vlm", "wd-tagger"],
         Parameter(
-            help="filename: its words; blip: a short sentence; florence2: sentences; vlm: any model that takes "
-            "pictures and does as told, as Qwen-VL; wd-tagger: tags, for drawings"
+            help="filename: words of the file name; blip: one short sentence; florence2: sentences; vlm: any "
+            "image-text-to-text model, e.g. Qwen-VL; wd-tagger: tags, for drawings"
         ),
     ] = "filename"
     kind: Annotated[
-        SubjectKind, Parameter(help="What the set teaches: captions leave out its looks, or who the character is")
+        SubjectKind, Parameter(help="Subject of the images: captions leave out the style, or the character's identity")
     ] = "style"
-    model: Annotated[str | None, Parameter(help="Folder or hub id of the model; none: the captioner's usual")] = None
-    detail: Annotated[Detail | None, Parameter(help="How much is told; CLIP reads about 50 words")] = None
+    model: Annotated[str | None, Parameter(help="Folder or hub id of the model; each captioner has a default")] = None
+    detail: Annotated[Detail | None, Parameter(help="Length of the captions; CLIP reads about 50 words")] = None
     prompt: Annotated[
-        str | None, Parameter(help="Words for the model instead of its template; blip goes on from them")
+        str | None, Parameter(help="Prompt for the model, instead of the template; blip continues the text")
     ] = None
-    max_tokens: Annotated[int | None, Parameter(help="Longest answer")] = None
-    threshold: Annotated[float | None, Parameter(help="Least probability of a tag; none: 0.35")] = None
+    max_tokens: Annotated[int | None, Parameter(help="Maximum number of tokens per caption")] = None
+    threshold: Annotated[float | None, Parameter(help="Minimum probability of a tag; default: 0.35")] = None
     character_threshold: Annotated[
-        float | None, Parameter(help="Least probability of a character's name; none: 0.85")
+        float | None, Parameter(help="Minimum probability of a character name; default: 0.85")
     ] = None
     categories: Annotated[
         tuple[Category, ...] | None,
-        Parameter(help="Kinds of tags that are said; none: general", consume_multiple=True, negative=""),
+        Parameter(help="Tag categories to include; default: general", consume_multiple=True, negative=""),
     ] = None
     keep_underscores: Annotated[
-        bool, Parameter(help="Leave tags as long_hair; else spaces, but for faces as ^_^", negative="")
+        bool, Parameter(help="Keep the underscores in tags; otherwise only emoticons like ^_^ keep them", negative="")
     ] = False
     trigger: Annotated[
-        str, Parameter(help="Words that call the adapter; training puts them in front too if it is told them")
+        str, Parameter(help="Trigger words of the adapter; `scumble train --trigger` also adds them to captions")
     ] = ""
     trigger_position: Annotated[
-        Literal["front", "end", "none"], Parameter(help="Where they are written; none: only the template knows them")
+        Literal["front", "end", "none"],
+        Parameter(help="Where the trigger words are written; none: only the prompt template uses them"),
     ] = "front"
     drop: Annotated[
         tuple[str, ...] | None,
-        Parameter(help="Words and tags that are never written", consume_multiple=True, negative=""),
+        Parameter(help="Words and tags to remove from captions", consume_multiple=True, negative=""),
     ] = None
 
     def request(self, device: Device | None, precision: Precision | None) -> Request:
-        """What is asked of the captioner. Raises `Refused` for a value out of range or a flag that is not for it."""
+        """The captioning request. Raises `Refused` for a value out of range or a flag the captioner does not accept."""
         from .captioners.captioner import request_for
 
         if self.max_tokens is not None and self.max_tokens < 1:

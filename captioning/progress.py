@@ -1,4 +1,4 @@
-"""What a person sees while a folder is captioned, and what became of it afterwards."""
+"""Terminal output of `scumble caption`: progress while a folder is captioned, and a summary afterwards."""
 
 import shlex
 from collections import Counter
@@ -12,50 +12,50 @@ from scumble.configs.words import counted
 
 from .recipe import CaptionOutcome
 
-EXAMPLES = 3  # captions that are shown so that a wrong captioner is noticed at once
-NAMED = 10  # files named one by one
+NUM_EXAMPLES = 3  # captions printed at the start, so that an unsuitable captioner is noticed early
+MAX_LISTED = 10  # skipped files listed individually
 
 
 @contextmanager
 def caption_progress(show_all: bool) -> Generator[Callable[[int, int, Path, str], None]]:
-    """Yield a function that is called with each caption: a bar shows the latest; the first few, or all, are printed."""
+    """Yield a function to call with each caption. It shows the latest in a bar and prints the first few, or all."""
     num_shown = 0
     with progress_bar("captioning") as advance:
 
-        def tell(done: int, total: int, image: Path, caption: str) -> None:
+        def report(done: int, total: int, image: Path, caption: str) -> None:
             nonlocal num_shown
             line = printable(f"{image.name}: {' / '.join(caption.splitlines())}")
             advance(done, total, line[:60])
-            if show_all or num_shown < EXAMPLES:
+            if show_all or num_shown < NUM_EXAMPLES:
                 print(f"  {line}")
                 num_shown += 1
 
-        yield tell
+        yield report
 
 
 def describe_outcome(outcome: CaptionOutcome, source: Path, captioner: str, dry_run: bool) -> str:
-    """What became of the pictures, a line for each thing to know."""
-    lines = [f"{'would write' if dry_run else 'wrote'} {counted(len(outcome.written), 'caption')} by {captioner}"]
+    """A summary of the result, one line per fact."""
+    lines = [f"{'would write' if dry_run else 'wrote'} {counted(len(outcome.written), 'caption')} with {captioner}"]
     if outcome.kept:
-        lines.append(f"  {len(outcome.kept)} kept as they are")
-    if outcome.by_hand:
-        lines.append(f"  {len(outcome.by_hand)} kept because a person wrote them; --overwrite replaces those too")
-    if outcome.silent:
-        lines.append(f"  {len(outcome.silent)} got none: {captioner} has no word for {named(outcome.silent)}")
-    for lost, count in Counter(map(str, outcome.lost[:NAMED])).items():
-        lines.append(f"  left out: {lost}" + f" ({count} times)" * (count > 1))
-    if len(outcome.lost) > NAMED:
-        lines.append(f"  and {len(outcome.lost) - NAMED} more left out")
-    for words in outcome.unheard:
-        lines.append(
-            f"  the folder's words {words!r} were the caption so far and are in none of these: --trigger adds them"
-        )
+        lines.append(f"  {counted(len(outcome.kept), 'existing caption')} kept")
+    if outcome.kept_manual:
+        kept = counted(len(outcome.kept_manual), "manual caption")
+        lines.append(f"  {kept} kept; --overwrite also replaces manual captions")
+    if outcome.empty:
+        images = counted(len(outcome.empty), "image")
+        lines.append(f"  {images} not captioned: {captioner} returned no text for {short_list(outcome.empty)}")
+    for skipped, count in Counter(map(str, outcome.skipped[:MAX_LISTED])).items():
+        lines.append(f"  skipped: {skipped}" + f" ({count} times)" * (count > 1))
+    if len(outcome.skipped) > MAX_LISTED:
+        lines.append(f"  {len(outcome.skipped) - MAX_LISTED} more skipped")
+    for words in outcome.lost_class_words:
+        lines.append(f"  some captions now lack the class words {words!r} of the folder name; --trigger adds them")
     if outcome.written and not dry_run:
-        lines.append(f"  `scumble caption {shlex.quote(str(source))} --undo` takes them back")
+        lines.append(f"  to undo: `scumble caption {shlex.quote(str(source))} --undo`")
     return "\n".join(lines)
 
 
-def named(paths: list[Path]) -> str:
-    """The first few names."""
+def short_list(paths: list[Path]) -> str:
+    """The names of the first three files."""
     more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
     return ", ".join(path.name for path in paths[:3]) + more

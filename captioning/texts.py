@@ -1,4 +1,4 @@
-"""The captions of a set as files: which file is a picture's, what it says, and who wrote it."""
+"""The captions of an image set: which file belongs to an image, what it contains, and who wrote it."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,99 +11,100 @@ from scumble.datasets.reading.discovery import TABLES
 from scumble.datasets.reading.folder import Example, ImageSet, read_set
 from scumble.datasets.reading.sidecars import folded, lines_of, read_text
 
-from .changes import Origin, hashed, written_in
+from .changes import Origin, read_origins, sha256
 
-CaptionSource = Literal["none", "words", "table", "hand", "scumble"]
+CaptionSource = Literal["none", "class words", "table", "manual", "generated"]
 
 
 @dataclass(frozen=True)
-class Text:
-    """The caption of one picture, read from `stands_in`; `file` is where a new one is written.
+class CaptionEntry:
+    """The caption of one image, read from `caption_file` if there is one; a new caption goes to `target_file`.
 
-    `lines` are those of the file; those of `example` have what a list of folders (TOML) puts around them too.
-    `source` tells who wrote `lines`: nobody, the folder's name (kohya's class words), a table (`metadata.jsonl`),
-    a person, or a captioner, of which `origin` knows more.
+    `lines` are the lines of the file; `example.lines` also include the prefix and suffix from a dataset TOML file.
+    `source` is the author of `lines`: nobody, the folder name (kohya's class words), a table (`metadata.jsonl`), a
+    person, or a captioner. `origin` is set if it is a captioner.
     """
 
     example: Example
-    file: Path
-    stands_in: Path | None
+    target_file: Path
+    caption_file: Path | None
     lines: tuple[str, ...]
     source: CaptionSource
     origin: Origin | None = None
 
     @property
-    def picture(self) -> Path:
+    def image(self) -> Path:
         return self.example.image
 
     @property
-    def is_caption(self) -> bool:
-        """Whether somebody wrote it for this picture."""
-        return self.source not in ("none", "words")
+    def has_caption(self) -> bool:
+        """Whether the image has a caption of its own."""
+        return self.source not in ("none", "class words")
 
     @property
-    def is_ours(self) -> bool:
-        """Whether a captioner wrote it and no person's words are in it."""
-        return self.source == "scumble" and self.origin is not None and not self.origin.mixed
+    def is_generated(self) -> bool:
+        """Whether a captioner wrote the whole caption."""
+        return self.source == "generated" and self.origin is not None and not self.origin.mixed
 
 
-def check_writable(texts: Sequence[Text]) -> None:
-    """Raises `Refused` where texts beside the pictures are not read, so that new ones would change nothing."""
-    for text in texts:
-        file = text.example.sidecar
-        if file and _is_kohyas(file):
+def check_writable(entries: Sequence[CaptionEntry]) -> None:
+    """Raises `Refused` if captions come from kohya's JSON metadata, where new caption files would have no effect."""
+    for entry in entries:
+        file = entry.example.sidecar
+        if file and _is_kohya_json(file):
             raise Refused(
-                f"{file}: captions in it are not edited; take metadata_file out of the list of folders, "
-                "or edit the file itself"
+                f"{file}: captions in this file cannot be edited; edit the file itself, or remove metadata_file from "
+                "the dataset file"
             )
 
 
-def read_texts(source: Path) -> tuple[list[Text], ImageSet]:
-    """The captions of the pictures to learn from, and the set; regularisation pictures stay out, pixels unread.
+def read_captions(source: Path) -> tuple[list[CaptionEntry], ImageSet]:
+    """The captions of the training images, and the image set. Excludes regularization images; decodes no pixels.
 
-    Of pictures that share one text file each has one of its own to be written: `a.jpg.txt` beside `a.png.txt`.
+    If several images share a caption file, a new caption goes to a file for one image: `a.jpg.txt`, not `a.txt`.
     """
-    found = read_set(source, decode=False)
-    examples = list({example.image: example for example in found.examples}.values())  # a list may name one twice
-    owners = Counter(_name(_usual(example)) for example in examples)
-    written: dict[Path, dict[tuple[str, str], Origin]] = {}
-    texts = []
+    image_set = read_set(source, decode=False)
+    examples = list({example.image: example for example in image_set.examples}.values())  # a list can repeat a folder
+    num_users = Counter(_file_key(_default_file(example)) for example in examples)
+    origins: dict[Path, dict[tuple[str, str], Origin]] = {}
+    entries = []
     for example in examples:
         if example.is_regularization:
             continue
-        usual = _usual(example)
-        file = usual if owners[_name(usual)] == 1 else example.image.with_name(f"{example.image.name}.txt")
-        stands_in, origin = None if _in_table(example) else example.sidecar, None
-        if stands_in:
-            folder = stands_in.parent
-            if folder not in written:
-                written[folder] = written_in(folder)
-            if written[folder]:
-                origin = written[folder].get((stands_in.name, hashed(stands_in.read_bytes())))
-        lines = lines_of(read_text(stands_in)) if stands_in else example.lines
-        told = Text(example, file, stands_in, lines, _source(example), origin)
-        texts.append(told if origin is None else replace(told, source="scumble"))
-    return texts, found
+        default = _default_file(example)
+        is_shared = num_users[_file_key(default)] > 1
+        target_file = example.image.with_name(f"{example.image.name}.txt") if is_shared else default
+        caption_file, origin = None if _is_in_table(example) else example.sidecar, None
+        if caption_file:
+            folder = caption_file.parent
+            if folder not in origins:
+                origins[folder] = read_origins(folder)
+            if origins[folder]:
+                origin = origins[folder].get((caption_file.name, sha256(caption_file.read_bytes())))
+        lines = lines_of(read_text(caption_file)) if caption_file else example.lines
+        entry = CaptionEntry(example, target_file, caption_file, lines, _source(example), origin)
+        entries.append(entry if origin is None else replace(entry, source="generated"))
+    return entries, image_set
 
 
-def _in_table(example: Example) -> bool:
+def _is_in_table(example: Example) -> bool:
     sidecar = example.sidecar
-    return sidecar is not None and (sidecar.name.lower() in TABLES or _is_kohyas(sidecar))
+    return sidecar is not None and (sidecar.name.lower() in TABLES or _is_kohya_json(sidecar))
 
 
-def _is_kohyas(file: Path) -> bool:
+def _is_kohya_json(file: Path) -> bool:
     return file.suffix.lower() == ".json"
 
 
-def _usual(example: Example) -> Path:
-    """The text file that is read, or the one of the picture's name."""
-    if example.sidecar is None or _in_table(example):
+def _default_file(example: Example) -> Path:
+    """The caption file that is read, or else the text file named after the image."""
+    if example.sidecar is None or _is_in_table(example):
         return example.image.with_name(f"{example.image.stem}.txt")
     return example.sidecar
 
 
-def _name(file: Path) -> tuple[Path, str]:
-    """By which files are told apart: the case of a name does not count."""
+def _file_key(file: Path) -> tuple[Path, str]:
+    """A key for comparing file names regardless of case."""
     return file.parent, folded(file.name)
 
 
@@ -111,5 +112,5 @@ def _source(example: Example) -> CaptionSource:
     if not example.lines:
         return "none"
     if example.sidecar is None:
-        return "words"
-    return "table" if _in_table(example) else "hand"
+        return "class words"
+    return "table" if _is_in_table(example) else "manual"

@@ -1,6 +1,6 @@
-"""TOML <-> options. Layers are merged key by key: defaults < preset < file < flags.
+"""Reads and writes options as TOML. Layers are merged key by key: defaults < preset < file < flags.
 
-Each layer is checked for itself before it is merged, so that a refusal names the place where the value stands.
+Each layer is validated before it is merged, so that an error names the file or flag that has the invalid value.
 """
 
 import tomllib
@@ -23,7 +23,7 @@ Layer = dict[str, dict[str, Any]]
 
 
 def presets() -> dict[str, str]:
-    """Name of each preset -> what it is for (the remark in the first line of its file)."""
+    """Return each preset's name -> its purpose (the comment in the first line of its file)."""
     return {
         path.stem: path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
         for path in sorted(PRESETS.glob("*.toml"))
@@ -33,17 +33,17 @@ def presets() -> dict[str, str]:
 def resolve(
     file: Path | None = None, preset: str = "", flags: Mapping[str, Mapping[str, Any]] | None = None
 ) -> Options:
-    """The options that a run really uses. A file may name its preset (`preset = "…"`); the flag goes before it.
+    """Merge all layers into the options of a run. `preset` overrides the preset that the file names (`preset = "…"`).
 
-    Raises `Refused` naming file or flag, key, value and what is allowed.
+    Raises `Refused` with the file or flag, the key, the value and the allowed values.
     """
-    top = _read(file) if file else {}
-    named = top.pop("preset", "")
-    if not isinstance(named, str):
-        raise Refused(f"{file}: preset = {_shown(named)}: must be text; `scumble presets` lists them")
-    layers = [validated(top, _in_file(file))] if file else []
-    if preset or named:
-        layers.insert(0, _preset(preset or named, "--preset" if preset else f"{file}: preset ="))
+    content = _read(file) if file else {}
+    file_preset = content.pop("preset", "")
+    if not isinstance(file_preset, str):
+        raise Refused(f"{file}: preset = {_toml_value(file_preset)}: must be text; `scumble presets` lists the presets")
+    layers = [validated(content, _in_file(file))] if file else []
+    if preset or file_preset:
+        layers.insert(0, _preset(preset or file_preset, "--preset" if preset else f"{file}: preset ="))
     layers.append(validated({table: dict(keys) for table, keys in (flags or {}).items()}, as_flag))
     merged: Layer = {}
     for layer in layers:
@@ -53,7 +53,7 @@ def resolve(
 
 
 def dumps(options: Options) -> str:
-    """TOML of every option with its help as a remark; `resolve` of a file with it gives the same options back."""
+    """Write every option as TOML, with its help as a comment; `resolve` reads the same options back."""
     document = tomlkit.document()
     for entry in declared():
         if entry.table not in document:
@@ -67,41 +67,42 @@ def dumps(options: Options) -> str:
 
 
 def refusal(error: ValidationError, where: Callable[[str, str, Any], str]) -> Refused:
-    """The first of pydantic's complaints as one line: where, what is allowed, the nearest name."""
+    """Turn the first error of pydantic into one line: the location, the allowed values, the closest known name."""
     first = error.errors()[0]
     table, key, *_ = [str(part) for part in first["loc"]] + [""]
-    place = where(table, key, first["input"])
+    location = where(table, key, first["input"])
     known: dict[str, list[Declared]] = {}
     for entry in declared():
         known.setdefault(entry.table, []).append(entry)
     if table not in known:
-        homes = [entry.table for entry in declared() if entry.key == table]
-        if not homes and (elsewhere := hint(table)):
-            return Refused(f"{place}: {elsewhere}")
-        cure = f" (it stands in [{homes[0]}])" if homes else did_you_mean(table, list(known))
-        return Refused(f"{place}: no such table{cure}; there are {', '.join(known)}")
+        tables = [entry.table for entry in declared() if entry.key == table]
+        if not tables and (advice := hint(table)):
+            return Refused(f"{location}: {advice}")
+        fix = f" (move it to [{tables[0]}])" if tables else did_you_mean(table, list(known))
+        return Refused(f"{location}: no such table{fix}; the tables are {', '.join(known)}")
     if not key:
-        return Refused(f"{place}: [{table}] is a table of options, not a value")
+        return Refused(f"{location}: [{table}] is a table of options, not a value")
     for entry in known[table]:
         if entry.key == key:
-            return Refused(f"{place}: must be {entry.allowed}")
-    homes = [entry.table for entry in declared() if entry.key == key]
-    if not homes and (elsewhere := hint(key)):
-        return Refused(f"{place}: {elsewhere}")
-    cure = f" (it stands in [{homes[0]}])" if homes else did_you_mean(key, [entry.key for entry in declared()])
-    return Refused(f"{place}: no such option in [{table}]{cure}; `scumble options` lists them all")
+            return Refused(f"{location}: must be {entry.allowed}")
+    tables = [entry.table for entry in declared() if entry.key == key]
+    if not tables and (advice := hint(key)):
+        return Refused(f"{location}: {advice}")
+    fix = f" (move it to [{tables[0]}])" if tables else did_you_mean(key, [entry.key for entry in declared()])
+    return Refused(f"{location}: no such option in [{table}]{fix}; `scumble options` lists all options")
 
 
 def as_flag(table: str, key: str, value: Any) -> str:
-    """Where a value stands that came from the command line."""
+    """The location of a value that came from the command line."""
     return f"--{(key or table).replace('_', '-')} {value}"
 
 
 def _preset(name: str, source: str) -> Layer:
     path = PRESETS / f"{name}.toml"
-    if name not in presets():
+    known = presets()
+    if name not in known:
         raise Refused(
-            f"{source} {name}: no such preset{did_you_mean(name, list(presets()))}; there are {', '.join(presets())}"
+            f"{source} {name}: no such preset{did_you_mean(name, list(known))}; the presets are {', '.join(known)}"
         )
     return validated(_read(path), _in_file(path))
 
@@ -114,29 +115,29 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise Refused(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise Refused(f"{path} is not UTF-8: save it as UTF-8") from None
+        raise Refused(f"{path}: is not UTF-8; save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
-        raise Refused(f"{path} is not TOML: {error}") from None
+        raise Refused(f"{path}: is not TOML ({error})") from None
 
 
 def validated(layer: dict[str, Any], where: Callable[[str, str, Any], str]) -> Layer:
-    """The same layer with its values in their types; a TOML number is not taken for a text, nor the other way."""
+    """Validate a layer without converting types (a number is not accepted as text). Raises `Refused`."""
     for keys in layer.values():
         if isinstance(keys, dict):
             keys.update({key: tuple(value) for key, value in keys.items() if isinstance(value, list)})
     try:
-        found = Options.model_validate(layer, strict=True)
+        options = Options.model_validate(layer, strict=True)
     except ValidationError as error:
         raise refusal(error, where) from None
-    return {table: getattr(found, table).model_dump(exclude_unset=True) for table in found.model_fields_set}
+    return {table: getattr(options, table).model_dump(exclude_unset=True) for table in options.model_fields_set}
 
 
 def _in_file(path: Path | None) -> Callable[[str, str, Any], str]:
-    return lambda table, key, value: f"{path}: {'.'.join(filter(None, (table, key)))} = {_shown(value)}"
+    return lambda table, key, value: f"{path}: {'.'.join(filter(None, (table, key)))} = {_toml_value(value)}"
 
 
-def _shown(value: Any) -> str:
-    """A value as TOML writes it, cut where it is long."""
+def _toml_value(value: Any) -> str:
+    """A value in TOML notation, truncated to 60 characters."""
     if isinstance(value, dict | Section):
         return "{…}"
     text = tomlkit.item(list(value) if isinstance(value, tuple) else value).as_string()

@@ -1,4 +1,4 @@
-"""Progress bars for people: shown only on a terminal, gone when the work is done. rich is imported when one is shown."""
+"""Progress bars for people, shown only on a terminal and removed when the work is done."""
 
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator

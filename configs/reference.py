@@ -1,4 +1,4 @@
-"""The reference of all options as Markdown, made from their declarations (`scumble options`, configs/OPTIONS.md)."""
+"""The Markdown reference of all options, generated from their declarations (`scumble options`, configs/OPTIONS.md)."""
 
 from .options import Declared, Options, declared
 
@@ -11,7 +11,7 @@ machine; the plan of the run gives the reason. `scumble options` prints this pag
 
 
 def reference() -> str:
-    """One Markdown table for each TOML table."""
+    """Return the reference, with one Markdown table per TOML table."""
     lines = [HEAD]
     table = ""
     for entry in declared():
@@ -29,5 +29,5 @@ def _row(entry: Declared) -> str:
     default = "none" if entry.default in ("", ()) else str(entry.default)
     default = default.lower() if isinstance(entry.default, bool) else default
     takes = entry.allowed.replace("|", "\\|") + (f" ({entry.unit})" if entry.unit else "")
-    told = entry.help.replace("|", "\\|")
-    return f"| `{entry.key}` | `{entry.flag}` | {default} | {takes} | {told} |"
+    description = entry.help.replace("|", "\\|")
+    return f"| `{entry.key}` | `{entry.flag}` | {default} | {takes} | {description} |"

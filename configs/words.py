@@ -1,6 +1,6 @@
-"""How many of what, as people say it."""
+"""Counts with the right plural."""
 
 
 def counted(count: int, one: str, many: str = "") -> str:
-    """`1 picture`, `3 pictures`."""
+    """Return `1 image` or `3 images`; `many` is an irregular plural."""
     return f"{count} {one if count == 1 else many or one + 's'}"

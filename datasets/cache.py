@@ -1,7 +1,7 @@
-"""What is costly to compute of a picture, kept on the disk: entries of tensors under keys that are content digests.
+"""A disk cache of tensors that are slow to compute from images. Keys are content hashes.
 
-A key covers everything that changes the entry, so a stale one is impossible. Entries are written whole under another
-name and renamed, so that several processes may share a cache; one that is damaged is as good as none.
+A key covers everything that changes its entry, so entries are never stale. Entries are written to a temporary file and
+renamed, so several processes can share a cache. A damaged entry counts as missing.
 """
 
 import hashlib
@@ -22,53 +22,54 @@ DAY_S = 86400
 
 
 def default_folder() -> Path:
-    """Where programs keep what can be computed again (XDG base directories; on Windows the local application data)."""
+    """Return the user's cache folder (XDG Base Directory Specification; on Windows, local application data)."""
     home = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME", "")
     return (Path(home) if home else Path.home() / ".cache") / "scumble"
 
 
 def cache_in(folder: str) -> "Cache":
-    """The cache that an option names: a folder, or auto."""
+    """Return the cache in the folder that an option names, or in the default folder for "auto"."""
     return Cache(default_folder() if folder == "auto" else Path(folder))
 
 
 def key_of(*parts: object) -> str:
-    """A key from everything that decides an entry; the parts must have a repr that tells them apart."""
+    """Return the key for everything that determines an entry. Different parts must have a different repr."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=20).hexdigest()
 
 
 class Cache:
-    """Entries of named tensors in `folder`."""
+    """A cache in `folder`. Each entry is a set of named tensors."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def get(self, key: str) -> dict[str, torch.Tensor] | None:
-        """The entry, or None where there is none or it is not whole."""
+        """Return the entry, or None if it is missing or damaged."""
         try:
             with safe_open(self._path(key), "pt") as file:
-                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+                found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
                 digest = (file.metadata() or {}).get("digest")
         except (OSError, SafetensorError):
             return None
         return found if digest == digest_of_tensors(found) else None
 
     def put(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Write an entry whole. Raises `Refused` (73) where the place cannot be written."""
+        """Write an entry atomically. Raises `Refused` (73) if the cache folder is not writable."""
         path = self._path(key)
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with atomic_write(path) as temporary:
             temporary.write_bytes(save(plain, {"digest": digest_of_tensors(plain)}))
 
     def sizes(self) -> list[int]:
-        """Bytes of each entry."""
+        """Return the size of each entry in bytes."""
         return [size for _, size, _ in self._entries()]
 
     def clear(self, older_than_days: float = 0) -> tuple[int, int]:
-        """Delete the entries that were written so many days ago; their number and bytes."""
+        """Delete entries of at least this age, or all for 0. Return the number of entries and bytes deleted."""
         count = freed = 0
         for path, size, written in self._entries():
-            if not older_than_days or time.time() - written >= older_than_days * DAY_S:  # clocks may have been wrong
+            # 0 deletes everything, even entries that a wrong clock has dated in the future
+            if not older_than_days or time.time() - written >= older_than_days * DAY_S:
                 path.unlink(missing_ok=True)
                 count, freed = count + 1, freed + size
         return count, freed
@@ -78,13 +79,13 @@ class Cache:
 
     def _entries(self) -> Iterator[tuple[Path, int, float]]:
         for path in sorted(self.folder.glob("??/*")):
-            with suppress(OSError):  # another process may clear it too
+            with suppress(OSError):  # another process may be clearing the cache
                 status = path.stat()
                 yield path, status.st_size, status.st_mtime
 
 
 def digest_of_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Of names, types, shapes and every bit."""
+    """Return a hash of the names, dtypes, shapes and contents."""
     digest = hashlib.blake2b(digest_size=20)
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())

@@ -1,4 +1,4 @@
-"""Which crops of which pictures training sees: each picture at each resolution, in its bucket, in its variants."""
+"""Chooses the crops of each image: at each resolution, in its bucket, with random and mirrored variants."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from .reading.images import Crop, Size, crop_at, read_size
 
 @dataclass(frozen=True)
 class CroppedExample:
-    """A picture at one resolution. In each look one of its crops, which share one size, is drawn."""
+    """An image at one resolution. Each training sample uses one of its crops, which all have the same size."""
 
     example: Example
     crops: tuple[Crop, ...]
@@ -26,33 +26,33 @@ class CroppedExample:
 
 
 def tables(data: Data, resolution_px: int, step_px: int) -> list[Buckets]:
-    """A table of buckets for each resolution that is asked for. Raises `Refused` where one leaves no size."""
-    wanted = dict.fromkeys([resolution_px, *data.more_resolutions])
+    """Return the buckets for each requested resolution. Raises `Refused` if the limits leave no bucket for one."""
     return [
-        make_buckets(one, step_px, data.min_bucket_reso, data.max_bucket_reso, data.bucket_upscale) for one in wanted
+        make_buckets(side_px, step_px, data.min_bucket_reso, data.max_bucket_reso, data.bucket_upscale)
+        for side_px in dict.fromkeys([resolution_px, *data.more_resolutions])
     ]
 
 
 def crop_examples(
     examples: Sequence[Example], buckets: Sequence[Buckets], data: Data, seed: int
 ) -> list[CroppedExample]:
-    """Every picture at every resolution, but once only where two resolutions give it one size.
+    """Crop every image at every resolution, but only once if two resolutions give the same size.
 
-    Raises `Refused` naming a picture that cannot be read, or OpenCV where it is needed and missing.
+    Raises `Refused` naming an image that cannot be read, or OpenCV if it is needed but not installed.
     """
-    return [view for example in examples for view in _views(example, buckets, data, seed)]
+    return [cropped for example in examples for cropped in _cropped_examples(example, buckets, data, seed)]
 
 
-def _views(example: Example, buckets: Sequence[Buckets], data: Data, seed: int) -> Iterator[CroppedExample]:
+def _cropped_examples(example: Example, buckets: Sequence[Buckets], data: Data, seed: int) -> Iterator[CroppedExample]:
     original, data = read_size(example.image), with_folder_rules(data, example.rules)
-    interest = None
+    weights = None
     if data.crop in ("focus", "faces"):
-        interest = focus_map(example.image, example.mask, data.crop == "faces")
-    for size in dict.fromkeys(table.of(original) for table in buckets):
-        if interest is not None:
-            shares = [best_share(interest, original, size)]
+        weights = focus_map(example.image, example.mask, data.crop == "faces")
+    for size in dict.fromkeys(table.bucket_of(original) for table in buckets):
+        if weights is not None:
+            shares = [best_share(weights, original, size)]
         elif data.crop == "random":
-            shares = spread(data.crops, f"{seed}/{example.image.name}/crop")
+            shares = stratified_shares(data.crops, f"{seed}/{example.image.name}/crop")
         else:
             shares = [0.5]
         crops = dict.fromkeys(crop_at(original, size, share) for share in shares)
@@ -61,7 +61,7 @@ def _views(example: Example, buckets: Sequence[Buckets], data: Data, seed: int) 
         yield CroppedExample(example, tuple(crops))
 
 
-def spread(number: int, seed: str) -> list[float]:
-    """`number` places from 0 to 1, one at random in each equal part, so that few of them still reach everywhere."""
-    draw = random.Random(seed)
-    return [(part + draw.random()) / number for part in range(number)]
+def stratified_shares(count: int, seed: str) -> list[float]:
+    """Return `count` values from 0 to 1, one at random in each of `count` equal intervals (stratified sampling)."""
+    rng = random.Random(seed)
+    return [(part + rng.random()) / count for part in range(count)]

@@ -1,6 +1,6 @@
-"""Text in pictures: Pillow's own font, or one of the system's where a text has letters that this one lacks.
+"""Chooses fonts for drawing text: Pillow's default font, or a system font for characters that it lacks.
 
-Pillow's own knows little more than ASCII; captions and names of files are in any script.
+The default font covers little more than ASCII, but captions and file names can be in any script.
 """
 
 import unicodedata
@@ -16,31 +16,31 @@ SYSTEM = (
     "Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc", "wqy-microhei.ttc",
 )  # fmt: skip
 PLAIN = str.maketrans("–—‘’“”„…", '--\'\'""".')
-NO_LETTER = "\uffff"  # Unicode keeps it free of a letter for ever, so every font draws its sign for a missing one
+MISSING = "\uffff"  # a Unicode noncharacter, which every font draws as its missing glyph
 
 
 def lettered(text: str, size: int) -> tuple[str, Font]:
-    """The text and a font of so many pixels that draws all of it, else most of it.
+    """Return the text and a font of `size` pixels that can draw it, or else the font that can draw most of it.
 
-    Letters that it lacks lose their accents, and those that are still not drawn become `?`.
+    Characters that the font lacks lose their accents, or become `?` if they still cannot be drawn.
     """
     fonts = [(name, font) for name in ("", *SYSTEM) if (font := _font(name, size))]
     for name, font in fonts:
-        if all(_draws(name, letter) for letter in set(text)):
+        if all(_draws(name, character) for character in set(text)):
             return text, font
-    name, font = max(fonts, key=lambda one: sum(_draws(one[0], letter) for letter in text))
-    return "".join(letter if _draws(name, letter) else _simpler(name, letter) for letter in text), font
+    name, font = max(fonts, key=lambda one: sum(_draws(one[0], character) for character in text))
+    return "".join(character if _draws(name, character) else _simpler(name, character) for character in text), font
 
 
-def _simpler(name: str, letter: str) -> str:
-    decomposed = unicodedata.normalize("NFKD", letter.translate(PLAIN))
+def _simpler(name: str, character: str) -> str:
+    decomposed = unicodedata.normalize("NFKD", character.translate(PLAIN))
     plain = "".join(part for part in decomposed if not unicodedata.combining(part))
     return plain if all(_draws(name, part) for part in plain) else "?"
 
 
 @lru_cache(maxsize=256)
 def _font(name: str, size: int) -> Font | None:
-    """A font by the name of its file, wherever the system keeps it; Pillow's own by no name."""
+    """Load a font by file name from the system's font folders, or Pillow's default font for an empty name."""
     if not name:
         return ImageFont.load_default(size)
     try:
@@ -50,13 +50,13 @@ def _font(name: str, size: int) -> Font | None:
 
 
 @lru_cache(maxsize=65536)
-def _draws(name: str, letter: str) -> bool:
+def _draws(name: str, character: str) -> bool:
     font = _font(name, 16)
-    return font is not None and (letter.isspace() or drawn(letter, font) != drawn(NO_LETTER, font))
+    return font is not None and (character.isspace() or drawn(character, font) != drawn(MISSING, font))
 
 
-def drawn(letter: str, font: Font) -> bytes:
-    """A letter's pixels, by which one that is missing is told."""
-    picture = Image.new("L", (32, 32))
-    ImageDraw.Draw(picture).text((4, 4), letter, 255, font)
-    return picture.tobytes()
+def drawn(character: str, font: Font) -> bytes:
+    """Return the pixels of a character, to compare them with those of the missing glyph."""
+    image = Image.new("L", (32, 32))
+    ImageDraw.Draw(image).text((4, 4), character, 255, font)
+    return image.tobytes()

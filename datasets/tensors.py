@@ -1,4 +1,4 @@
-"""Crops and masks as the tensors that training sees. What lies before this, a check-up too, needs no torch."""
+"""Loads crops and masks as tensors for training. Reading and checking a dataset needs no torch."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,62 +10,63 @@ from PIL import Image
 from scumble.configs.errors import Refused
 
 from .crops import CroppedExample
-from .reading.images import ENOUGH, Crop, Size, read_rgb, resized
+from .reading.images import OVERSAMPLING, Crop, Size, read_rgb, resized
 from .reading.masks import read_mask
 
 
 def cropped(path: Path, crop: Crop) -> torch.Tensor:
-    """RGB in [-1, 1], (3, H, W) of the crop's target size."""
+    """Return RGB in [-1, 1], (3, H, W), at the target size of the crop."""
     return next(all_cropped(path, [crop]))
 
 
 def all_cropped(path: Path, crops: Sequence[Crop]) -> Iterator[torch.Tensor]:
-    """Each crop of a picture, as `cropped` gives it; the file is decoded once.
+    """Yield each crop of an image, as `cropped` returns it. The file is decoded once.
 
-    Only the part that is kept is resized (Lanczos), so that a strip of 1x5000 pixels does not become a million high.
+    Only the part inside the crop is resized (Lanczos): a whole image of 1x5000 pixels could become a million pixels
+    high.
     """
-    widest, highest = max(crop.resized.width for crop in crops), max(crop.resized.height for crop in crops)
-    picture = read_rgb(path, Size(ENOUGH * widest, ENOUGH * highest))
+    max_width, max_height = max(crop.resized.width for crop in crops), max(crop.resized.height for crop in crops)
+    image = read_rgb(path, Size(OVERSAMPLING * max_width, OVERSAMPLING * max_height))
     for crop in crops:
-        pixels = torch.from_numpy(np.asarray(resized(picture, crop, crop.target, Image.Resampling.LANCZOS)).copy())
+        pixels = torch.from_numpy(np.asarray(resized(image, crop, crop.target, Image.Resampling.LANCZOS)).copy())
         yield pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
-def masks_of(view: CroppedExample, latent_px: int, floor: float) -> tuple[torch.Tensor, ...]:
-    """Masks (H, W) over a view's latents, as `cropped_masks` gives them, for each of its crops; none where it has none.
+def masks_of(cropped_example: CroppedExample, latent_px: int, floor: float) -> tuple[torch.Tensor, ...]:
+    """Return the mask of each crop at latent resolution, (H, W) uint8; empty if the image has no mask.
 
-    They stay in memory for a whole run: bytes are a quarter of the weights that `mask_weights` makes of them. Raises
-    `Refused` naming a picture in whose crop nothing counts.
+    Masks stay in memory for the whole run; as bytes they take a quarter of the weights that `mask_weights` returns.
+    Raises `Refused` naming an image whose mask is black inside a crop.
     """
-    image, mask = view.example.image, view.example.mask
+    image, mask = cropped_example.example.image, cropped_example.example.mask
     if mask is None:
         return ()
-    size = Size(view.size.width // latent_px, view.size.height // latent_px)
-    masks = cropped_masks(image, mask, view.crops, size)
+    size = Size(cropped_example.size.width // latent_px, cropped_example.size.height // latent_px)
+    masks = cropped_masks(image, mask, cropped_example.crops, size)
     if floor == 0 and not all(one.any() for one in masks):
         raise Refused(
-            f"{image}: its mask is black in the crop that is seen; widen it, take --crop focus, or --masks off"
+            f"{image}: its mask is black inside the crop; enlarge the white area, or use --crop focus or --masks off"
         )
     return tuple(masks)
 
 
 def cropped_masks(image: Path, mask: Path, crops: Sequence[Crop], size: Size) -> list[torch.Tensor]:
-    """How much each part of each crop counts, (H, W) of `size` (of the latents, say), 0 to 255: means over areas."""
-    picture = read_mask(image, mask)
-    if picture is None:
+    """Return the mask of each crop, 0 to 255, (H, W) of `size`, averaged over areas."""
+    found = read_mask(image, mask)
+    if found is None:
         return [torch.full((size.height, size.width), 255, dtype=torch.uint8) for _ in crops]
-    parts = [resized(picture, crop, size, Image.Resampling.BOX) for crop in crops]
+    parts = [resized(found, crop, size, Image.Resampling.BOX) for crop in crops]
     return [torch.from_numpy(np.asarray(part).copy()) for part in parts]
 
 
 def mask_weights(mask: torch.Tensor, floor: float = 0.0) -> torch.Tensor:
-    """Weights of mean 1 from a mask (H, W) from 0 to 255, whose black parts weigh `floor` beside 1.
+    """Return loss weights of mean 1 from a mask (H, W) of 0 to 255. Black areas weigh `floor` times the white ones.
 
-    The mean of a weighted loss is then the mean over what counts, however small that is. Raises ValueError for a mask
-    that is black all over.
+    The mean of the weighted loss is then the mean over the unmasked area, whatever its size. Raises ValueError for a
+    mask that is fully black.
     """
-    lifted = floor + (1 - floor) * (mask.float() / 255)
-    mean = lifted.mean()
+    weights = floor + (1 - floor) * (mask.float() / 255)
+    mean = weights.mean()
     if mean <= 0:
-        raise ValueError("a mask that is black all over")
-    return lifted / mean
+        raise ValueError("the mask is fully black")
+    return weights / mean

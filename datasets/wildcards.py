@@ -1,56 +1,56 @@
-"""Wildcards in captions: `a {red|blue} cat` says one of the two each time.
+"""Expands wildcards in captions: `a {red|blue} cat` becomes one of the two at random.
 
-They may be nested, and a place may be empty: `{big |}cat`. Doubled braces are braces: `{{a|b}}` says `{a|b}`.
-A pair of braces without `|` in it, and a brace without its pair, stand as they are.
+Wildcards can be nested, and an alternative can be empty: `{big |}cat`. Doubled braces are literal braces: `{{a|b}}`
+becomes `{a|b}`. A pair of braces without `|`, and an unmatched brace, are kept as they are.
 """
 
 import random
 from collections.abc import Mapping
 
 
-def chosen(text: str, draw: random.Random) -> str:
-    """The text with one way taken at each wildcard; all ways are as likely."""
-    return _said(text, 0, len(text), pairs(text), draw)
+def expand_wildcards(text: str, rng: random.Random) -> str:
+    """Return the text with one alternative chosen at each wildcard, all with equal probability."""
+    return _expanded(text, 0, len(text), matching_braces(text), rng)
 
 
-def pairs(text: str) -> dict[int, int]:
-    """Where each brace is that has its pair -> where that closes."""
+def matching_braces(text: str) -> dict[int, int]:
+    """Map the position of each matched opening brace to that of its closing brace."""
     closing, opened = {}, []
-    for at, letter in enumerate(text):
-        if letter == "{":
+    for at, character in enumerate(text):
+        if character == "{":
             opened.append(at)
-        elif letter == "}" and opened:
+        elif character == "}" and opened:
             closing[opened.pop()] = at
     return closing
 
 
-def _said(text: str, start: int, end: int, closing: Mapping[int, int], draw: random.Random) -> str:
-    said, at = "", start
+def _expanded(text: str, start: int, end: int, closing: Mapping[int, int], rng: random.Random) -> str:
+    out, at = "", start
     while at < end:
         close = closing.get(at)
         if close is None:
-            said += text[at]
+            out += text[at]
             at += 1
             continue
         if _doubled(at, close, closing):
-            said += "{" + _said(text, at + 2, close - 1, closing, draw) + "}"
+            out += "{" + _expanded(text, at + 2, close - 1, closing, rng) + "}"
         elif bars := _bars(text, at, close, closing):
             edges = [at, *bars, close]
-            way = draw.randrange(len(edges) - 1)
-            said += _said(text, edges[way] + 1, edges[way + 1], closing, draw)
+            choice = rng.randrange(len(edges) - 1)
+            out += _expanded(text, edges[choice] + 1, edges[choice + 1], closing, rng)
         else:
-            said += "{" + _said(text, at + 1, close, closing, draw) + "}"
+            out += "{" + _expanded(text, at + 1, close, closing, rng) + "}"
         at = close + 1
-    return said
+    return out
 
 
 def _doubled(start: int, end: int, closing: Mapping[int, int]) -> bool:
-    """Whether a pair holds nothing but another pair."""
+    """Whether a pair of braces contains exactly one other pair."""
     return start in closing and closing[start] == end and closing.get(start + 1) == end - 1
 
 
 def _bars(text: str, start: int, end: int, closing: Mapping[int, int]) -> list[int]:
-    """Where the `|` of a pair are that are not those of a pair within."""
+    """Return the positions of each `|` of a pair, without those of nested pairs."""
     bars, at = [], start + 1
     while at < end:
         if text[at] == "|":

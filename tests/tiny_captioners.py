@@ -1,4 +1,4 @@
-"""Tiny captioning models in the real layouts, taught in seconds to name two colours; and such a tagger in ONNX."""
+"""Tiny captioning models in the real layouts, trained in seconds to caption two colors; and an ONNX tagger."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ from transformers import (
 
 CAPTIONS = {"red": "a red cat on the mat", "blue": "a blue dog in the house"}
 WORDS = ["a", "the", "red", "blue", "cat", "dog", "on", "in", "mat", "house"]
-ASKED = ["Describe", "in", "detail", "what", "is", "shown", "in", "the", "image", "."]  # a task of Florence-2
+TASK_PROMPT = ["Describe", "in", "detail", "what", "is", "shown", "in", "the", "image", "."]  # of Florence-2
 CHAT = (
     "{% for message in messages %}{% for part in message.content %}"
     "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
@@ -32,13 +32,13 @@ CHAT = (
 )
 
 
-def colour(name: str, size: tuple[int, int] = (48, 32)) -> Image.Image:
+def color_image(name: str, size: tuple[int, int] = (48, 32)) -> Image.Image:
     return Image.new("RGB", size, name)
 
 
 def tiny_blip(folder: Path) -> Path:
-    """A BLIP of two layers that knows `CAPTIONS`."""
-    tokenizer = write_tokenizer(folder, pad="[PAD]", unk="[UNK]", bos="[DEC]", eos="[SEP]", framed=True)
+    """A two-layer BLIP that has learned `CAPTIONS`."""
+    tokenizer = write_tokenizer(folder, pad="[PAD]", unk="[UNK]", bos="[DEC]", eos="[SEP]", add_bos_eos=True)
     write_processor(folder, "BlipProcessor", "BlipImageProcessor", size={"height": 16, "width": 16})
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -49,19 +49,19 @@ def tiny_blip(folder: Path) -> Path:
     vision = {"image_size": 16, "patch_size": 8, **sizes}
     model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision))
     pixels = torch.stack([pixels_of(name, 16) for name in CAPTIONS])
-    said = tokenizer(list(CAPTIONS.values()), padding=True, return_tensors="pt")
-    labels = said.input_ids.masked_fill(said.attention_mask == 0, -100)
-    teach(model, lambda: model(pixel_values=pixels, input_ids=said.input_ids, labels=labels).loss)
+    captions = tokenizer(list(CAPTIONS.values()), padding=True, return_tensors="pt")
+    labels = captions.input_ids.masked_fill(captions.attention_mask == 0, -100)
+    train(model, lambda: model(pixel_values=pixels, input_ids=captions.input_ids, labels=labels).loss)
     model.save_pretrained(folder)
     return folder
 
 
 def tiny_florence(folder: Path) -> Path:
-    """A Florence-2 (DaViT and BART) of one layer a stage that knows `CAPTIONS`, asked for in the words of its task."""
+    """A Florence-2 (DaViT and BART) with one layer per stage that has learned to answer its task with `CAPTIONS`."""
     tokenizer = write_tokenizer(folder, pad="<pad>", unk="<unk>", bos="<s>", eos="</s>", image="<image>")
     square = {"height": 64, "width": 64}
-    picture = {"size": square, "crop_size": square, "do_center_crop": False, "image_seq_length": 5}
-    write_processor(folder, "Florence2Processor", "CLIPImageProcessor", **picture)
+    settings = {"size": square, "crop_size": square, "do_center_crop": False, "image_seq_length": 5}
+    write_processor(folder, "Florence2Processor", "CLIPImageProcessor", **settings)
     torch.manual_seed(0)
     vision = {
         "depths": (1, 1, 1, 1), "embed_dim": (16, 16, 32, 32), "num_heads": (2, 2, 2, 2), "num_groups": (2, 2, 2, 2),
@@ -79,17 +79,17 @@ def tiny_florence(folder: Path) -> Path:
     model = Florence2ForConditionalGeneration(config)
     model.generation_config.update(decoder_start_token_id=3, forced_bos_token_id=None, **ids)
     pixels = torch.stack([pixels_of(name, 64) for name in CAPTIONS])
-    question = "<image>" * 5 + f"<s> {' '.join(ASKED)} </s>"
-    asked = tokenizer([question] * 2, return_tensors="pt")
-    said = tokenizer([f"{text} </s>" for text in CAPTIONS.values()], padding=True, return_tensors="pt")
-    labels = said.input_ids.masked_fill(said.attention_mask == 0, -100)
-    teach(model, lambda: model(pixel_values=pixels, **asked, labels=labels).loss)
+    question = "<image>" * 5 + f"<s> {' '.join(TASK_PROMPT)} </s>"
+    inputs = tokenizer([question] * 2, return_tensors="pt")
+    captions = tokenizer([f"{text} </s>" for text in CAPTIONS.values()], padding=True, return_tensors="pt")
+    labels = captions.input_ids.masked_fill(captions.attention_mask == 0, -100)
+    train(model, lambda: model(pixel_values=pixels, **inputs, labels=labels).loss)
     model.save_pretrained(folder)
     return folder
 
 
 def tiny_qwen(folder: Path) -> Path:
-    """A Qwen2-VL of two layers that knows `CAPTIONS`; its real processor has a part for videos, too."""
+    """A two-layer Qwen2-VL that has learned `CAPTIONS`; its processor, the real one, has a video processor too."""
     tokenizer = write_tokenizer(
         folder, pad="<|endoftext|>", unk="<unk>", bos="<|im_start|>", eos="<|im_end|>",
         others=("<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"), chat_template=CHAT,
@@ -111,26 +111,26 @@ def tiny_qwen(folder: Path) -> Path:
     config = Qwen2VLConfig(text_config=text, vision_config=vision, video_token_id=video, **ids)
     model = Qwen2VLForConditionalGeneration(config)
     model.generation_config.update(bos_token_id=2, eos_token_id=3, pad_token_id=0)
-    model.save_pretrained(folder)  # so that the processor can be read for teaching
+    model.save_pretrained(folder)  # the processor needs its config
 
-    from scumble.captioning.captioners.vlm import processor_in
+    from scumble.captioning.captioners.vlm import load_processor
 
-    processor = processor_in(folder)
+    processor = load_processor(folder)
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe"}]}]
     prompt = processor.apply_chat_template(message, add_generation_prompt=True)
     texts = [f"{prompt} {text} <|im_end|>" for text in CAPTIONS.values()]
-    batch = processor(images=[[colour(name)] for name in CAPTIONS], text=texts, padding=True, return_tensors="pt")
+    batch = processor(images=[[color_image(name)] for name in CAPTIONS], text=texts, padding=True, return_tensors="pt")
     labels = batch["input_ids"].clone()
-    for row in labels:  # the answer alone
+    for row in labels:  # train on the answer only
         row[: int((row == 2).nonzero()[-1]) + 1] = -100
     labels[batch["input_ids"] == 0] = -100
-    teach(model, lambda: model(**batch, labels=labels).loss)
+    train(model, lambda: model(**batch, labels=labels).loss)
     model.save_pretrained(folder)
     return folder
 
 
 def tiny_tagger(folder: Path, fixed_batch: bool = False) -> Path:
-    """A tagger whose probabilities are how blue, green and red the middle of the picture is, in this order of BGR."""
+    """A tagger whose probabilities are weighted means of blue, green and red (BGR) in the center of the image."""
     side = 8
     rows = [
         ("blue_sky", "0"), ("green_hair", "0"), ("red_dress", "0"), ("^_^", "0"), ("sketch", "0"),
@@ -154,47 +154,47 @@ def tiny_tagger(folder: Path, fixed_batch: bool = False) -> Path:
         helper.make_node("MatMul", ["mean", "mix"], ["output"]),
     ]
     size = 2 if fixed_batch else "batch"
-    given = helper.make_tensor_value_info("input", TensorProto.FLOAT, [size, side, side, 3])
-    told = helper.make_tensor_value_info("output", TensorProto.FLOAT, [size, len(rows)])
-    graph = helper.make_graph(nodes, "tagger", [given], [told], constants)
+    graph_input = helper.make_tensor_value_info("input", TensorProto.FLOAT, [size, side, side, 3])
+    graph_output = helper.make_tensor_value_info("output", TensorProto.FLOAT, [size, len(rows)])
+    graph = helper.make_graph(nodes, "tagger", [graph_input], [graph_output], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     onnx.checker.check_model(model)
     onnx.save(model, str(folder / "model.onnx"))
     return folder
 
 
-def teach(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor], most: int = 400) -> None:
-    """Until the model says the captions by heart."""
+def train(model: torch.nn.Module, loss_of: Callable[[], torch.Tensor], max_steps: int = 400) -> None:
+    """Train until the model reproduces the captions."""
     model.eval()  # no dropout
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(most):
+    for _ in range(max_steps):
         loss = loss_of()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if loss.item() < 0.02:
             return
-    raise AssertionError(f"not learned: loss {loss.item():.3f}")
+    raise AssertionError(f"captions not learned: loss {loss.item():.3f}")
 
 
 def pixels_of(name: str, side: int) -> torch.Tensor:
-    """(3, side, side), as CLIP's and BLIP's processors make them."""
-    mean, spread = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    values = np.asarray(colour(name, (side, side)), dtype=np.float32) / 255
-    return torch.from_numpy((values - np.array(mean, "float32")) / np.array(spread, "float32")).permute(2, 0, 1)
+    """(3, side, side), normalized like the image processors of CLIP and BLIP."""
+    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    values = np.asarray(color_image(name, (side, side)), dtype=np.float32) / 255
+    return torch.from_numpy((values - np.array(mean, "float32")) / np.array(std, "float32")).permute(2, 0, 1)
 
 
 def write_tokenizer(
     folder: Path, pad: str, unk: str, bos: str, eos: str, image: str = "", others: tuple[str, ...] = (),
-    chat_template: str = "", framed: bool = False,
+    chat_template: str = "", add_bos_eos: bool = False,
 ) -> PreTrainedTokenizerFast:  # fmt: skip
-    """A tokenizer of whole words. Its first four tokens are pad, unk, bos and eos; `framed` puts the latter around."""
+    """A whole-word tokenizer. Its first tokens are pad, unk, bos and eos; `add_bos_eos` adds bos and eos to a text."""
     special = [pad, unk, bos, eos, *([image] if image else []), *others]
-    vocabulary = {word: number for number, word in enumerate(dict.fromkeys([*special, *WORDS, *ASKED]))}
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys([*special, *WORDS, *TASK_PROMPT]))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=unk))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.add_special_tokens(special)
-    if framed:
+    if add_bos_eos:
         ends = [(bos, vocabulary[bos]), (eos, vocabulary[eos])]
         backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A {eos}", special_tokens=ends)
     extra: Any = {"image_token": image} if image else {}
@@ -209,7 +209,7 @@ def write_tokenizer(
 
 
 def write_processor(folder: Path, processor: str, image_processor: str, **settings: Any) -> None:
-    """preprocessor_config.json as published models have it."""
+    """Write preprocessor_config.json in the format of published models."""
     write_json(
         folder / "preprocessor_config.json",
         {"processor_class": processor, "image_processor_type": image_processor, "do_resize": True, "do_rescale": True,

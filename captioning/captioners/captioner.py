@@ -1,4 +1,4 @@
-"""The captioners by name: each is given pictures and says a sentence, or tags, of each."""
+"""The table of captioners: each turns images into a sentence or tags per image."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,76 +8,77 @@ from scumble.configs.errors import Refused
 
 from .checkpoint import check_packages
 from .filename import Filename
-from .picture import Picture
+from .picture import ImageFile
 from .request import Request
-from .wording import MAX_TOKENS, asked
+from .wording import MAX_TOKENS, build_prompt
 
 
 class Captioner(Protocol):
-    """Says something of each picture, in their order; nothing is an empty text."""
+    """Returns one text per image, in order; empty if it has no caption for an image."""
 
-    def captions(self, pictures: Sequence[Picture]) -> list[str]: ...
+    def captions(self, images: Sequence[ImageFile]) -> list[str]: ...
 
 
 @dataclass(frozen=True)
 class CaptionerInfo:
-    """One captioner: how it is made, its usual model, and which flags are for it.
+    """A captioner: its factory, default model, accepted flags, required packages and default batch size.
 
-    `sees` says that it looks at pixels; `says_tags` that its words are tags, not sentences that need cleaning.
+    `reads_pixels` is False for captioners that only use the file name. `returns_tags` is True for captioners that
+    return tags; sentences are cleaned up instead.
     """
 
     make: Callable[[Request], Captioner]
     model: str = ""
-    takes: frozenset[str] = frozenset()
+    flags: frozenset[str] = frozenset()
     packages: tuple[str, ...] = ()
     batch: int = 8
-    sees: bool = True
-    says_tags: bool = False
+    reads_pixels: bool = True
+    returns_tags: bool = False
 
 
 def _blip(request: Request) -> Captioner:
     from .blip import Blip
-    from .device import place
+    from .device import device_and_dtype
 
-    return Blip(request.model, *place(request.device, request.precision), request.prompt, request.max_tokens)
+    return Blip(request.model, *device_and_dtype(request.device, request.precision), request.prompt, request.max_tokens)
 
 
 def _florence(request: Request) -> Captioner:
-    from .device import place
+    from .device import device_and_dtype
     from .florence import TASKS, Florence
 
     task = request.prompt or TASKS[request.detail]
-    return Florence(request.model, *place(request.device, request.precision), task, request.max_tokens)
+    return Florence(request.model, *device_and_dtype(request.device, request.precision), task, request.max_tokens)
 
 
 def _vlm(request: Request) -> Captioner:
-    from .device import place
+    from .device import device_and_dtype
     from .vlm import Vlm
 
-    prompt = request.prompt or asked(request.subject, request.detail, request.trigger)
-    return Vlm(request.model, *place(request.device, request.precision), prompt, request.max_tokens)
+    prompt = request.prompt or build_prompt(request.subject, request.detail, request.trigger)
+    return Vlm(request.model, *device_and_dtype(request.device, request.precision), prompt, request.max_tokens)
 
 
 def _tagger(request: Request) -> Captioner:
-    from .tagger import Rules, Tagger
+    from .tagger import Tagger, TagRules
 
-    rules = Rules(
+    rules = TagRules(
         request.threshold, request.character_threshold, request.categories, request.keep_underscores, request.subject
     )
     return Tagger(request.model, request.device, rules)
 
 
-NEURAL = frozenset({"model", "device", "precision", "prompt", "max_tokens"})
+NEURAL_FLAGS = frozenset({"model", "device", "precision", "prompt", "max_tokens"})
 
 CAPTIONERS = {
-    "filename": CaptionerInfo(lambda request: Filename(), batch=256, sees=False, says_tags=True),
-    "blip": CaptionerInfo(_blip, "Salesforce/blip-image-captioning-large", NEURAL, batch=8),
-    "florence2": CaptionerInfo(_florence, "florence-community/Florence-2-large", NEURAL | {"detail"}, batch=8),
-    "vlm": CaptionerInfo(_vlm, "Qwen/Qwen3-VL-4B-Instruct", NEURAL | {"detail"}, batch=4),
+    "filename": CaptionerInfo(lambda request: Filename(), batch=256, reads_pixels=False, returns_tags=True),
+    "blip": CaptionerInfo(_blip, "Salesforce/blip-image-captioning-large", NEURAL_FLAGS, batch=8),
+    "florence2": CaptionerInfo(_florence, "florence-community/Florence-2-large", NEURAL_FLAGS | {"detail"}, batch=8),
+    "vlm": CaptionerInfo(_vlm, "Qwen/Qwen3-VL-4B-Instruct", NEURAL_FLAGS | {"detail"}, batch=4),
     "wd-tagger": CaptionerInfo(
         _tagger, "SmilingWolf/wd-eva02-large-tagger-v3",
         frozenset({"model", "device", "threshold", "character_threshold", "categories", "keep_underscores"}),
-        packages=("onnxruntime",), batch=8, says_tags=True,
+        packages=("onnxruntime",), batch=8, returns_tags=True,
     ),
 }  # fmt: skip
 
@@ -94,26 +95,26 @@ DEFAULTS: Mapping[str, Any] = {
 
 
 def request_for(captioner: str, given: Mapping[str, Any], **common: Any) -> Request:
-    """The request with the captioner's defaults; of `given`, what is not None was asked for.
+    """Build a request from the flags in `given`; flags that are None take the captioner's defaults.
 
-    Raises `Refused` for a flag that this captioner does not take.
+    Raises `Refused` for a flag that this captioner does not accept.
     """
-    kind = CAPTIONERS[captioner]
-    values: dict[str, Any] = {**DEFAULTS, "model": kind.model}
+    info = CAPTIONERS[captioner]
+    values: dict[str, Any] = {**DEFAULTS, "model": info.model}
     for name, value in given.items():
         if value is None:
             continue
-        if name not in kind.takes:
-            takers = ", ".join(other for other, one in CAPTIONERS.items() if name in one.takes)
+        if name not in info.flags:
+            supported = ", ".join(other for other, one in CAPTIONERS.items() if name in one.flags)
             flag = "--" + name.replace("_", "-")
-            raise Refused(f"{flag}: not for --captioner {captioner}; {takers} take{'s' * (', ' not in takers)} it")
+            raise Refused(f"{flag}: not available with --captioner {captioner}, only with {supported}")
         values[name] = value
     values.setdefault("max_tokens", MAX_TOKENS[values["detail"]])
     return Request(captioner=captioner, **values, **common)
 
 
 def make_captioner(request: Request) -> Captioner:
-    """The captioner, loaded. Raises `Refused` where a package or the model is not to be had."""
-    kind = CAPTIONERS[request.captioner]
-    check_packages(request.captioner, kind.packages)
-    return kind.make(request)
+    """Load a captioner. Raises `Refused` if a package or the model is not available."""
+    info = CAPTIONERS[request.captioner]
+    check_packages(request.captioner, info.packages)
+    return info.make(request)

@@ -1,4 +1,4 @@
-"""Where captioning models compute, and in which number format."""
+"""The device and dtype of captioning models."""
 
 import torch
 
@@ -9,12 +9,15 @@ from .request import Device, Precision
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def place(device: Device, precision: Precision) -> tuple[torch.device, torch.dtype]:
-    """Device and number format; auto: the accelerator that there is, in half precision, else the CPU in fp32."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device != "auto" and not there[device]:
-        raise Refused(f"--device {device}: this machine has none that torch can use")
-    kind = next(kind for kind, usable in there.items() if usable) if device == "auto" else device
+def device_and_dtype(device: Device, precision: Precision) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype; auto selects an available GPU in half precision, else the CPU in fp32.
+
+    Raises `Refused` if the device is not available.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device != "auto" and not available[device]:
+        raise Refused(f"--device {device}: not available to torch on this machine")
+    kind = next(kind for kind, usable in available.items() if usable) if device == "auto" else device
     if precision != "auto":
         return torch.device(kind), DTYPES[precision]
     if kind == "cuda":

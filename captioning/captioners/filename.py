@@ -1,9 +1,9 @@
-"""Captions from the names of files: `red_apple-03.png` is a red apple."""
+"""Captions from file names: `red_apple-03.png` becomes `red apple`."""
 
 import re
 from collections.abc import Sequence
 
-from .picture import Picture
+from .picture import ImageFile
 
 CAMERAS = r"img|dsc[fn]?|dscn?|pxl|pict?|mvimg|gopr|dji|imag|p|cimg|sam|wp|vid|scan|screenshot|screen shot"
 NOT_WORDS = re.compile(
@@ -14,14 +14,14 @@ HASH = re.compile(r"[0-9a-f]{8,}(?:[ -][0-9a-f]{4,})*", re.IGNORECASE)
 
 
 class Filename:
-    """The words of the file's name; nothing for names that cameras and programs give."""
+    """Returns the words of the file name; no text for names that cameras and programs generate."""
 
-    def captions(self, pictures: Sequence[Picture]) -> list[str]:
-        return [words_of(picture.path.stem) for picture in pictures]
+    def captions(self, images: Sequence[ImageFile]) -> list[str]:
+        return [words_of(image.path.stem) for image in images]
 
 
 def words_of(stem: str) -> str:
-    """`red_apple-03` -> `red apple`; `IMG_2041`, a hash, or a number alone -> nothing."""
+    """`red_apple-03` -> `red apple`; `IMG_2041`, a hash or a number -> an empty string."""
     if HASH.fullmatch(stem) and re.search(r"\d", stem):
         return ""
     text = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])", " ", stem)  # RedApple
@@ -33,6 +33,6 @@ def words_of(stem: str) -> str:
 
 
 def _is_code(word: str) -> bool:
-    """Numbers with a few letters among them: 1024x768, v2, 3a7f9c."""
+    """Whether at least half of the characters are digits: 1024x768, v2, 3a7f9c."""
     digits = sum(letter.isdigit() for letter in word)
     return digits > 0 and digits >= len(word) / 2

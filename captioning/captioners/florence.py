@@ -1,12 +1,12 @@
-"""Florence-2 (Xiao et al. 2023): a sentence or a paragraph, at home with drawings too. Small for what it sees."""
+"""Florence-2 (Xiao et al. 2023): a sentence or a paragraph, for photos and drawings. Small for its accuracy."""
 
 from collections.abc import Sequence
 
 import torch
 from transformers import AutoProcessor, Florence2ForConditionalGeneration
 
-from .checkpoint import quiet, transformers_folder
-from .picture import Picture, in_halves
+from .checkpoint import silence_transformers, transformers_folder
+from .picture import ImageFile, split_on_oom
 from .request import Detail
 
 TASKS: dict[Detail, str] = {
@@ -18,11 +18,11 @@ NUM_BEAMS = 3
 
 
 class Florence:
-    """A loaded Florence-2; `task` is one of its own tokens, or what a finetune of it was taught."""
+    """A loaded Florence-2 model. `task` is one of its task tokens, or the prompt of a fine-tuned version."""
 
     def __init__(self, model: str, device: torch.device, dtype: torch.dtype, task: str, max_tokens: int):
         folder = transformers_folder(model, ("florence2",))
-        quiet()
+        silence_transformers()
         self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
         self.model = Florence2ForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True
@@ -30,13 +30,13 @@ class Florence:
         self.model.eval()
         self.device, self.dtype, self.task, self.max_tokens = device, dtype, task, max_tokens
 
-    def captions(self, pictures: Sequence[Picture]) -> list[str]:
-        return in_halves(pictures, self._describe)
+    def captions(self, images: Sequence[ImageFile]) -> list[str]:
+        return split_on_oom(images, self._generate)
 
     @torch.inference_mode()
-    def _describe(self, pictures: Sequence[Picture]) -> list[str]:
+    def _generate(self, images: Sequence[ImageFile]) -> list[str]:
         inputs = self.processor(
-            images=[one.pixels for one in pictures], text=[self.task] * len(pictures), padding=True, return_tensors="pt"
+            images=[image.pixels for image in images], text=[self.task] * len(images), padding=True, return_tensors="pt"
         )
         ids = self.model.generate(
             **inputs.to(self.device, self.dtype),

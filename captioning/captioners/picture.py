@@ -1,4 +1,4 @@
-"""A picture as captioners get it: where it is, and its pixels once they are asked for."""
+"""The images that captioners receive: a path, and pixels that are decoded on first use."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,34 +11,34 @@ from scumble.datasets.reading.images import read_rgb
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture file."""
+class ImageFile:
+    """One image file."""
 
     path: Path
 
     @cached_property
     def pixels(self) -> Image.Image:
-        """The upright picture in RGB. Raises `Refused` where the file cannot be read."""
+        """The image in RGB, upright. Raises `Refused` if the file cannot be read."""
         return read_rgb(self.path)
 
 
-def within(pixels: Image.Image, side_px: int) -> Image.Image:
-    """The picture made smaller where its longer side is above `side_px`, else itself."""
-    if max(pixels.size) <= side_px:
+def shrink(pixels: Image.Image, max_side_px: int) -> Image.Image:
+    """Scale an image down so that its longer side is at most `max_side_px`; a smaller image is returned as it is."""
+    if max(pixels.size) <= max_side_px:
         return pixels
     smaller = pixels.copy()
-    smaller.thumbnail((side_px, side_px), Image.Resampling.LANCZOS)
+    smaller.thumbnail((max_side_px, max_side_px), Image.Resampling.LANCZOS)
     return smaller
 
 
-def in_halves(pictures: Sequence[Picture], describe: Callable[[Sequence[Picture]], list[str]]) -> list[str]:
-    """What `describe` says of the pictures, in ever smaller batches while the device's memory does not hold them."""
+def split_on_oom(images: Sequence[ImageFile], generate: Callable[[Sequence[ImageFile]], list[str]]) -> list[str]:
+    """The captions that `generate` returns; a batch that runs out of device memory is split in half and retried."""
     from torch import OutOfMemoryError
 
     try:
-        return describe(pictures)
+        return generate(images)
     except OutOfMemoryError:
-        if len(pictures) == 1:
+        if len(images) == 1:
             raise
-    middle = len(pictures) // 2  # outside of the handler, which holds on to the memory of what failed
-    return in_halves(pictures[:middle], describe) + in_halves(pictures[middle:], describe)
+    middle = len(images) // 2  # outside the handler, where the exception keeps the memory of the failed batch alive
+    return split_on_oom(images[:middle], generate) + split_on_oom(images[middle:], generate)

@@ -1,4 +1,4 @@
-"""What is asked of a captioner, in plain values."""
+"""A captioning request as plain values."""
 
 import hashlib
 import json
@@ -15,9 +15,10 @@ Category = Literal["general", "character", "copyright", "artist", "meta", "ratin
 
 @dataclass(frozen=True)
 class Request:
-    """All that decides what is written for a picture, and where it is computed.
+    """Everything that determines the caption of an image, and the device that computes it.
 
-    `threshold` is the least probability of a tag; `trigger_position` is `front`, `end` or `none`; `drop` are words.
+    `threshold` is the minimum probability of a tag. `trigger_position` is `front`, `end` or `none`. `drop` lists words
+    and tags to remove.
     """
 
     captioner: str
@@ -36,7 +37,7 @@ class Request:
     device: Device = "auto"
     precision: Precision = "auto"
 
-    def fingerprint(self, picture: bytes) -> str:
-        """Hash of everything that changes what is written: this request without the device, and the picture's own."""
-        told = asdict(self) | {"device": "", "precision": ""}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode() + picture).hexdigest()
+    def fingerprint(self, image: bytes) -> str:
+        """Hash of everything that changes the caption: the request without device and precision, and `image`."""
+        values = asdict(self) | {"device": "", "precision": ""}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode() + image).hexdigest()

@@ -1,4 +1,4 @@
-"""Any image-text-to-text model of transformers (Qwen-VL, Gemma, LLaVA, SmolVLM and so on): it does as it is told."""
+"""Any image-text-to-text model of transformers (Qwen-VL, Gemma, LLaVA, SmolVLM, …), given a prompt."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -12,76 +12,76 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from scumble.configs.errors import Refused
 from scumble.configs.exit_codes import UNAVAILABLE
 
-from .checkpoint import quiet, transformers_folder
-from .picture import Picture, in_halves, within
+from .checkpoint import silence_transformers, transformers_folder
+from .picture import ImageFile, shrink, split_on_oom
 
-SIDE_PX = 1024  # of what the model sees: some take a picture's own size, and 12 megapixels are 16,000 tokens
+MAX_SIDE_PX = 1024  # some models keep the image size, and 12 megapixels are 16,000 tokens
 
 
 class Vlm:
-    """A loaded model that is given one picture and `prompt`."""
+    """A loaded model that answers `prompt` for each image."""
 
     def __init__(self, model: str, device: torch.device, dtype: torch.dtype, prompt: str, max_tokens: int):
         folder = transformers_folder(model)
-        quiet()
+        silence_transformers()
         try:
-            self.processor = processor_in(folder)
+            self.processor = load_processor(folder)
             self.model = AutoModelForImageTextToText.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True
             ).to(device)
         except ImportError as error:
             raise Refused(f"--model {model}: {' '.join(str(error).split())}", UNAVAILABLE) from None
         except (ValueError, KeyError, AttributeError) as error:
-            what = str(error).strip().partition("\n")[0][:200]
+            reason = str(error).strip().partition("\n")[0][:200]
             raise Refused(
-                f"--model {model}: transformers cannot load it as a model of pictures and text: {what}"
+                f"--model {model}: transformers cannot load it as an image-text-to-text model ({reason})"
             ) from None
         self.model.eval()
         self.device, self.dtype, self.max_tokens = device, dtype, max_tokens
         self.tokenizer = self.processor.tokenizer
-        self.tokenizer.padding_side = "left"  # so that answers of a batch begin at one place
+        self.tokenizer.padding_side = "left"  # aligns the answers of a batch
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        self.prompt = self._framed(prompt)
+        self.prompt = self._apply_chat_template(prompt)
         bos = self.tokenizer.bos_token
-        self.begins = bool(bos) and self.prompt.startswith(bos)
+        self.has_bos = bool(bos) and self.prompt.startswith(bos)
 
-    def captions(self, pictures: Sequence[Picture]) -> list[str]:
-        return in_halves(pictures, self._describe)
+    def captions(self, images: Sequence[ImageFile]) -> list[str]:
+        return split_on_oom(images, self._generate)
 
-    def _framed(self, prompt: str) -> str:
-        """The prompt as the model's chat template puts it, or bare for a model without one."""
+    def _apply_chat_template(self, prompt: str) -> str:
+        """The prompt in the chat template of the model, or unchanged if it has none."""
         if not (self.processor.chat_template or self.tokenizer.chat_template):
             return prompt
-        said = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
-        return self.processor.apply_chat_template(said, add_generation_prompt=True)
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True)
 
     @torch.inference_mode()
-    def _describe(self, pictures: Sequence[Picture]) -> list[str]:
+    def _generate(self, images: Sequence[ImageFile]) -> list[str]:
         inputs = self.processor(
-            images=[[within(one.pixels, SIDE_PX)] for one in pictures], text=[self.prompt] * len(pictures),
-            padding=True, add_special_tokens=not self.begins, return_tensors="pt",
+            images=[[shrink(image.pixels, MAX_SIDE_PX)] for image in images], text=[self.prompt] * len(images),
+            padding=True, add_special_tokens=not self.has_bos, return_tensors="pt",
         ).to(self.device, self.dtype)  # fmt: skip
         ids = self.model.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)
         if not self.model.config.is_encoder_decoder:
-            ids = ids[:, inputs["input_ids"].shape[1] :]  # what follows the prompt
+            ids = ids[:, inputs["input_ids"].shape[1] :]  # only the answer
         return self.processor.batch_decode(ids, skip_special_tokens=True)
 
 
-def processor_in(folder: Path) -> Any:
-    """The processor of a model; one that would read videos too is made without that where torchvision is missing."""
+def load_processor(folder: Path) -> Any:
+    """The processor of a model; without torchvision, its video processor is omitted."""
     if find_spec("torchvision") is None:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         kind: Any = PROCESSOR_MAPPING.get(type(config), None)
         if kind is not None and "video_processor" in kind.get_attributes():
-            return pictures_only(kind).from_pretrained(folder, local_files_only=True)
+            return without_videos(kind).from_pretrained(folder, local_files_only=True)
     return AutoProcessor.from_pretrained(folder, local_files_only=True)
 
 
-def pictures_only(kind: Any) -> Any:
-    """A kind of processor without its part for videos, the only one that has no form without torchvision."""
+def without_videos(kind: Any) -> Any:
+    """A processor class without its video processor, the only part that requires torchvision."""
 
-    class PicturesOnly(kind):
+    class WithoutVideos(kind):
         @classmethod
         def get_attributes(cls) -> list[str]:
             return [part for part in kind.get_attributes() if part != "video_processor"]
@@ -90,4 +90,4 @@ def pictures_only(kind: Any) -> Any:
         def from_args_and_dict(cls, args: list[Any], processor_dict: dict[str, Any], **settings: Any) -> Any:
             return super().from_args_and_dict(args, {"video_processor": None} | processor_dict, **settings)
 
-    return PicturesOnly
+    return WithoutVideos

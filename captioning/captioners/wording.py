@@ -1,8 +1,8 @@
-"""What a caption should say, and what it should not: templates for models that take words, filters for all others.
+"""What a caption should contain: prompt templates for models that follow instructions, text filters for all others.
 
-What captions name, training learns as that word and a prompt can change it; what they leave unsaid goes into the
-adapter. So for a style captions tell what is in the picture and nothing of how it is painted; for a character they
-tell all that changes from picture to picture (pose, clothes, place, and the painting) and nothing of who it is.
+Training learns whatever the caption names as that word, and a prompt can change it; whatever the caption leaves out
+becomes part of the adapter. So captions for a style describe the content of the image but not how it is made. Captions
+for a character describe everything that varies between images (pose, clothes, place, medium) but not its identity.
 """
 
 import re
@@ -21,18 +21,18 @@ MAX_TOKENS: dict[Detail, int] = {"short": 32, "medium": 96, "long": 224}
 
 TEMPLATES: dict[SubjectKind, str] = {
     "style": (
-        "Write a caption that tells what is in this picture: the subject, what it does, what it wears or carries, "
-        "what is around it, the framing and the point of view. Say nothing of how the picture is made: no word on "
-        "medium, technique, art style, rendering, lighting style, artist, quality or mood, and do not call it a "
-        "picture, painting, photo or illustration. Do not begin with 'The image shows'. "
+        "Write a caption that describes the content of this image: the subject, what it does, what it wears or "
+        "carries, the surroundings, the framing and the point of view. Do not describe how the image is made: do not "
+        "mention medium, technique, art style, rendering, lighting style, artist, quality or mood, and do not call it "
+        "an image, picture, painting, photo or illustration. Do not begin with 'The image shows'. "
         "Answer with {length} and nothing else."
     ),
     "character": (
-        "Write a caption of this picture in which the character is called {name}. Tell all that could be different "
-        "in another picture of {name}: pose, action, expression, clothes and things carried, other people, the "
-        "place, the light, the framing, the point of view, and whether it is a photo, a drawing or a painting. Say "
-        "nothing of what always belongs to {name}: no word on species, face, hair, eyes, skin, age or build. Do not "
-        "begin with 'The image shows'. Answer with {length} and nothing else."
+        "Write a caption for this image in which the character is called {name}. Describe everything that could be "
+        "different in another image of {name}: pose, action, expression, clothes and carried objects, other people, "
+        "the place, the light, the framing, the point of view, and whether it is a photo, a drawing or a painting. Do "
+        "not describe what always belongs to {name}: do not mention species, face, hair, eyes, skin, age or build. Do "
+        "not begin with 'The image shows'. Answer with {length} and nothing else."
     ),
 }
 
@@ -61,7 +61,7 @@ STYLE_ENDINGS = (
     r",?\s*\b(?:painted|drawn|rendered) (?:in|with) [\w\s-]{3,40}(?=\s*[,.]|$)",
 )
 QUOTES = " \"'“”"
-BLIP_NONSENSE = r"\b(?:an?\s+)?ara(?:f|ff|ffe|ffed|fed|ffes|ffy|ffey)\w*\s*(?:image of\s+)?"  # a quirk of BLIP large
+BLIP_NONSENSE = r"\b(?:an?\s+)?ara(?:f|ff|ffe|ffed|fed|ffes|ffy|ffey)\w*\s*(?:image of\s+)?"  # a BLIP large artifact
 
 STYLE_TAG = re.compile(
     r".*\((?:medium|style|texture)\)|.*\bart ?style|.*\bstyle|traditional media|.*sketch|line ?art|monochrome|"
@@ -71,11 +71,11 @@ STYLE_TAG = re.compile(
     r"masterpiece|(?:best|high|low|worst) quality|highres|absurdres|trending on \w+",
     re.IGNORECASE,
 )
-COLOURS = r"(?:aqua|black|blonde?|blue|brown|gr[ea]y|green|orange|pink|purple|red|silver|white|yellow|multicolou?red)"
+COLORS = r"(?:aqua|black|blonde?|blue|brown|gr[ea]y|green|orange|pink|purple|red|silver|white|yellow|multicolou?red)"
 IDENTITY_TAG = re.compile(
-    rf"(?:(?:very )?(?:long|short|medium|big)|{COLOURS}|two-tone|gradient|streaked|colored inner|light \w+|dark \w+) "
+    rf"(?:(?:very )?(?:long|short|medium|big)|{COLORS}|two-tone|gradient|streaked|colored inner|light \w+|dark \w+) "
     r"(?:hair|skin|fur|eyelashes|eyebrows|sclera|pupils|ears?|tail|horns?|wings)|"
-    rf"(?:{COLOURS}|heterochromatic|light \w+|dark \w+) eyes|heterochromia|bangs|blunt bangs|ahoge|"
+    rf"(?:{COLORS}|heterochromatic|light \w+|dark \w+) eyes|heterochromia|bangs|blunt bangs|ahoge|"
     r"hair between eyes|sidelocks|freckles|mole(?: .*)?|scar(?: .*)?|fangs?|pointy ears|animal ears?|"
     r"(?:cat|dog|fox|wolf|rabbit|bear|horse|mouse) (?:ears|tail|girl|boy)|tail|horns?|wings|halo|"
     r"(?:dark|pale|colored|tan)[- ]?(?:skinned (?:fe)?male|skin)|dark skin|pale skin|"
@@ -84,28 +84,28 @@ IDENTITY_TAG = re.compile(
 )
 
 
-def asked(subject: SubjectKind, detail: Detail, name: str) -> str:
-    """The words for a model that takes some."""
+def build_prompt(subject: SubjectKind, detail: Detail, name: str) -> str:
+    """The prompt for a model that follows instructions; `name` is what the character is called."""
     return TEMPLATES[subject].format(length=LENGTHS[detail], name=f"'{name}'" if name else "'the character'")
 
 
-def cleaned(answer: str, subject: SubjectKind) -> str:
-    """A model's sentence without what no caption needs, and for a style without words on how it is painted."""
+def clean_answer(answer: str, subject: SubjectKind) -> str:
+    """Remove stock phrases and Markdown from a model's answer, and descriptions of the style for subject `style`."""
     text = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
     text = re.sub(r"[*_#`]{1,3}(?=\S)|(?<=\S)[*_#`]{1,3}", "", " ".join(text.split())).strip(QUOTES)
     text = re.sub(BLIP_NONSENSE, "", text, flags=re.IGNORECASE)
     for opening in OPENINGS:
         text = re.sub(opening, "", text, flags=re.IGNORECASE)
     if subject == "style":
-        text = CLOSE_UP.sub(lambda found: f"{found[1] or ''}{found[2]} ", text)
-        for words in (*STYLE_OPENINGS, *STYLE_ENDINGS):
-            text = re.sub(words, "", text, flags=re.IGNORECASE)
+        text = CLOSE_UP.sub(lambda match: f"{match[1] or ''}{match[2]} ", text)
+        for phrase in (*STYLE_OPENINGS, *STYLE_ENDINGS):
+            text = re.sub(phrase, "", text, flags=re.IGNORECASE)
         tags = tags_of(text)
         if len(tags) > 1:
             text = ", ".join(tag for tag in tags if not STYLE_TAG.fullmatch(tag.rstrip(".")))
     return tidy(text).strip(QUOTES)
 
 
-def belongs(tag: str, subject: SubjectKind) -> bool:
-    """Whether a tagger's tag should be said: none on the painting for a style, none on who it is for a character."""
+def is_allowed(tag: str, subject: SubjectKind) -> bool:
+    """Whether a caption may contain a tag: no style tags for a style, no identity tags for a character."""
     return not (STYLE_TAG if subject == "style" else IDENTITY_TAG).fullmatch(tag)

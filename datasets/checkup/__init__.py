@@ -1,1 +1,1 @@
-"""The check-up: what is wrong with images and captions, measured and explained."""
+"""The check-up: measures images and captions, and explains their problems."""

@@ -1,7 +1,7 @@
-"""The check-up of a set before an hour is spent on it: what was found, why it matters, what to do.
+"""The check-up of a dataset before training: what was found, why it matters and how to fix it.
 
-`CHECKS` is the table of all checks. A fault of single pictures is a warning, and serious where more than a third of
-the set has it: what a third of the pictures show is learned.
+`CHECKS` is the table of all checks. A flaw of individual images is a warning, but serious in more than a third of the
+dataset, since training learns what that many images share.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,14 +20,14 @@ from .measure import CheckedImage, ImageMeasures, measure_images
 from .token_window import Window
 from .watermarks import Corners
 
-FEW = 1000  # pictures of which thumbs and corners are kept: about 45 MB
+FEW = 1000  # images whose thumbnails and corners are kept in memory: about 45 MB
 SEVERITIES: tuple[Severity, ...] = ("serious", "warning", "note")
-OF_FILES = {"left out", "remarks"}  # checks of which every file is named, since it is on no picture of the page
+OF_FILES = {"left out", "remarks"}  # checks that list all files, since no image on the page shows them
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that is looked for, why it matters and what to do about it."""
+    """One check. Texts are shown as "WHAT WAS FOUND; WHY; CURE": lower case, without a period at the end."""
 
     name: str
     why: str
@@ -37,103 +37,105 @@ class Check:
 
 CHECKS = (
     Check(
-        "left out", "what is left out is not learned", "mend each file as its reason says, or take it out",
-        picture_checks.left_out,
+        "left out", "these files are not used for training",
+        "fix the problem given for each file, or remove the file", picture_checks.left_out,
     ),
     Check(
-        "remarks", "what a file says may not be what is done", "read them; nothing, if that is meant",
-        picture_checks.remarks,
+        "remarks", "these files are used, but perhaps not in the way you intended",
+        "read each remark, and change the file if you want something else", picture_checks.remarks,
     ),
     Check(
-        "few pictures", "from few pictures the adapter learns these pictures rather than what they share",
-        "add pictures that differ from each other; mirroring (--random-flip) helps a little", picture_checks.few,
+        "few images", "with few images, the adapter memorizes them instead of learning what they have in common",
+        "add images that differ from each other (mirroring with --random-flip helps a little)", picture_checks.few,
     ),
     Check(
-        "empty picture", "there is nothing in it to learn, and its caption comes to mean an empty area",
-        "take it out", picture_checks.empty,
+        "blank image", "a blank image teaches nothing, and its caption comes to mean an empty area",
+        "remove it", picture_checks.empty,
     ),
     Check(
-        "same file", "a picture that is there twice is learned twice as hard, and comes back from any prompt",
-        "keep one of each; to see a picture more often on purpose, use repeats", picture_checks.same_file,
+        "duplicate file", "a duplicate image has twice the weight in training, and tends to appear for any prompt",
+        "keep one copy of each, or set repeats if you want to train more on an image", picture_checks.same_file,
     ),
     Check(
-        "same picture", "one picture in two files is learned twice as hard, and comes back from any prompt",
-        "keep the best of each: the larger and cleaner file", picture_checks.same_picture,
+        "duplicate image", "a duplicate image has twice the weight in training, and tends to appear for any prompt",
+        "keep the best file of each: the larger and cleaner one", picture_checks.same_image,
     ),
     Check(
-        "mark in a corner", "a signature, watermark or date that many pictures share is learned with them and painted "
-        "into the corner", "crop it away or paint it out; if it must stay, say it in every caption ('signature')",
+        "watermark", "a signature, watermark or date in many images is learned, and appears in the corner of generated "
+        "images", "crop it off or retouch it, or mention it in every caption ('signature') if it must stay",
         picture_checks.marks,
     ),
     Check(
-        "too small", "enlarged pictures are soft, and the adapter learns softness",
-        "find larger files, use an upscaler, or lower --resolution", picture_checks.small,
+        "low resolution", "upscaled images are soft, and the adapter learns this softness",
+        "find larger files, use an AI upscaler, or lower --resolution", picture_checks.small,
     ),
     Check(
-        "blurred", "even its sharpest edges are soft at the size at which it is learned; what is painted will be too",
-        "take a sharper picture; where softness is the style, let it be", picture_checks.blurred,
+        "blur", "even the sharpest edges are soft at training resolution, so generated images will be soft too",
+        "use a sharper image, unless softness is part of the style", picture_checks.blurred,
     ),
     Check(
-        "JPEG blocks", "blocks and ringing of strong compression are learned like any texture",
-        "find the original; a re-saved copy does not mend it", picture_checks.blocks,
+        "JPEG artifacts", "the blocks and ringing of strong compression are learned like any other texture",
+        "find the original file (saving the image again does not remove the artifacts)", picture_checks.blocks,
     ),
     Check(
-        "borders", "bars and frames are learned as part of every picture", "crop them away", picture_checks.borders,
+        "borders", "bars and frames are learned as part of every image", "crop them off", picture_checks.borders,
     ),
     Check(
-        "exposure", "where almost everything is black or white, little is left to learn from",
-        "lighten or darken it, or take it out", picture_checks.exposure,
+        "exposure", "an almost black or white image has little detail to learn from",
+        "correct the exposure, or remove the image", picture_checks.exposure,
     ),
     Check(
-        "unlike in light", "one picture far darker or lighter than the rest pulls the whole style its way",
-        "adjust it, or say it in its caption ('at night')", picture_checks.outliers,
+        "brightness outlier", "an image that is much darker or lighter than the rest shifts the whole style",
+        "adjust its brightness, or mention the light in its caption ('at night')", picture_checks.outliers,
     ),
     Check(
-        "much cut off", "training sees the framed part alone",
-        "look at the frames; crop by hand, or try --crop focus", picture_checks.cut_off,
+        "heavy crop", "training only sees the part of an image inside its crop",
+        "look at the crops on the page, and crop the image yourself or try --crop focus", picture_checks.cut_off,
     ),
     Check(
-        "look alike", "what stays the same in them (pose, ground, framing) is learned as part of the thing itself",
-        "add other poses, distances and grounds, or name in the captions what stays the same", picture_checks.alike,
+        "similar images", "what stays the same (pose, background, framing) is learned as part of the subject",
+        "add other poses, distances and backgrounds, or describe in the captions what stays the same",
+        picture_checks.alike,
     ),
     Check(
-        "no caption", "without words for what is in a picture, all of it goes into the trigger",
-        "write NAME.txt beside it: what is to be seen, without the style itself", caption_checks.missing,
+        "no caption", "without a caption, everything in an image becomes part of the trigger",
+        caption_checks.WRITE_CAPTION, caption_checks.missing,
     ),
     Check(
-        "same caption", "one caption for different pictures leaves nothing to tell them apart by",
-        "say what differs", caption_checks.alike,
+        "duplicate caption", "different images with the same caption give the model no words to tell them apart",
+        "describe what differs", caption_checks.alike,
     ),
     Check(
-        "too long", "the base hears a limited number of tokens; what is beyond is never learned",
-        "shorten it, most important words first", caption_checks.long,
+        "long caption", "the text encoder ignores everything beyond its token limit",
+        "shorten the caption, or put the most important words first", caption_checks.long,
     ),
     Check(
-        "trigger", "the trigger calls the adapter; it is put before every caption that lacks it",
-        "nothing, if that is meant; else write it where you want it", caption_checks.trigger,
+        "missing trigger", "the trigger activates the adapter, so it is added to every caption that lacks it",
+        "write it into these captions yourself if you want it in another place", caption_checks.trigger,
     ),
     Check(
-        "nothing calls it", "a character without a word of its own mixes with whatever the base knows by the caption",
-        "give --trigger a rare word, or put one into every caption", caption_checks.uncalled,
+        "no trigger", "without a word of its own, a character mixes with what the base model already associates with "
+        "the words in its captions", "set --trigger to a rare word, or add one to every caption",
+        caption_checks.uncalled,
     ),
     Check(
-        "in every caption", "what stands in every caption becomes the name of what the pictures share, like a trigger",
-        "fine for a trigger; take out other words that should stay free", caption_checks.shared,
+        "shared tags", "a tag in every caption comes to mean everything that the images share, like a trigger",
+        "keep a tag that is your trigger, but remove others whose meaning should not change", caption_checks.shared,
     ),
     Check(
-        "two spellings", "the base takes two spellings for two things",
-        "choose one: `scumble captions replace`", caption_checks.spellings,
+        "spelling variants", "the model learns two spellings as two different things",
+        "use one spelling everywhere: `scumble captions replace`", caption_checks.spellings,
     ),
     Check(
-        "said once", "a tag that stands in one caption is learned by that picture alone",
-        "nothing for what is there once; check for slips of the pen", caption_checks.once,
+        "rare tags", "a tag in one caption only is learned from that image alone",
+        "check for typos, and keep the tags of things that appear only once", caption_checks.once,
     ),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was found. `details` has for each picture concerned what a person should read beside it."""
+    """One finding. `details` maps the path of each affected image or file to a text about it."""
 
     check: str
     severity: Severity
@@ -145,8 +147,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the set is. `likeness` is of the median picture to the one that is most like it, from -1 to 1,
-    copies of one picture counted once."""
+    """A summary of the dataset.
+
+    `likeness` is the median, over the images, of the correlation with the most similar other image, from -1 to 1.
+    Copies count as one image.
+    """
 
     images: int
     regularization_images: int
@@ -159,17 +164,17 @@ class Facts:
 
     @property
     def variety(self) -> str:
-        """How far the pictures are from each other, in a word."""
-        return "one of a kind" if self.images < 2 else next(
-            word for least, word in ((0.9, "little"), (0.75, "some"), (-1.0, "much")) if self.likeness >= least - 1e-6
+        """How much the images differ from each other: zero (for one image), low, medium or high."""
+        return "zero" if self.images < 2 else next(
+            word for least, word in ((0.9, "low"), (0.75, "medium"), (-1.0, "high")) if self.likeness >= least - 1e-6
         )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Checkup:
-    """All of it. `samples` has a picture each, `findings` stand with the serious ones first.
+    """The complete check-up. `measures` and `caption_texts` have one entry per image; serious `findings` come first.
 
-    `caption_texts` has of each caption what the base hears and what it does not.
+    An entry of `caption_texts` is the part of a caption that the text encoder reads, and the part beyond its limit.
     """
 
     measures: tuple[ImageMeasures, ...]
@@ -181,14 +186,14 @@ class Checkup:
     def is_serious(self) -> bool:
         return any(finding.severity == "serious" for finding in self.findings)
 
-    def of(self, picture: str) -> list[Finding]:
-        """What was found of one picture."""
-        return [finding for finding in self.findings if picture in finding.details]
+    def findings_for(self, path: str) -> list[Finding]:
+        """Return the findings that affect one image."""
+        return [finding for finding in self.findings if path in finding.details]
 
 
 def check_images(
     found: ImageSet,
-    views: Sequence[CroppedExample],
+    cropped: Sequence[CroppedExample],
     *,
     kind: Literal["style", "character"],
     trigger: str,
@@ -197,61 +202,62 @@ def check_images(
     with_thumbs: bool = True,
     tell: Callable[[int], None] = lambda done: None,
 ) -> Checkup:
-    """Look at every picture and caption of a set; regularisation pictures are counted but not judged.
+    """Check every image and caption of a dataset. Regularization images are counted but not checked.
 
-    `caption_texts` gives what training says of a picture whose caption is written. Raises `Refused` naming a picture that
-    cannot be read any more.
+    `heard` returns the caption text of an example as training uses it; `tell` is called with the number of images
+    measured so far. Raises `Refused` naming an image that can no longer be read.
     """
-    subjects = subjects_of(view for view in views if not view.example.is_regularization)
-    looks = []
-    with_thumbs = with_thumbs and len(subjects) <= FEW  # of a large set those that are shown are read again
-    for look in measure_images(subjects, with_thumbs):
-        looks.append(look if len(looks) < FEW else replace(look, corners=Corners(None)))
-        tell(len(looks))
-    spoken = [heard(subject.example) for subject in subjects]
-    material = Evidence(
-        tuple(looks), tuple(found.left_out), tuple(found.remarks), kind, trigger, tuple(windows), tuple(spoken)
+    subjects = subjects_of(one for one in cropped if not one.example.is_regularization)
+    measures = []
+    with_thumbs = with_thumbs and len(subjects) <= FEW  # of a larger set, the images that are shown are read again
+    for measured in measure_images(subjects, with_thumbs):
+        measures.append(measured if len(measures) < FEW else replace(measured, corners=Corners(None)))
+        tell(len(measures))
+    captions = [heard(subject.example) for subject in subjects]
+    evidence = Evidence(
+        tuple(measures), tuple(found.left_out), tuple(found.remarks), kind, trigger, tuple(windows), tuple(captions)
     )
     findings = [
         Finding(check.name, one.severity, one.what, check.why, one.cure or check.cure, one.details)
         for check in CHECKS
-        for one in check.find(material)
+        for one in check.find(evidence)
     ]
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
-    heard_of = [material.count_tokens(text) for text in spoken]
-    kept = tuple((one.kept, one.lost) for one in heard_of)
-    return Checkup(tuple(looks), kept, tuple(findings), _facts(material, views, found.examples))
+    counts = [evidence.count_tokens(text) for text in captions]
+    caption_texts = tuple((count.kept, count.lost) for count in counts)
+    return Checkup(tuple(measures), caption_texts, tuple(findings), _facts(evidence, cropped, found.examples))
 
 
 def verdict(done: Checkup) -> str:
-    """What a person wants to read first."""
+    """Return the one-line summary of a check-up."""
     counts = {severity: sum(one.severity == severity for one in done.findings) for severity in SEVERITIES}
     if counts["serious"]:
         rest = f", and {counted(counts['warning'], 'warning')}" if counts["warning"] else ""
-        return f"{counted(counts['serious'], 'serious finding')} to mend before training{rest}"
+        return f"{counted(counts['serious'], 'serious problem')} to fix before training{rest}"
     if counts["warning"]:
-        return f"Ready to train; {counted(counts['warning'], 'thing')} would be better mended"
+        return f"Ready to train, with {counted(counts['warning'], 'warning')}"
     return "Ready to train"
 
 
-def subjects_of(views: Iterable[CroppedExample]) -> list[CheckedImage]:
-    """Each picture once, with its crops at the first resolution."""
+def subjects_of(cropped: Iterable[CroppedExample]) -> list[CheckedImage]:
+    """Return each image once, with its crops at the first resolution."""
     first: dict[str, CheckedImage] = {}
-    for view in views:
-        first.setdefault(str(view.example.image), CheckedImage(view.example, view.crops))
+    for one in cropped:
+        first.setdefault(str(one.example.image), CheckedImage(one.example, one.crops))
     return list(first.values())
 
 
-def _facts(material: Evidence, views: Sequence[CroppedExample], examples: Sequence[Example]) -> Facts:
-    looks = material.measures
-    by_area = sorted((look.size for look in looks), key=lambda size: size.pixels)
-    copies = {index for group in material.same for index in group[1:]}
-    alike = sorted(nearest([look.likeness for at, look in enumerate(material.different) if at not in copies]))
+def _facts(evidence: Evidence, cropped: Sequence[CroppedExample], examples: Sequence[Example]) -> Facts:
+    measures = evidence.measures
+    by_area = sorted((measured.size for measured in measures), key=lambda size: size.pixels)
+    copies = {index for group in evidence.same for index in group[1:]}
+    likenesses = [measured.likeness for index, measured in enumerate(evidence.different) if index not in copies]
+    correlations = sorted(nearest(likenesses))
     return Facts(
-        images=len(looks), regularization_images=sum(example.is_regularization for example in examples),
-        samples=sum(view.example.repeats for view in views),
+        images=len(measures), regularization_images=sum(example.is_regularization for example in examples),
+        samples=sum(one.example.repeats for one in cropped),
         smallest=str(by_area[0]), largest=str(by_area[-1]),
-        buckets=tuple(bucket_uses([view for view in views if not view.example.is_regularization])),
-        likeness=float(alike[len(alike) // 2]) if alike else -1.0,
-        captions=sum(bool(look.subject.example.lines) for look in looks),
+        buckets=tuple(bucket_uses([one for one in cropped if not one.example.is_regularization])),
+        likeness=float(correlations[len(correlations) // 2]) if correlations else -1.0,
+        captions=sum(bool(measured.subject.example.lines) for measured in measures),
     )  # fmt: skip

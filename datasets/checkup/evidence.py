@@ -1,4 +1,4 @@
-"""What a check is given, and what it gives back."""
+"""The input and output of a check."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,14 +12,15 @@ from .measure import ImageMeasures
 from .token_window import TokenCount, Window
 
 Severity = Literal["serious", "warning", "note"]
-LEARNED = 1 / 3  # what more than this share of the pictures show is learned
+LEARNED = 1 / 3  # a flaw in more than this share of the images is learned
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything that is known of a set: pictures, files left out, and what the run is to learn.
+    """All that is known about a dataset: its images, the files left out, and what the run trains.
 
-    `caption_texts` has what training says of each picture, trigger and all; `written` is what stands in the files.
+    `caption_texts` has the caption text of each image as training uses it, including the trigger; `written` has the
+    captions as they are in the files.
     """
 
     measures: tuple[ImageMeasures, ...]
@@ -32,44 +33,44 @@ class Evidence:
 
     @property
     def written(self) -> list[tuple[ImageMeasures, str]]:
-        """Each picture with its caption as it stands in its file."""
-        return [(look, " ".join(look.subject.example.lines)) for look in self.measures]
+        """Each image with its caption as it is in the file."""
+        return [(image, " ".join(image.subject.example.lines)) for image in self.measures]
 
     @cached_property
     def files(self) -> list[list[ImageMeasures]]:
-        """The pictures by what their files hold: of copies of one file there are several."""
+        """The images, grouped by file content: a group of more than one contains exact copies."""
         groups: dict[str, list[ImageMeasures]] = {}
-        for look in self.measures:
-            groups.setdefault(look.digest, []).append(look)
+        for image in self.measures:
+            groups.setdefault(image.digest, []).append(image)
         return list(groups.values())
 
     @cached_property
     def different(self) -> list[ImageMeasures]:
-        """One picture of each file that is not one colour all over."""
+        """The images without exact copies and blank images."""
         return [group[0] for group in self.files if not group[0].exposure.is_empty]
 
     @cached_property
     def same(self) -> list[list[int]]:
-        """Groups of `different` that show one picture."""
-        return same_picture([look.likeness for look in self.different])
+        """Groups of indices into `different` that show the same image."""
+        return same_picture([image.likeness for image in self.different])
 
     @cached_property
     def alike(self) -> list[list[int]]:
-        """Groups of `different` that have the same shape and ground."""
-        return look_alike([look.likeness for look in self.different])
+        """Groups of indices into `different` that have the same layout and background."""
+        return look_alike([image.likeness for image in self.different])
 
     def count_tokens(self, text: str) -> TokenCount:
-        """By the tokenizer that hears the least of it."""
-        return min((window.count(text) for window in self.windows), key=lambda heard: len(heard.kept))
+        """Count the tokens of a text, with the tokenizer that keeps the least of it."""
+        return min((window.count(text) for window in self.windows), key=lambda count: len(count.kept))
 
-    def spread(self, count: int) -> Severity:
-        """Serious where more than a third of the pictures, and more than one, have a fault; else a warning."""
+    def severity_of(self, count: int) -> Severity:
+        """Return "serious" if more than a third of the images, and more than one, have a flaw; otherwise "warning"."""
         return "serious" if count > 1 and count > LEARNED * len(self.measures) else "warning"
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What one check found; `details` are what to read beside each picture concerned; `cure` if not the usual one."""
+    """One result of a check. `details` has a text per affected image; `cure`, if set, replaces that of the check."""
 
     severity: Severity
     what: str
@@ -77,13 +78,13 @@ class Observation:
     cure: str = ""
 
 
-def details(told: Mapping[ImageMeasures, str] | Sequence[tuple[ImageMeasures, str]]) -> dict[str, str]:
-    """By the path of each picture."""
-    pairs = told.items() if isinstance(told, Mapping) else told
-    return {str(look.path): text for look, text in pairs}
+def details_of(texts: Mapping[ImageMeasures, str] | Sequence[tuple[ImageMeasures, str]]) -> dict[str, str]:
+    """Return the texts by image path."""
+    pairs = texts.items() if isinstance(texts, Mapping) else texts
+    return {str(image.path): text for image, text in pairs}
 
 
-def others(look: ImageMeasures, group: list[ImageMeasures], most: int = 2) -> str:
-    """The names of the other pictures of a group, a few of them."""
-    names = [other.path.name for other in group if other is not look]
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def names_of_others(image: ImageMeasures, group: list[ImageMeasures], limit: int = 2) -> str:
+    """List the names of the other images of a group, at most `limit` of them."""
+    names = [other.path.name for other in group if other is not image]
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,17 +1,17 @@
-"""Light of a picture from its histograms: how dark, how light, how much between."""
+"""Measures the brightness range of an image from its histograms."""
 
 from dataclasses import dataclass
 
 from PIL import Image
 
-ONE_COLOUR = 12  # levels
+SOLID_COLOR = 12  # levels
 
 
 @dataclass(frozen=True)
 class Exposure:
-    """Levels from 0 to 255. `darkest` and `lightest` leave a hundredth of the pixels beyond them; `mean` is of all.
+    """Levels from 0 to 255. `darkest` and `lightest` are the 1st and 99th percentile of gray, and `mean` is its mean.
 
-    `span` is the widest range of a channel but for a thousandth at either end, so that one colour all over spans 0.
+    `span` is the widest range of a color channel without the extreme 0.1 % at either end; it is 0 for a solid color.
     """
 
     darkest: int
@@ -21,27 +21,27 @@ class Exposure:
 
     @property
     def is_empty(self) -> bool:
-        """One colour all over, but for noise."""
-        return self.span < ONE_COLOUR
+        """Whether the image is a solid color, apart from noise."""
+        return self.span < SOLID_COLOR
 
 
-def exposure_of(picture: Image.Image) -> Exposure:
-    """Of an RGB picture."""
-    grey = picture.convert("L").histogram()
-    channels = picture.histogram()
+def exposure_of(image: Image.Image) -> Exposure:
+    """Measure an RGB image."""
+    gray = image.convert("L").histogram()
+    channels = image.histogram()
     spans = [
         _level(channels[start : start + 256], 0.999) - _level(channels[start : start + 256], 0.001)
         for start in range(0, 768, 256)
     ]
-    mean = sum(level * count for level, count in enumerate(grey)) / sum(grey)
-    return Exposure(_level(grey, 0.01), _level(grey, 0.99), mean, max(spans))
+    mean = sum(level * count for level, count in enumerate(gray)) / sum(gray)
+    return Exposure(_level(gray, 0.01), _level(gray, 0.99), mean, max(spans))
 
 
 def _level(histogram: list[int], share: float) -> int:
-    """The level at or under which `share` of the pixels lie."""
-    wanted, below = share * sum(histogram), 0
+    """Return the level that `share` of the pixels do not exceed (a percentile)."""
+    target, below = share * sum(histogram), 0
     for level, count in enumerate(histogram):
         below += count
-        if below >= wanted:
+        if below >= target:
             return level
     return len(histogram) - 1

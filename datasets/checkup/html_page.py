@@ -1,7 +1,7 @@
-"""The check-up as one page: no file beside it, no network, light and dark.
+"""Renders the check-up as a single HTML page: no other files, no network, light and dark mode.
 
-Everything that comes from files (names, captions) is escaped by the template engine, and the page forbids itself to
-load anything.
+The template engine escapes everything that comes from files (names, captions), and a content security policy prevents
+the page from loading anything.
 """
 
 import base64
@@ -20,15 +20,15 @@ from .checkup import OF_FILES, SEVERITIES, Checkup, Finding, verdict
 from .measure import ImageMeasures, Thumb, thumb_of
 
 TEMPLATE = Path(__file__).with_name("page.html")
-SHOWN = 500  # pictures on a page, those with findings first: about 15 MB
-NAMED = 24  # pictures named at a finding
-SHAPE_PX = 26  # side of a square bucket as it is drawn
-HIDDEN = (255, 40, 70, 140)  # tint of what a mask hides
+SHOWN = 500  # images on a page, those with findings first: about 15 MB
+NAMED = 24  # images linked in a finding
+SHAPE_PX = 26  # side of a square bucket in the drawing
+HIDDEN = (255, 40, 70, 140)  # tint of masked-out areas
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A crop over the whole picture, in percent of its sides; `whole` where next to nothing is cut off."""
+    """A crop as percentages of the image sides; `whole` if hardly anything is cropped off."""
 
     left: float
     top: float
@@ -39,48 +39,49 @@ class Frame:
 
 @dataclass(frozen=True)
 class TextPart:
-    """Of a caption: plain, the trigger, or what the base does not hear ("lost")."""
+    """A part of a caption. Its `kind` is "plain", "trigger", or "lost" beyond the token limit."""
 
     text: str
     kind: str = "plain"
 
 
 def page(done: Checkup, name: str, base: str, trigger: str) -> str:
-    """The HTML of the page."""
+    """Return the HTML of the page."""
     shown = shown_of(done)
-    numbers = {str(look.path): number for number, look in shown}
-    told = {str(look.path): done.of(str(look.path)) for _, look in shown}
-    pictures = [
-        _picture(number, look, told[str(look.path)], done.caption_texts[number], trigger) for number, look in shown
+    numbers = {str(measured.path): number for number, measured in shown}
+    findings = {str(measured.path): done.findings_for(str(measured.path)) for _, measured in shown}
+    images = [
+        _image(number, measured, findings[str(measured.path)], done.caption_texts[number], trigger)
+        for number, measured in shown
     ]
     environment = Environment(autoescape=True, trim_blocks=True)
-    some = f", {len(shown)} of them shown, first those with findings" if len(shown) < len(done.measures) else ""
+    some = f" ({len(shown)} shown, those with rare findings first)" if len(shown) < len(done.measures) else ""
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=name, verdict=verdict(done), tone=_worst(done.findings) if done.findings else "good",
         facts=_facts(done, base), shapes=_shapes(done), findings=[_finding(one, numbers) for one in done.findings],
-        heading=f"{counted(len(done.measures), 'picture')}{some}", pictures=pictures,
-        dashes=any(len(picture["frames"]) > 1 for picture in pictures),
-        masks=any(picture["mask"] for picture in pictures),
-        lost=any(part.kind == "lost" for picture in pictures for part in picture["caption"]),
+        heading=f"{counted(len(done.measures), 'image')}{some}", images=images,
+        dashes=any(len(image["frames"]) > 1 for image in images),
+        masks=any(image["mask"] for image in images),
+        lost=any(part.kind == "lost" for image in images for part in image["caption"]),
     )  # fmt: skip
 
 
-def shown_of(done: Checkup, most: int = SHOWN) -> list[tuple[int, ImageMeasures]]:
-    """The pictures that are shown, with their places in the set: all, or those of the rarest findings."""
+def shown_of(done: Checkup, limit: int = SHOWN) -> list[tuple[int, ImageMeasures]]:
+    """Return the images to show, with their indices in the dataset: all, or those with the rarest findings."""
     numbered = list(enumerate(done.measures))
-    if len(numbered) <= most:
+    if len(numbered) <= limit:
         return numbered
-    rarest: dict[str, int] = {}  # what few pictures have is shown before what all have
+    rarest: dict[str, int] = {}  # findings on few images go before those on all
     for finding in done.findings:
         if finding.severity != "note":
             for path in finding.details:
                 rarest[path] = min(rarest.get(path, len(numbered)), len(finding.details))
     first = sorted(numbered, key=lambda one: (rarest.get(str(one[1].path), len(numbered) + 1), one[0]))
-    return sorted(first[:most])
+    return sorted(first[:limit])
 
 
 def frame_of(crop: Crop) -> Frame:
-    """Where a crop lies on the picture as it is, which is mirrored afterwards where it is."""
+    """Return the position of a crop on the image before mirroring."""
     return Frame(
         left=round(100 * crop.left / crop.resized.width, 2), top=round(100 * crop.top / crop.resized.height, 2),
         width=round(100 * crop.target.width / crop.resized.width, 2),
@@ -89,37 +90,37 @@ def frame_of(crop: Crop) -> Frame:
 
 
 def frames_of(crops: Sequence[Crop]) -> list[Frame]:
-    """Each place once: a mirrored crop is the same place."""
+    """Return the distinct positions of the crops; a mirrored crop has the same position."""
     return list(dict.fromkeys(map(frame_of, crops)))
 
 
 def tint_of(thumb: Thumb) -> Image.Image | None:
-    """What a mask hides, as a red film to lay over the small picture."""
+    """Return a red overlay for the thumbnail that marks the masked-out areas, or None without a mask."""
     if thumb.mask is None:
         return None
     mask = Image.open(io.BytesIO(thumb.mask))
-    film = Image.new("RGBA", mask.size, HIDDEN)
-    film.putalpha(mask.point([HIDDEN[3] * (255 - level) // 255 for level in range(256)]))
-    return film
+    overlay = Image.new("RGBA", mask.size, HIDDEN)
+    overlay.putalpha(mask.point([HIDDEN[3] * (255 - level) // 255 for level in range(256)]))
+    return overlay
 
 
-def _picture(
-    number: int, look: ImageMeasures, findings: Sequence[Finding], heard: tuple[str, str], trigger: str
+def _image(
+    number: int, measured: ImageMeasures, findings: Sequence[Finding], caption_text: tuple[str, str], trigger: str
 ) -> dict:
-    thumb = look.thumb or thumb_of(look.subject.example)
-    film = tint_of(thumb)
+    thumb = measured.thumb or thumb_of(measured.subject.example)
+    overlay = tint_of(thumb)
     tone = _worst(findings) if findings else "good"
     return {
-        "number": number, "name": look.path.name, "size": str(look.size).replace("x", " × "),
-        "aspect": round(look.size.width / look.size.height, 4), "image": _data("jpeg", thumb.jpeg),
-        "mask": _data("png", _png(film)) if film else "", "frames": frames_of(look.subject.crops),
-        "caption": text_parts(*heard, trigger), "tone": "good" if tone == "note" else tone,
-        "told": [{"severity": one.severity, "text": one.details[str(look.path)]} for one in findings],
+        "number": number, "name": measured.path.name, "size": str(measured.size).replace("x", " × "),
+        "aspect": round(measured.size.width / measured.size.height, 4), "thumb": _data("jpeg", thumb.jpeg),
+        "mask": _data("png", _png(overlay)) if overlay else "", "frames": frames_of(measured.subject.crops),
+        "caption": text_parts(*caption_text, trigger), "tone": "good" if tone == "note" else tone,
+        "findings": [{"severity": one.severity, "text": one.details[str(measured.path)]} for one in findings],
     }  # fmt: skip
 
 
 def text_parts(kept: str, lost: str, trigger: str) -> list[TextPart]:
-    """A caption with its trigger and its lost end marked."""
+    """Split a caption into parts, with the trigger and the part beyond the token limit marked."""
     parts = [TextPart(kept)] if kept else []
     at = kept.lower().find(trigger.lower()) if trigger else -1
     if at >= 0:
@@ -131,30 +132,27 @@ def text_parts(kept: str, lost: str, trigger: str) -> list[TextPart]:
 
 
 def _finding(finding: Finding, numbers: dict[str, int]) -> dict:
-    is_beside = finding.check in OF_FILES
+    lists_files = finding.check in OF_FILES
     links = [{"number": numbers.get(path), "name": Path(path).name} for path in list(finding.details)[:NAMED]]
     more = len(finding.details) - len(links)
     return {
         "severity": finding.severity, "what": _sentence(finding.what), "why": _sentence(finding.why),
         "cure": finding.cure.replace("`", ""), "links": links,
-        "reasons": list(finding.details.items()) if is_beside else [],
-        "more": f" and {more} more" if more and not is_beside else "",
+        "reasons": list(finding.details.items()) if lists_files else [],
+        "more": f" and {more} more" if more and not lists_files else "",
     }  # fmt: skip
 
 
 def _facts(done: Checkup, base: str) -> list[tuple[str, str]]:
     facts = done.facts
     sizes = facts.smallest if facts.smallest == facts.largest else f"{facts.smallest} to {facts.largest}"
-    captions = "all have one" if facts.captions == facts.images else f"{facts.captions} of {facts.images}"
-    told = [
-        ("Pictures", str(facts.images)), ("Captions", captions), ("Sizes", sizes.replace("x", " × ")),
-        ("Variety", facts.variety), ("Base", base),
+    captions = "all" if facts.captions == facts.images else f"{facts.captions} of {facts.images}"
+    rows = [
+        ("Images", str(facts.images)), ("Captions", captions), ("Sizes", sizes.replace("x", " × ")),
+        ("Variety", facts.variety), ("Base model", base),
     ]  # fmt: skip
-    return (
-        [*told, ("Regularisation", counted(facts.regularization_images, "picture"))]
-        if facts.regularization_images
-        else told
-    )
+    prior = [("Regularization images", str(facts.regularization_images))] if facts.regularization_images else []
+    return rows + prior
 
 
 def _shapes(done: Checkup) -> list[dict]:
@@ -178,7 +176,7 @@ def _data(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     written = io.BytesIO()
-    picture.save(written, "PNG", optimize=True)
+    image.save(written, "PNG", optimize=True)
     return written.getvalue()

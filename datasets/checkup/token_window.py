@@ -1,4 +1,4 @@
-"""How much of a caption a base hears: its own tokenizer, read from its files without the model or transformers."""
+"""Counts the tokens of captions with the base model's own tokenizer, without loading the model or transformers."""
 
 import json
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from tokenizers.models import BPE
 from scumble.configs.errors import Refused
 
 NAMES = ("merges.txt", "tokenizer.json")
-ENDS = 2  # the marks of begin and end stand in the window too
+NUM_SPECIAL = 2  # the begin and end tokens are part of the window
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 @dataclass(frozen=True)
 class TokenCount:
-    """A text as a base hears it: how many tokens it has, and what of it lies within and beyond the window."""
+    """The number of tokens of a text, and the parts of the text inside (`kept`) and beyond (`lost`) the window."""
 
     tokens: int
     kept: str
@@ -26,41 +26,41 @@ class TokenCount:
 
 @dataclass(frozen=True)
 class Window:
-    """A tokenizer and how many tokens of text the base hears, 75 for CLIP's 77."""
+    """A tokenizer and the number of text tokens that the text encoder reads: 75 of CLIP's 77."""
 
     tokenizer: Tokenizer
     size: int
 
     def count(self, text: str) -> TokenCount:
-        """Where the window ends in a text: at the last token that is within, so perhaps inside a word."""
+        """Count the tokens of a text, and split it after the last token inside the window, possibly within a word."""
         spans = self.tokenizer.encode(text, add_special_tokens=False).offsets
         end = spans[self.size - 1][1] if len(spans) > self.size else len(text)
         return TokenCount(len(spans), text[:end].rstrip(), text[end:].strip())
 
 
 def read_windows(folders: Sequence[Path]) -> list[Window]:
-    """The windows of a base's tokenizers, of those alike one: SDXL's two differ in what they pad with."""
+    """Return the windows of a base's tokenizers without duplicates: SDXL's two differ only in padding."""
     files = {folder: next((one for name in NAMES if (one := folder / name).is_file()), None) for folder in folders}
     distinct = {file.read_bytes() if file else b"": folder for folder, file in reversed(files.items())}
     return [read_window(folder) for folder in distinct.values()]
 
 
 def read_window(folder: Path) -> Window:
-    """The window of a tokenizer's folder: CLIP's `vocab.json` and `merges.txt`, or a `tokenizer.json`.
+    """Read a tokenizer folder with CLIP's `vocab.json` and `merges.txt`, or with `tokenizer.json`.
 
-    CLIP's rules are those of Radford et al. 2021 as transformers builds them: lower case, words by that pattern, then
-    byte pairs. Raises `Refused` where the files are not there or cannot be read.
+    CLIP's tokenizer (Radford et al. 2021) is built as in transformers: lower case, words by regular expression, then
+    byte-pair encoding. Raises `Refused` if the files are missing or cannot be read.
     """
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        size = int(config.get("model_max_length", 77)) - ENDS
+        size = int(config.get("model_max_length", 77)) - NUM_SPECIAL
         if not (folder / "merges.txt").is_file():
             whole = Tokenizer.from_file(str(folder / "tokenizer.json"))
             whole.no_truncation()
             whole.no_padding()
             return Window(whole, size)
         vocab, merges = BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    except Exception as error:  # noqa: BLE001  (tokenizers raises Exception itself)
+    except Exception as error:  # noqa: BLE001  (tokenizers raises plain Exception)
         raise Refused(f"{folder}: its tokenizer cannot be read ({error})") from None
     tokenizer = Tokenizer(
         BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token="<|endoftext|>")

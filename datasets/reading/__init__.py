@@ -1,1 +1,1 @@
-"""From a folder to examples: images, captions, masks and what is left out."""
+"""From a folder to training examples: images, captions, masks, and what is left out."""

@@ -1,4 +1,4 @@
-"""Whatever colours a picture file holds -> 8-bit sRGB: palettes, greys, CMYK, LAB, 16 bits, ICC profiles, alpha."""
+"""Converts any image file's colors to 8-bit sRGB: palettes, grayscale, CMYK, LAB, 16 bits, ICC profiles, alpha."""
 
 import io
 from functools import lru_cache
@@ -11,59 +11,59 @@ SIXTEEN_BIT = {"I;16", "I;16L", "I;16B", "I;16N"}
 WITH_ALPHA = {"RGBA", "RGBa", "LA", "La", "PA"}
 
 
-def to_rgb(picture: Image.Image, background: str = "white") -> Image.Image:
-    """The picture in sRGB, transparency laid over `background`.
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """Return the image in sRGB, with transparent areas composited over `background`.
 
-    Colours are converted by the picture's ICC profile (relative colorimetric with black point compensation, as
-    browsers do); a profile that LittleCMS cannot use is passed over, as viewers do. Raises ValueError for numbers that
-    no 8-bit picture stands for.
+    Colors are converted with the image's ICC profile (relative colorimetric with black point compensation, as in
+    browsers). A profile that LittleCMS cannot use is ignored, as image viewers do. Raises ValueError for pixel values
+    that have no 8-bit equivalent.
     """
-    profile = picture.info.get("icc_profile") or b""
-    alpha = alpha_of(picture)
-    picture = _in_eight_bits(picture)
-    if picture.mode in WITH_ALPHA or picture.mode == "P":
-        picture = picture.convert("LA" if picture.mode in ("LA", "La") else "RGBA")
-    if picture.mode not in ("L", "RGB", "CMYK", "LAB"):
-        picture = picture.convert("L" if picture.mode in ("LA", "1") else "RGB")
-    transform = _transform(profile, picture.mode)
-    converted = ImageCms.applyTransform(picture, transform) if transform else picture.convert("RGB")
-    assert converted is not None  # only a transform in place gives nothing
+    profile = image.info.get("icc_profile") or b""
+    alpha = alpha_of(image)
+    image = _to_eight_bits(image)
+    if image.mode in WITH_ALPHA or image.mode == "P":
+        image = image.convert("LA" if image.mode in ("LA", "La") else "RGBA")
+    if image.mode not in ("L", "RGB", "CMYK", "LAB"):
+        image = image.convert("L" if image.mode in ("LA", "1") else "RGB")
+    transform = _transform(profile, image.mode)
+    converted = ImageCms.applyTransform(image, transform) if transform else image.convert("RGB")
+    assert converted is not None  # only an in-place transform returns None
     if alpha is None:
         return converted
-    laid = Image.new("RGB", converted.size, background)
-    laid.paste(converted, mask=alpha)
-    return laid
+    composited = Image.new("RGB", converted.size, background)
+    composited.paste(converted, mask=alpha)
+    return composited
 
 
-def alpha_of(picture: Image.Image) -> Image.Image | None:
-    """The alpha channel in 8 bits, 255 where the picture is opaque; nothing where the picture has none."""
-    if picture.mode in WITH_ALPHA:
-        return picture.getchannel(picture.getbands()[-1])
-    clear = picture.info.get("transparency")
-    if clear is None:
+def alpha_of(image: Image.Image) -> Image.Image | None:
+    """Return the 8-bit alpha channel (255: opaque), or None if the image has no transparency."""
+    if image.mode in WITH_ALPHA:
+        return image.getchannel(image.getbands()[-1])
+    transparent = image.info.get("transparency")
+    if transparent is None:
         return None
-    if picture.mode in SIXTEEN_BIT or picture.mode == "I":
-        return Image.fromarray(np.where(np.asarray(picture) == clear, 0, 255).astype(np.uint8))
-    if picture.mode in ("1", "L", "P", "RGB"):
-        return picture.convert("RGBA").getchannel("A")
+    if image.mode in SIXTEEN_BIT or image.mode == "I":
+        return Image.fromarray(np.where(np.asarray(image) == transparent, 0, 255).astype(np.uint8))
+    if image.mode in ("1", "L", "P", "RGB"):
+        return image.convert("RGBA").getchannel("A")
     return None
 
 
-def _in_eight_bits(picture: Image.Image) -> Image.Image:
-    """Greys of 16 bits, 32 bits or floating point scaled to 0..255; all other modes as they are."""
-    if picture.mode in SIXTEEN_BIT:
-        return Image.fromarray(_scaled(np.asarray(picture), 65535))
-    if picture.mode == "I":
-        values = np.asarray(picture)
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit, 32-bit and floating-point grayscale to 0..255; return other modes unchanged."""
+    if image.mode in SIXTEEN_BIT:
+        return Image.fromarray(_scaled(np.asarray(image), 65535))
+    if image.mode == "I":
+        values = np.asarray(image)
         if values.min() < 0:
-            raise ValueError("it holds negative numbers: save it in 8 or 16 bits")
+            raise ValueError("negative pixel values: save it with 8 or 16 bits")
         return Image.fromarray(_scaled(values, 65535 if values.max() <= 65535 else 2**31 - 1))
-    if picture.mode == "F":
-        values = np.asarray(picture)
+    if image.mode == "F":
+        values = np.asarray(image)
         if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
-            raise ValueError("it holds floating-point numbers outside 0 to 1: save it in 8 or 16 bits")
+            raise ValueError("floating-point values outside 0 to 1: save it with 8 or 16 bits")
         return Image.fromarray(_scaled(values, 1))
-    return picture
+    return image
 
 
 def _scaled(values: np.ndarray, white: int) -> np.ndarray:
@@ -72,7 +72,7 @@ def _scaled(values: np.ndarray, white: int) -> np.ndarray:
 
 @lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """From a profile's colours to sRGB; nothing where the profile is broken or is for other channels than `mode`."""
+    """Return the transform to sRGB, or None if the profile is broken or does not match the channels of `mode`."""
     if not profile and mode != "LAB":
         return None
     try:

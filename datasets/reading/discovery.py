@@ -1,4 +1,4 @@
-"""Where pictures lie: the folders under a source, what holds for the files in each, and what is passed over."""
+"""Finds the files of a dataset: the folders below a source, their settings, and what is skipped."""
 
 import os
 import re
@@ -12,23 +12,23 @@ from .images import SUFFIXES
 from .masks import MASK_ENDING
 from .sidecars import CAPTION_SUFFIXES
 
-KOHYA_FOLDER = re.compile(r"(\d{1,3})_(.+)")  # more digits are a year or a date
-PRIOR_FOLDERS = {"reg", "regularisation", "regularization"}
+KOHYA_FOLDER = re.compile(r"(\d{1,3})_(.+)")  # a longer number is a year or a date
+REGULARIZATION_FOLDERS = {"reg", "regularisation", "regularization"}
 MASK_FOLDERS = {"masks", "mask"}
 TRAIN_SPLITS = {"train", "training"}
 TEST_SPLITS = {"test", "testing", "eval", "evaluation", "val", "valid", "validation", "dev"}
 TABLES = {"metadata.jsonl", "metadata.csv"}
-OTHER_PICTURES = {
+UNSUPPORTED_SUFFIXES = {
     ".psd", ".psb", ".xcf", ".kra", ".clip", ".svg", ".jxl", ".jp2", ".tga", ".exr", ".hdr", ".ico", ".pdf",
     ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".mp4", ".mov", ".webm", ".mkv", ".avi",
 }  # fmt: skip
-MADE_FOLDERS = {"events.jsonl": "a run", "model_index.json": "a model", "*-check.html": "a check of pictures"}
+OUTPUT_FOLDERS = {"events.jsonl": "run folder", "model_index.json": "model folder", "*-check.html": "check-up report"}
 SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A file or folder that is not used, and why. `is_image` says that a picture may be lost by it."""
+    """A file or folder that is not used, and the reason. `is_image` is true if a training image may be lost."""
 
     path: Path
     reason: str
@@ -40,33 +40,34 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """A folder of pictures. Each is seen `repeats` times `own` times; a kohya folder `<own>_<words>` sets the latter.
+    """A folder of images. Each is used `repeats` * `own_repeats` times per epoch.
 
-    `masks` is a folder of masks; with `alpha`, a picture's own alpha channel is the mask where no file is.
-    `before` and `after` stand around each line of a caption. `rules` are options of [data] for these pictures alone.
-    With `table`, pictures and captions are those that it names, and texts beside pictures are not read.
+    `own_repeats` and `words` come from the name of a kohya folder, `<own_repeats>_<words>`. `masks` is a folder of
+    masks; with `alpha`, an image without a mask file uses its alpha channel. `prefix` and `suffix` are added to each
+    line of a caption. `rules` are options of [data] for these images only. With `table`, the images and captions are
+    those listed in it, and caption files are not read.
     """
 
-    folder: Path
+    path: Path
     repeats: int = 1
-    own: int = 1
+    own_repeats: int = 1
     words: str = ""
     is_regularization: bool = False
     masks: Path | None = None
     alpha: bool = False
     suffixes: tuple[str, ...] = CAPTION_SUFFIXES
-    before: str = ""
-    after: str = ""
-    deep: bool = True
+    prefix: str = ""
+    suffix: str = ""
+    recursive: bool = True
     rules: tuple[tuple[str, Any], ...] = ()
     table: Table | None = None
 
 
 @dataclass
 class Listing:
-    """The files of one folder, sorted by what they are; `place` says what holds for them."""
+    """The files of one folder by kind; `source` has the settings that apply to them."""
 
-    place: ImageFolder
+    source: ImageFolder
     images: list[Path] = field(default_factory=list)
     texts: list[Path] = field(default_factory=list)
     tables: list[Path] = field(default_factory=list)
@@ -75,111 +76,112 @@ class Listing:
     left_out: list[LeftOut] = field(default_factory=list)
 
 
-def listings(place: ImageFolder, seen: set[tuple[int, int]]) -> Iterator[Listing]:
-    """Every folder at and below `place`, each once however many links lead to it.
+def listings(source: ImageFolder, seen: set[tuple[int, int]]) -> Iterator[Listing]:
+    """Yield every folder at and below `source`, each once, however many links lead to it.
 
-    `seen` holds the (device, inode) of folders that are not to be entered, and is added to. Hidden folders and the
-    files that systems strew about are passed over; all else that is no picture, text or table is left out by name.
+    `seen` holds the (device, inode) of folders that are not entered, and is extended. Hidden folders and system files
+    are skipped silently; any other file that is not an image, caption or table is reported in `left_out`.
     """
-    places = [place]
-    while places:
-        place = places.pop()
-        listing, inner = listed(place), []
+    sources = [source]
+    while sources:
+        source = sources.pop()
+        listing, inner = list_folder(source), []
         has_train = any(path.name.lower() in TRAIN_SPLITS for path in listing.folders)
         for path in listing.folders:
-            named = KOHYA_FOLDER.fullmatch(path.name)
+            kohya_name = KOHYA_FOLDER.fullmatch(path.name)
             name, status = path.name.lower(), path.stat()
             reason = ""
             if name in MASK_FOLDERS and listing.images:
-                inside = listed(replace(place, folder=path))
+                inside = list_folder(replace(source, path=path))
                 listing.masks += inside.images + inside.masks
                 listing.left_out += inside.left_out
-            elif made := next((what for file, what in MADE_FOLDERS.items() if any(path.glob(file))), ""):
-                reason = f"{made}, not pictures to learn from"
+            elif output := next((kind for file, kind in OUTPUT_FOLDERS.items() if any(path.glob(file))), ""):
+                reason = f"{output}, not training images"
             elif has_train and name in TEST_SPLITS:
-                reason = "a split for tests beside train: not learned from"
+                reason = "test split next to a train folder, not used for training"
             elif (status.st_dev, status.st_ino) in seen:
-                reason = "leads to a folder that is read already"
-            elif named and int(named[1]) < 1:
-                reason = "repeats must be at least 1; rename the folder or take it out"
-            elif not place.deep:
-                reason = "a folder inside, which a subset of kohya's does not enter"
+                reason = "links to a folder that is already included"
+            elif kohya_name and int(kohya_name[1]) < 1:
+                reason = "repeats must be at least 1; rename or remove the folder"
+            elif not source.recursive:
+                reason = "subfolder, not read for a kohya subset"
             else:
                 seen.add((status.st_dev, status.st_ino))
-                inner.append(_inside(place, path))
+                inner.append(_subfolder(source, path))
             if reason:
-                listing.left_out.append(LeftOut(path, reason, bool(named)))
+                listing.left_out.append(LeftOut(path, reason, bool(kohya_name)))
         yield listing
-        places += sorted(inner, key=lambda one: one.folder, reverse=True)
+        sources += sorted(inner, key=lambda one: one.path, reverse=True)
 
 
-def own_name(place: ImageFolder) -> ImageFolder:
-    """A place whose own folder is named like kohya's takes what the name says."""
-    named = KOHYA_FOLDER.fullmatch(place.folder.resolve().name)
-    if not named or int(named[1]) < 1:
-        return place
-    return replace(place, own=int(named[1]), words=place.words or named[2].strip())
+def with_own_name(source: ImageFolder) -> ImageFolder:
+    """Apply the repeats and class words of a source that is itself named like a kohya folder."""
+    kohya_name = KOHYA_FOLDER.fullmatch(source.path.resolve().name)
+    if not kohya_name or int(kohya_name[1]) < 1:
+        return source
+    return replace(source, own_repeats=int(kohya_name[1]), words=source.words or kohya_name[2].strip())
 
 
-def _inside(place: ImageFolder, folder: Path) -> ImageFolder:
-    """What holds in a folder of `place`; a folder of masks may have the same folders in it."""
-    is_regularization = place.is_regularization or folder.name.lower() in PRIOR_FOLDERS
-    masks = place.masks / folder.name if place.masks else None
-    place = replace(place, masks=masks if masks and masks.is_dir() else place.masks)
-    if named := KOHYA_FOLDER.fullmatch(folder.name):
+def _subfolder(source: ImageFolder, path: Path) -> ImageFolder:
+    """Return the settings for a subfolder of `source`; a folder of masks may have the same subfolders."""
+    is_regularization = source.is_regularization or path.name.lower() in REGULARIZATION_FOLDERS
+    masks = source.masks / path.name if source.masks else None
+    source = replace(source, masks=masks if masks and masks.is_dir() else source.masks)
+    if kohya_name := KOHYA_FOLDER.fullmatch(path.name):
         return replace(
-            place, folder=folder, is_regularization=is_regularization, own=int(named[1]), words=named[2].strip()
-        )
-    return replace(place, folder=folder, is_regularization=is_regularization)
+            source, path=path, is_regularization=is_regularization, own_repeats=int(kohya_name[1]),
+            words=kohya_name[2].strip(),
+        )  # fmt: skip
+    return replace(source, path=path, is_regularization=is_regularization)
 
 
-def listed(place: ImageFolder) -> Listing:
-    """The entries of one folder by kind. Real folders stand before links to folders."""
-    listing = Listing(place)
+def list_folder(source: ImageFolder) -> Listing:
+    """Return the entries of one folder by kind, real folders before links to folders."""
+    listing = Listing(source)
     try:
-        entries = sorted(place.folder.iterdir(), key=lambda path: (path.is_symlink(), path))
+        entries = sorted(source.path.iterdir(), key=lambda path: (path.is_symlink(), path))
     except OSError as error:
-        listing.left_out.append(LeftOut(place.folder, f"cannot be opened ({error.strerror})", True))
+        listing.left_out.append(LeftOut(source.path, f"cannot be opened ({error.strerror})", True))
         return listing
     for path in entries:
         try:
-            _sort(path, listing)
+            _add(path, listing)
         except OSError as error:
             listing.left_out.append(LeftOut(path, f"cannot be opened ({error.strerror})", True))
     return listing
 
 
-def _sort(path: Path, listing: Listing) -> None:
-    """Put one entry of a folder where it belongs."""
+def _add(path: Path, listing: Listing) -> None:
+    """Add one entry of a folder to its listing."""
     suffix = path.suffix.lower()
-    pictured = suffix in SUFFIXES
-    if not _printable(path.name):
+    is_image = suffix in SUFFIXES
+    if not _is_unicode(path.name):
         shown = os.fsencode(path.name).decode("utf-8", "backslashreplace")
-        listing.left_out.append(LeftOut(path.with_name(shown), "its name is not UTF-8: rename it", True))
+        listing.left_out.append(LeftOut(path.with_name(shown), "file name is not UTF-8; rename the file", True))
     elif path.name.startswith("."):
-        if pictured:
-            listing.left_out.append(LeftOut(path, "a hidden file"))
+        if is_image:
+            listing.left_out.append(LeftOut(path, "hidden file"))
     elif path.is_dir():
         listing.folders.append(path)
     elif path.is_symlink() and not path.exists():
-        listing.left_out.append(LeftOut(path, "a link that leads nowhere", pictured))
+        listing.left_out.append(LeftOut(path, "broken link", is_image))
     elif not path.is_file():
-        listing.left_out.append(LeftOut(path, "not a file", pictured))
-    elif pictured and path.stem.lower().endswith(MASK_ENDING):
+        listing.left_out.append(LeftOut(path, "not a regular file", is_image))
+    elif is_image and path.stem.lower().endswith(MASK_ENDING):
         listing.masks.append(path)
-    elif pictured:
+    elif is_image:
         listing.images.append(path)
-    elif suffix in listing.place.suffixes or suffix in CAPTION_SUFFIXES:
+    elif suffix in listing.source.suffixes or suffix in CAPTION_SUFFIXES:
         listing.texts.append(path)
     elif path.name.lower() in TABLES:
         listing.tables.append(path)
-    elif suffix in OTHER_PICTURES:
-        listing.left_out.append(LeftOut(path, f"{suffix[1:]} is not read; save it as PNG", True))
+    elif suffix in UNSUPPORTED_SUFFIXES:
+        listing.left_out.append(LeftOut(path, f"{suffix} is not supported; convert it to PNG", True))
     elif path.name.lower() not in SYSTEM_FILES:
-        listing.left_out.append(LeftOut(path, "not a picture"))
+        listing.left_out.append(LeftOut(path, "not an image"))
 
 
-def _printable(name: str) -> bool:
+def _is_unicode(name: str) -> bool:
     try:
         name.encode()
     except UnicodeEncodeError:

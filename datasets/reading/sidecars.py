@@ -1,4 +1,4 @@
-"""Captions that lie beside pictures: text files of the same name, in the encodings that editors write."""
+"""Caption files: text files next to the images, with the same name, in any encoding that editors write."""
 
 import codecs
 import unicodedata
@@ -8,14 +8,14 @@ from pathlib import Path
 from scumble.configs.errors import Refused
 
 CAPTION_SUFFIXES = (".txt", ".caption")
-MAX_BYTES = 1_000_000  # a caption is a line or a few; a longer file is something else
+MAX_BYTES = 1_000_000  # captions are a few lines; a longer file is something else
 MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
 def decoded(data: bytes, path: Path) -> str:
-    """Text in UTF-8 or UTF-16, with a byte order mark or without. Raises `Refused` naming `path` for any other.
+    """Decode UTF-8 or UTF-16, with or without a byte order mark. Raises `Refused` naming `path` for anything else.
 
-    UTF-16 without a mark is told by its zero bytes, which Latin text has in every second place and UTF-8 never has.
+    UTF-16 without a mark is detected by its zero bytes: Latin text has one in every second byte, UTF-8 has none.
     """
     encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8")
     if encoding == "utf-8" and b"\0" in data:
@@ -30,28 +30,28 @@ def decoded(data: bytes, path: Path) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A text file of any of those encodings. Raises `Refused` naming a file that cannot be read."""
+    """Read a text file in any of these encodings. Raises `Refused` naming a file that cannot be read."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise Refused(f"{path} cannot be read ({error.strerror})") from None
     if len(data) > MAX_BYTES:
-        raise Refused(f"{path} is longer than {MAX_BYTES // 1_000_000} MB, so it is no caption: take it out")
+        raise Refused(f"{path} is larger than {MAX_BYTES // 1_000_000} MB, too large for a caption: delete it")
     return decoded(data, path)
 
 
 def lines_of(text: str) -> tuple[str, ...]:
-    """The lines of a caption that say something, white space in them made one space."""
+    """Return the non-empty lines of a caption, with runs of whitespace collapsed to one space."""
     lines = (" ".join(line.split()) for line in text.splitlines())
     return tuple(line for line in lines if line)
 
 
 class Sidecars:
-    """The text files of one folder by the picture that they belong to.
+    """Finds the caption files of an image among the text files of one folder.
 
-    `a.txt` belongs to `a.jpg` and to `a.png`; `a.jpg.txt` to `a.jpg` alone. Case and Unicode form do not count
-    (a Mac writes é as two characters) unless two names differ in nothing else.
+    `a.txt` belongs to `a.jpg` and to `a.png`; `a.jpg.txt` belongs to `a.jpg` only. Case and Unicode normalization
+    are ignored (macOS stores é as two characters) unless two names differ in nothing else.
     """
 
     def __init__(self, paths: Iterable[Path], suffixes: Sequence[str] = CAPTION_SUFFIXES):
@@ -60,8 +60,8 @@ class Sidecars:
         for path in paths:
             self.by_name.setdefault((folded(path.stem), path.suffix.lower()), []).append(path)
 
-    def beside(self, image: Path) -> list[Path]:
-        """The text files of a picture, that which counts first."""
+    def find(self, image: Path) -> list[Path]:
+        """Return the caption files of an image, the one that is used first."""
         found = []
         for name in (image.name, image.stem):
             for suffix in self.suffixes:
@@ -71,5 +71,5 @@ class Sidecars:
 
 
 def folded(name: str) -> str:
-    """A name by which spellings of one name are found alike."""
+    """Return a key that is equal for all spellings of a file name (case and Unicode normalization)."""
     return unicodedata.normalize("NFC", name).casefold()

@@ -1,7 +1,7 @@
-"""Fetches the held-out pictures of `clay-style`: how near does a LoRA come to pictures that it never saw?
+"""Downloads the held-out images of `clay-style`, for measuring how close a LoRA comes to images it was not trained on.
 
 `python -m scumble.datasets.samples.fetch_held_out FOLDER` writes FOLDER/NAME.webp and NAME.txt for each row
-of clay-style-held-out.tsv. npm fetches the pictures at a pinned version; only the list is kept here.
+of clay-style-held-out.tsv. npm downloads the images at a pinned version; only the list is part of this repository.
 """
 
 import csv
@@ -22,7 +22,7 @@ MISSING, UNWRITABLE = 69, 73  # exit codes of `Refused`
 
 @dataclass(frozen=True)
 class HeldOut:
-    """One row of the list: `code` names the picture in the package, `caption` is `NAME, clay style`."""
+    """One row of the list: `code` is the name of the image in the package, `caption` is `NAME, clay style`."""
 
     code: str
     caption: str
@@ -37,51 +37,51 @@ class HeldOut:
 
 
 def held_out() -> list[HeldOut]:
-    """Every row of clay-style-held-out.tsv, in its order."""
+    """Return all rows of clay-style-held-out.tsv, in order."""
     with LIST.open(encoding="utf-8", newline="") as lines:
         return [HeldOut(**row) for row in csv.DictReader(lines, delimiter="\t")]
 
 
 def fetch(work: Path) -> Path:
-    """Installs the package below `work`; returns its folder of pictures. `Refused` (69) without npm."""
+    """Install the package below `work` and return its image folder. Raises `Refused` (69) without npm or network."""
     npm = shutil.which("npm")
     if npm is None:
-        raise Refused("npm is not on PATH: install Node.js, then run this again", MISSING)
+        raise Refused("npm: not found on PATH; install Node.js, then run this command again", MISSING)
     command = [npm, "install", "--prefix", str(work), "--no-save", "--no-audit", "--ignore-scripts"]
     done = subprocess.run([*command, f"{PACKAGE}@{VERSION}"], cwd=work, capture_output=True, text=True)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("npm error")]
-        why = said[0].removeprefix("npm error").strip() if said else f"exit code {done.returncode}"
-        raise Refused(f"npm could not fetch {PACKAGE}@{VERSION} ({why}): check the network", MISSING)
+        errors = [line for line in done.stderr.splitlines() if line.startswith("npm error")]
+        reason = errors[0].removeprefix("npm error").strip() if errors else f"exit code {done.returncode}"
+        raise Refused(f"{PACKAGE}@{VERSION}: npm could not download it ({reason}); check the network", MISSING)
     return work / "node_modules" / PACKAGE / "assets"
 
 
-def write(pictures: Path, folder: Path) -> int:
-    """Copies each listed picture, writes its caption; returns how many. Writes nothing if one is missing."""
+def write(images: Path, folder: Path) -> int:
+    """Copy each listed image, write its caption, and return their number. Writes nothing if an image is missing."""
     rows = held_out()
-    missing = [row.code for row in rows if not (pictures / f"{row.code}.webp").is_file()]
+    missing = [row.code for row in rows if not (images / f"{row.code}.webp").is_file()]
     if missing:
-        raise Refused(f"{PACKAGE}@{VERSION} lacks {len(missing)} pictures, first {missing[0]}.webp", MISSING)
+        raise Refused(f"{PACKAGE}@{VERSION}: {len(missing)} images are missing, first {missing[0]}.webp", MISSING)
     for row in rows:
-        shutil.copyfile(pictures / f"{row.code}.webp", folder / f"{row.stem}.webp")
+        shutil.copyfile(images / f"{row.code}.webp", folder / f"{row.stem}.webp")
         (folder / f"{row.stem}.txt").write_text(row.caption + "\n", encoding="utf-8")
     return len(rows)
 
 
 def prepare(folder: Path) -> None:
-    """Makes `folder`, or takes it if it is empty; raises `Refused` otherwise."""
+    """Create `folder`, or accept it if it is empty. Raises `Refused` otherwise, (73) if it cannot be created."""
     if folder.exists() and not folder.is_dir():
-        raise Refused(f"{folder} is a file: name a new folder")
+        raise Refused(f"{folder}: is a file; choose a new folder")
     if folder.is_dir() and any(folder.iterdir()):
-        raise Refused(f"{folder} is not empty: name a new folder, or empty this one")
+        raise Refused(f"{folder}: is not empty; choose a new folder, or empty this one")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Refused(f"{folder} cannot be made: {error.strerror}", UNWRITABLE) from error
+        raise Refused(f"{folder}: cannot be created ({error.strerror})", UNWRITABLE) from error
 
 
 def main(arguments: list[str]) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print("usage: python -m scumble.datasets.samples.fetch_held_out FOLDER", file=sys.stderr)
         return 0 if arguments in (["-h"], ["--help"]) else 2
@@ -93,7 +93,7 @@ def main(arguments: list[str]) -> int:
     except Refused as refusal:
         print(refusal, file=sys.stderr)
         return refusal.exit_code
-    print(f"{count} held-out pictures with captions in {folder}")
+    print(f"{count} held-out images with captions in {folder}")
     return 0
 
 

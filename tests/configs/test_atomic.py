@@ -1,4 +1,4 @@
-"""Files written whole or not at all, progress bars, and the table of exit codes."""
+"""Atomic writes, progress bars, and the table of exit codes."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from scumble.configs.exit_codes import EXIT_CODES
 from scumble.configs.progress import progress_bar, tracked
 
 
-def test_a_file_is_replaced_when_the_block_ends_and_its_folder_is_made(tmp_path: Path):
+def test_a_file_is_replaced_when_the_block_ends_and_its_folder_is_created(tmp_path: Path):
     path = tmp_path / "new" / "a.txt"
     for text in ("one", "two"):
         with atomic_write(path, sync=True) as temporary:
@@ -22,7 +22,7 @@ def test_a_file_is_replaced_when_the_block_ends_and_its_folder_is_made(tmp_path:
     assert [file.name for file in path.parent.iterdir()] == ["a.txt"]
 
 
-def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path):
+def test_a_failed_block_leaves_only_the_old_file(tmp_path: Path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(ZeroDivisionError), atomic_write(path) as temporary:
@@ -31,14 +31,14 @@ def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_place_that_cannot_be_written_is_refused_with_73(tmp_path: Path):
+def test_an_unwritable_path_is_refused_with_exit_code_73(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(Refused, match="cannot be written") as refused, atomic_write(tmp_path / "file/a.txt") as path:
         path.write_text("x")
     assert refused.value.exit_code == 73
 
 
-def test_two_writers_never_share_a_temporary_name_and_long_names_fit(tmp_path: Path):
+def test_temporary_names_are_unique_and_long_names_fit(tmp_path: Path):
     path = tmp_path / ("ü" * 125 + ".txt")
     assert temporary_name(path) != temporary_name(path)
     with atomic_write(path) as temporary:
@@ -46,15 +46,13 @@ def test_two_writers_never_share_a_temporary_name_and_long_names_fit(tmp_path: P
     assert path.read_text() == "x"
 
 
-def test_a_rename_over_a_file_that_another_program_reads_is_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    refusals, own = [PermissionError(13, "in use")] * 3, Path.replace
+def test_a_rename_over_an_open_file_is_retried_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    errors, real_replace = [PermissionError(13, "in use")] * 3, Path.replace
 
     def replace(self: Path, target: Path) -> Path:
-        if refusals:
-            raise refusals.pop()
-        return own(self, target)
+        if errors:
+            raise errors.pop()
+        return real_replace(self, target)
 
     monkeypatch.setattr(atomic, "RENAME_PAUSE_S", 0)
     temporary, path = tmp_path / "t", tmp_path / "a"
@@ -62,13 +60,13 @@ def test_a_rename_over_a_file_that_another_program_reads_is_tried_again(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", replace)
         with pytest.raises(PermissionError):
-            atomic.replace(temporary, path)  # elsewhere it is a real refusal
+            atomic.replace(temporary, path)  # on other systems it is a real error
         patch.setattr(atomic, "IS_WINDOWS", True)
         atomic.replace(temporary, path)
-    assert path.read_text() == "x" and not refusals
+    assert path.read_text() == "x" and not errors
 
 
-def test_a_folder_that_cannot_be_renamed_into_place_leaves_the_old_one(tmp_path: Path):
+def test_a_failed_folder_replacement_leaves_the_old_folder(tmp_path: Path):
     old, new = tmp_path / "out", tmp_path / "new"
     old.mkdir()
     (old / "old").touch()
@@ -81,19 +79,19 @@ def test_a_folder_that_cannot_be_renamed_into_place_leaves_the_old_one(tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (old / "new").exists()
 
 
-def test_a_bar_is_not_shown_where_nobody_looks_and_items_pass_through(capsys: pytest.CaptureFixture[str]):
+def test_a_progress_bar_is_hidden_without_a_terminal_and_yields_all_items(capsys: pytest.CaptureFixture[str]):
     assert list(tracked("abc", "letters", 3)) == ["a", "b", "c"]
     with progress_bar("counting") as advance:
         advance(1, 2, "note")
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_readme_has_every_exit_code_with_its_meaning():
+def test_the_readme_lists_every_exit_code_with_its_meaning():
     rows = dict(re.findall(r"^\| (\d+) \| (.+) \|$", (CHECKOUT / "README.md").read_text(encoding="utf-8"), re.M))
     assert rows == {str(code): meaning for code, meaning in EXIT_CODES.items()}
 
 
-def test_nothing_else_in_the_program_writes_under_a_temporary_name_of_its_own():
+def test_no_other_module_has_its_own_temporary_names():
     sources = [
         path
         for folder in ("configs", "datasets", "captioning", "trainer")

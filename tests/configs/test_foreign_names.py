@@ -1,9 +1,9 @@
-"""Names of other trainers: each of theirs that we froze has a row, each row leads to an option or says why not.
+"""Options of other trainers: every known name has a row, and every row names one of our options or a reason.
 
-The names were read from public sources: kohya-ss/sd-scripts train_network.py 0010c81a, library/train_util.py 0030aa90
+The names come from public sources: kohya-ss/sd-scripts train_network.py 0010c81a, library/train_util.py 0030aa90
 (mirror CrazyForks/sd-scripts), config_util.py 02534721, networks/lora.py 02298e3c, docs/loha_lokr.md 62db7eb2;
 KohakuBlueleaf/LyCORIS lycoris/kohya.py 044492d5; bmaltais/kohya_ss presets/lora/*.json 647295aa, 6ee01019;
-huggingface/diffusers examples 000280f5, 23cf7123 and 0.35's in miias/diffusers_updated b0c6d134; Nerogar/OneTrainer
+huggingface/diffusers examples 000280f5, 23cf7123 and 0.35 in miias/diffusers_updated b0c6d134; Nerogar/OneTrainer
 TrainConfig.py 00f380ac, training_presets 0650480b and 221092c0; ostris/ai-toolkit config/examples 016777ac, 19f32126.
 """
 
@@ -175,7 +175,7 @@ sample.sample_steps sample.num_frames sample.fps
 
 
 @pytest.mark.parametrize(
-    ("table", "frozen"),
+    ("table", "listed"),
     [
         (KOHYA, KOHYA_TRAIN_NETWORK),
         (KOHYA, KOHYA_SDXL),
@@ -191,15 +191,15 @@ sample.sample_steps sample.num_frames sample.fps
         (AI_TOOLKIT, AI_TOOLKIT_EXAMPLES),
     ],
 )
-def test_every_frozen_name_has_a_row_and_a_hint(table: dict[str, Foreign], frozen: str):
-    names = frozen.split()
+def test_every_listed_name_has_a_row_and_a_hint(table: dict[str, Foreign], listed: str):
+    names = listed.split()
     assert len(names) == len(set(names))
     assert [name for name in names if plain(name) not in table] == []
     assert all(hint(name) for name in names)
 
 
 @pytest.mark.parametrize("trainer", TABLES)
-def test_a_row_leads_to_an_option_that_is_there_or_says_why_not(trainer: str):
+def test_a_row_names_an_existing_option_or_a_reason(trainer: str):
     keys = {entry.key for entry in declared()}
     for name, row in TABLES[trainer].items():
         assert plain(name) == name
@@ -209,25 +209,25 @@ def test_a_row_leads_to_an_option_that_is_there_or_says_why_not(trainer: str):
 
 
 @pytest.mark.parametrize("trainer", TABLES)
-def test_reasons_and_notes_are_short_and_name_flags_that_are_there(trainer: str):
+def test_reasons_and_notes_are_short_and_name_existing_flags(trainer: str):
     flags = {entry.flag for entry in declared()} | {"--resume", "--json", "--no-bucket-upscale"}
-    of_prompts = {"--n", "--w", "--h", "--d", "--l", "--s"}
+    prompt_flags = {"--n", "--w", "--h", "--d", "--l", "--s"}
     for name, row in TABLES[trainer].items():
-        said = f"{row.note} {row.reason}".replace(";", "").replace(",", "").replace(":", "").split()
-        assert {word for word in said if word.startswith("--")} <= flags | of_prompts, name
+        words = f"{row.note} {row.reason}".replace(";", "").replace(",", "").replace(":", "").split()
+        assert {word for word in words if word.startswith("--")} <= flags | prompt_flags, name
         assert len(hint(name)) <= 130 and "\n" not in hint(name) and not hint(name).endswith("."), name
 
 
-def test_a_name_that_is_there_twice_is_an_error():
+def test_a_duplicate_name_is_an_error():
     assert foreign_names.table("seed", {"a. b. c": Foreign("rank"), "d": Foreign("alpha")}) == {
         "seed": Foreign("seed"), "a.c": Foreign("rank"), "b.c": Foreign("rank"), "d": Foreign("alpha"),
     }  # fmt: skip
     for rows in ({"seed": Foreign("rank")}, {"a b": Foreign("rank"), "b": Foreign("rank")}):
-        with pytest.raises(ValueError, match="twice"):
+        with pytest.raises(ValueError, match="duplicate name"):
             foreign_names.table("seed", rows)
 
 
-def test_values_are_those_of_the_option():
+def test_values_map_to_valid_values_of_the_option():
     tables = {entry.key: entry.table for entry in declared()}
     for option, values in VALUES.items():
         for theirs, ours in values.items():
@@ -240,33 +240,32 @@ def test_values_are_those_of_the_option():
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("--train_batch_size", "here it is --batch-size (of all devices)"),
-        ("--train-batch-size", "here it is --batch-size (of all devices)"),
-        ("train_batch_size", "here it is --batch-size (of all devices)"),
-        ("--pretrained_vae_model_name_or_path", "here it is --vae"),
-        ("--center-crop", "here it is --crop (center is the default here; diffusers crops at random without the flag)"),
-        ("--push_to_hub", "nothing is uploaded"),
-        ("--network_dropout", "here it is --lora-dropout (drops the adapter's inputs; there, what comes after the down "
-         "projection)"),
-        ("--max-train-epochs", "here it is --epochs"),
-        ("--deepspeed", "no DeepSpeed: a run is one process on one device"),
-        ("conv_dim", "here it is --conv-rank (of all convolutions; kohya's 1x1 ones have network_dim)"),
-        ("LoRA_type", "here it is --algorithm (lora, loha or lokr; LoCon is lora with --conv-rank)"),
-        ("--lora-decompose", "here it is --algorithm (dora)"),
-        ("text_encoder.learning_rate", "here it is --text-encoder-lr"),
-        ("concepts[0].image.enable_random_flip", "here it is --random-flip"),
-        ("enable_random_flip", "here it is --random-flip"),
-        ("config.process[0].network.linear", "here it is --rank (of the UNet; --text-encoder-rank is apart)"),
-        ("train.steps", "here it is --steps (optimizer steps)"),
-        ("--caption-ext", "captions are read beside the images: .txt, .caption, metadata.jsonl or .csv"),
-        ("sample_steps", "here it is --num-inference-steps"),
+        ("--train_batch_size", "use --batch-size (total over all devices)"),
+        ("--train-batch-size", "use --batch-size (total over all devices)"),
+        ("train_batch_size", "use --batch-size (total over all devices)"),
+        ("--pretrained_vae_model_name_or_path", "use --vae"),
+        ("--center-crop", "use --crop (center is the default; diffusers crops at random without the flag)"),
+        ("--push_to_hub", "not supported: scumble uploads nothing"),
+        ("--network_dropout", "use --lora-dropout (applied to the adapter's input, not after the down projection)"),
+        ("--max-train-epochs", "use --epochs"),
+        ("--deepspeed", "DeepSpeed is not supported: a run uses one process on one device"),
+        ("conv_dim", "use --conv-rank (for all convolutions; kohya uses network_dim for 1x1)"),
+        ("LoRA_type", "use --algorithm (lora, loha or lokr; for LoCon, use lora with --conv-rank)"),
+        ("--lora-decompose", "use --algorithm (dora)"),
+        ("text_encoder.learning_rate", "use --text-encoder-lr"),
+        ("concepts[0].image.enable_random_flip", "use --random-flip"),
+        ("enable_random_flip", "use --random-flip"),
+        ("config.process[0].network.linear", "use --rank (for the UNet; --text-encoder-rank is separate)"),
+        ("train.steps", "use --steps (optimizer steps)"),
+        ("--caption-ext", "captions are read from files next to the images: .txt, .caption, metadata.jsonl or .csv"),
+        ("sample_steps", "use --num-inference-steps"),
     ],
 )  # fmt: skip
-def test_a_hint_is_one_line_however_the_name_is_typed(name: str, line: str):
+def test_a_hint_is_one_line_for_any_spelling_of_the_name(name: str, line: str):
     assert hint(name) == line
 
 
-def test_where_trainers_disagree_diffusers_goes_first_then_kohya():
+def test_if_trainers_disagree_diffusers_takes_precedence_then_kohya():
     assert DIFFUSERS["resolution"] != KOHYA["resolution"] != ONETRAINER["resolution"]
     assert DIFFUSERS["resolution"].note in hint("resolution")
     assert KOHYA["min_snr_gamma"] != ONETRAINER["min_snr_gamma"] and KOHYA["min_snr_gamma"].note in hint(
@@ -275,5 +274,5 @@ def test_where_trainers_disagree_diffusers_goes_first_then_kohya():
 
 
 @pytest.mark.parametrize("name", ["", "--", "rnk", "--frobnicate", "train", "dtype", "config", "a.b"])
-def test_what_nobody_has_or_what_is_ambiguous_has_no_hint(name: str):
+def test_an_unknown_or_ambiguous_name_has_no_hint(name: str):
     assert hint(name) == ""

@@ -1,4 +1,4 @@
-"""Latents that are kept on the disk: never stale, whole or made anew, the same as without."""
+"""The latent cache on disk: never stale, robust to damage, and equal to freshly encoded latents."""
 
 import math
 import os
@@ -32,7 +32,7 @@ def base() -> Base:
 
 @pytest.fixture
 def views(tmp_path: Path) -> list[View]:
-    """Three pictures of our own, upright and mirrored."""
+    """Three copied images, each with an upright and a mirrored crop."""
     found = []
     for path in sorted(SAMPLES.glob("*.webp"))[:3]:
         own = Path(shutil.copy(path, tmp_path))
@@ -44,7 +44,7 @@ def views(tmp_path: Path) -> list[View]:
 def encoded(
     base: Base, views: Sequence[View], cache: Cache | None, max_resident_bytes: int = MAX_RESIDENT_BYTES
 ) -> tuple[Latents, int]:
-    """The latents, and how many passes the VAE's encoder took for them."""
+    """Return the latents, and the number of forward passes of the VAE encoder."""
     passes = []
     hook = base.vae.encoder.register_forward_pre_hook(lambda module, inputs: passes.append(1))
     try:
@@ -59,7 +59,7 @@ def assert_same(ours: Latents, theirs: Latents) -> None:
             assert all(torch.equal(a, b) for a, b in zip(mine, yours, strict=True))
 
 
-def test_latents_from_the_cache_are_those_without_it_and_diffusers_own(base: Base, views: list[View], tmp_path: Path):
+def test_cached_latents_equal_uncached_ones(base: Base, views: list[View], tmp_path: Path):
     cache = Cache(tmp_path / "cache")
     plain, passes = encoded(base, views, None)
     first, written = encoded(base, views, cache)
@@ -70,14 +70,16 @@ def test_latents_from_the_cache_are_those_without_it_and_diffusers_own(base: Bas
     assert len(cache.sizes()) == 3
 
 
-@pytest.mark.parametrize("change", ["the picture", "the crop", "the VAE", "the mirrored one"])
-def test_what_changes_the_latents_is_encoded_again(change: str, base: Base, views: list[View], tmp_path: Path):
+@pytest.mark.parametrize("change", ["the image", "the crop", "the VAE", "the mirrored crop"])
+def test_a_change_that_affects_the_latents_encodes_them_again(
+    change: str, base: Base, views: list[View], tmp_path: Path
+):
     cache = Cache(tmp_path / "cache")
     encoded(base, views, cache)
     path, crops = views[0]
     weight = base.vae.encoder.conv_in.weight
     try:
-        if change == "the picture":
+        if change == "the image":
             ImageOps.flip(Image.open(path)).save(path, lossless=True)
         elif change == "the crop":
             views[0] = (path, tuple(replace(crop, left=crop.left + 1) for crop in crops))
@@ -86,14 +88,14 @@ def test_what_changes_the_latents_is_encoded_again(change: str, base: Base, view
         else:
             views[0] = (path, crops[:1])
         _, passes = encoded(base, views, cache)
-        assert passes == {"the picture": 2, "the crop": 2, "the VAE": 6, "the mirrored one": 1}[change]
+        assert passes == {"the image": 2, "the crop": 2, "the VAE": 6, "the mirrored crop": 1}[change]
     finally:
         if change == "the VAE":
             weight.data[0, 0, 0, 0] -= 1e-3
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
-def test_a_damaged_entry_is_made_anew(damage: str, base: Base, views: list[View], tmp_path: Path):
+def test_a_damaged_entry_is_encoded_again(damage: str, base: Base, views: list[View], tmp_path: Path):
     cache = Cache(tmp_path / "cache")
     plain, _ = encoded(base, views, cache)
     entry = next((tmp_path / "cache").glob("??/*"))
@@ -106,43 +108,41 @@ def test_a_damaged_entry_is_made_anew(damage: str, base: Base, views: list[View]
     assert encoded(base, views, cache)[1] == 0
 
 
-def test_numbers_that_are_not_finite_never_reach_the_cache(base: Base, views: list[View], tmp_path: Path):
+def test_non_finite_latents_are_never_cached(base: Base, views: list[View], tmp_path: Path):
     weight = base.vae.encoder.conv_in.weight
     before = weight.data.clone()
     weight.data[0] = math.nan
     try:
-        with pytest.raises(Refused, match=rf"{views[0][0].name}: the VAE gives numbers that are not finite; name"):
+        with pytest.raises(Refused, match=rf"{views[0][0].name}: the VAE outputs non-finite values; choose"):
             encoded(base, views, Cache(tmp_path / "cache"))
     finally:
         weight.data.copy_(before)
     assert not list((tmp_path / "cache").rglob("*.*"))
 
 
-def test_a_set_that_is_too_large_for_the_memory_is_read_as_it_is_needed(base: Base, views: list[View], tmp_path: Path):
+def test_a_dataset_that_does_not_fit_in_memory_is_read_on_demand(base: Base, views: list[View], tmp_path: Path):
     plain, _ = encoded(base, views, None)
     streamed, _ = encoded(base, views, Cache(tmp_path / "cache"), max_resident_bytes=1000)
     assert not isinstance(streamed.mean, list) and len(streamed.mean) == 3
     assert_same(streamed, plain)
     noise = torch.randn(4, 16, 16)
     assert torch.equal(streamed.sample([(1, 1), (2, 0)], noise), plain.sample([(1, 1), (2, 0)], noise))
-    with pytest.raises(Refused, match="--latent-cache off: 3 pictures do not stay in memory"):
+    with pytest.raises(Refused, match="--latent-cache off: the latents of 3 images do not fit into memory"):
         encoded(base, views, None, max_resident_bytes=1000)
 
 
-def test_a_cache_that_cannot_be_written_is_said_and_training_goes_on_without(
-    base: Base, views: list[View], tmp_path: Path
-):
+def test_a_read_only_cache_is_reported_and_training_continues_without_it(base: Base, views: list[View], tmp_path: Path):
     (tmp_path / "file").touch()
-    said: list[str] = []
-    found = encode_set(base, views, cache=Cache(tmp_path / "file"), say=said.append)
+    messages: list[str] = []
+    found = encode_set(base, views, cache=Cache(tmp_path / "file"), say=messages.append)
     assert_same(found, encoded(base, views, None)[0])
-    assert len(said) == 1 and "cannot be written (Not a directory); goes on without" in said[0]
+    assert len(messages) == 1 and "cannot be written (Not a directory); continuing without the cache" in messages[0]
     with pytest.raises(Refused, match=r"cannot be written \(Not a directory\)") as error:
         encode_set(base, views, cache=Cache(tmp_path / "file"), max_resident_bytes=1000)
     assert error.value.exit_code == 73
 
 
-def test_entries_of_a_clock_that_was_ahead_are_cleared_too(tmp_path: Path):
+def test_entries_dated_in_the_future_are_cleared_too(tmp_path: Path):
     cache = Cache(tmp_path)
     cache.put("ab", {"x": torch.ones(1)})
     (entry,) = tmp_path.rglob("*.safetensors")
@@ -152,7 +152,7 @@ def test_entries_of_a_clock_that_was_ahead_are_cleared_too(tmp_path: Path):
     assert cache.clear()[0] == 1 and cache.sizes() == []
 
 
-def test_a_second_run_takes_its_latents_from_the_cache_which_can_be_listed_and_cleared(
+def test_a_second_run_uses_cached_latents_and_the_cache_can_be_listed_and_cleared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     cache = str(tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""What training hears of captions: wildcards, lines, tags, frames; the same from the same seed, step and place."""
+"""Caption texts for training: wildcards, lines, tags, prefix and suffix; deterministic in seed, step and index."""
 
 import random
 from collections import Counter
@@ -13,7 +13,7 @@ from scumble.configs.options import Captions, Model, Objective, Options
 from scumble.datasets.captions import caption_at_step
 from scumble.datasets.reading.folder import read_set
 from scumble.datasets.reading.images import Size, center_crop, read_size
-from scumble.datasets.wildcards import chosen
+from scumble.datasets.wildcards import expand_wildcards
 from scumble.trainer.base_model.detect import detect_base
 from scumble.trainer.base_model.latents import encode_set
 from scumble.trainer.base_model.load import load
@@ -22,17 +22,17 @@ from scumble.trainer.training import objective
 DRAWS = 3000
 
 
-def heard(lines: list[str], num_steps: int = DRAWS, **rules: object) -> list[str]:
+def texts_of(lines: list[str], num_steps: int = DRAWS, **rules: object) -> list[str]:
     table = Captions.model_validate({"caption_dropout": 0.0, **rules})
     return [caption_at_step(lines, table, seed=0, step=step, index=1) for step in range(num_steps)]
 
 
-def test_without_options_a_caption_is_heard_as_it_is_written():
-    assert set(heard(["a cat,  on {a} mat; 1|2"], 20)) == {"a cat,  on {a} mat; 1|2"}
+def test_without_options_a_caption_is_used_as_written():
+    assert set(texts_of(["a cat,  on {a} mat; 1|2"], 20)) == {"a cat,  on {a} mat; 1|2"}
 
 
 @pytest.mark.parametrize(
-    ("text", "ways"),
+    ("text", "alternatives"),
     [
         ("a {red|blue} cat", ["a red cat", "a blue cat"]),
         ("{a|b}{c|d}", ["ac", "ad", "bc", "bd"]),
@@ -52,34 +52,34 @@ def test_without_options_a_caption_is_heard_as_it_is_written():
         ("", [""]),
     ],
 )
-def test_a_wildcard_says_each_of_its_ways_and_nothing_else(text: str, ways: list[str]):
-    draws = [chosen(text, random.Random(number)) for number in range(400)]
-    assert set(draws) == set(ways)
+def test_a_wildcard_expands_to_each_of_its_alternatives_and_nothing_else(text: str, alternatives: list[str]):
+    draws = [expand_wildcards(text, random.Random(number)) for number in range(400)]
+    assert set(draws) == set(alternatives)
 
 
-def test_the_ways_of_a_wildcard_are_as_likely_as_each_other():
-    counts = Counter(heard(["{a|b|c|d}"]))
+def test_the_alternatives_of_a_wildcard_are_equally_likely():
+    counts = Counter(texts_of(["{a|b|c|d}"]))
     expected = DRAWS / 4
-    chi_square = sum((counts[way] - expected) ** 2 / expected for way in "abcd")
-    assert chi_square < 16.27  # three degrees of freedom, one in a thousand
+    chi_square = sum((counts[text] - expected) ** 2 / expected for text in "abcd")
+    assert chi_square < 16.27  # three degrees of freedom, p = 0.001
 
 
-def test_wildcards_can_be_switched_off():
-    assert set(heard(["{a|b}"], 20, wildcards=False)) == {"{a|b}"}
+def test_wildcards_can_be_disabled():
+    assert set(texts_of(["{a|b}"], 20, wildcards=False)) == {"{a|b}"}
 
 
-def test_every_line_is_picked_alike_or_all_are_joined():
+def test_lines_are_picked_with_equal_probability_or_all_joined():
     lines = ["a cat", "zwx cat, sitting", "an animal"]
-    assert set(heard(lines, 20)) == {"a cat zwx cat, sitting an animal"}
-    counts = Counter(heard(lines, caption_lines="pick"))
+    assert set(texts_of(lines, 20)) == {"a cat zwx cat, sitting an animal"}
+    counts = Counter(texts_of(lines, caption_lines="pick"))
     assert set(counts) == set(lines) and min(counts.values()) > 0.9 * DRAWS / 3
-    assert heard([], 1, caption_lines="pick", trigger="zwx") == ["zwx"]
+    assert texts_of([], 1, caption_lines="pick", trigger="zwx") == ["zwx"]
 
 
-def test_the_trigger_is_before_the_line_that_is_picked_and_once_before_joined_lines():
+def test_the_trigger_is_added_to_the_picked_line_and_once_to_joined_lines():
     lines = ["a cat", "a zwx cat"]
-    assert set(heard(lines, 50, caption_lines="pick", trigger="zwx")) == {"zwx, a cat", "a zwx cat"}
-    assert set(heard(["a cat", "a dog"], 5, trigger="zwx")) == {"zwx, a cat a dog"}
+    assert set(texts_of(lines, 50, caption_lines="pick", trigger="zwx")) == {"zwx, a cat", "a zwx cat"}
+    assert set(texts_of(["a cat", "a dog"], 5, trigger="zwx")) == {"zwx, a cat a dog"}
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_the_trigger_is_before_the_line_that_is_picked_and_once_before_joined_li
         ("", "by zwx", "cat by zwx"),
     ],
 )
-def test_prefix_and_suffix_stand_around_everything(prefix: str, suffix: str, expected: str):
-    assert set(heard(["cat"], 5, caption_prefix=prefix, caption_suffix=suffix, trigger="zwx")) == {expected}
+def test_prefix_and_suffix_surround_the_caption_and_the_trigger(prefix: str, suffix: str, expected: str):
+    assert set(texts_of(["cat"], 5, caption_prefix=prefix, caption_suffix=suffix, trigger="zwx")) == {expected}
 
 
 def test_prefix_and_suffix_are_never_shuffled_or_dropped():
@@ -104,50 +104,50 @@ def test_prefix_and_suffix_are_never_shuffled_or_dropped():
         "keep_tags": 0,
         "tag_dropout": 0.5,
     }
-    for caption in heard(["a, b, c"], 200, **rules):
+    for caption in texts_of(["a, b, c"], 200, **rules):
         assert caption.startswith("p, q,") and caption.endswith(", s")
 
 
-def test_tags_behind_the_kept_ones_are_dropped_as_often_as_asked_each_for_itself():
-    draws = heard(["zwx, a, b, c"], tag_dropout=0.3, keep_tags=1)
+def test_tags_after_the_kept_ones_are_dropped_independently_with_the_given_probability():
+    draws = texts_of(["zwx, a, b, c"], tag_dropout=0.3, keep_tags=1)
     assert all(caption.split(", ")[0] == "zwx" for caption in draws)
     for tag in "abc":
         assert 0.27 < sum(tag not in caption.split(", ") for caption in draws) / DRAWS < 0.33
     both = sum("a" not in caption and "b" not in caption for caption in draws) / DRAWS
-    assert 0.07 < both < 0.11  # 0.3 * 0.3: not all at once
-    assert set(heard(["zwx, a, b, c"], 5)) == {"zwx, a, b, c"}
+    assert 0.07 < both < 0.11  # 0.3 * 0.3: independent of each other
+    assert set(texts_of(["zwx, a, b, c"], 5)) == {"zwx, a, b, c"}
 
 
-def test_a_tag_with_the_trigger_is_never_dropped():
-    draws = heard(["a, b, ZWX cat"], 300, tag_dropout=0.9, keep_tags=0, trigger="zwx")
+def test_a_tag_that_contains_the_trigger_is_never_dropped():
+    draws = texts_of(["a, b, ZWX cat"], 300, tag_dropout=0.9, keep_tags=0, trigger="zwx")
     assert all("ZWX cat" in caption for caption in draws)
 
 
-def test_tags_of_wildcards_are_shuffled_like_others():
-    seen = set(heard(["k, {a|b}, c"], 400, shuffle_tags=True))
+def test_tags_from_wildcards_are_shuffled_like_others():
+    seen = set(texts_of(["k, {a|b}, c"], 400, shuffle_tags=True))
     assert seen == {f"k, {x}, {y}" for one in "ab" for x, y in ((one, "c"), ("c", one))}
 
 
-def test_caption_dropout_leaves_nothing_prefix_and_trigger_neither():
-    draws = heard(["cat"], caption_dropout=0.25, caption_prefix="p", trigger="zwx")
+def test_caption_dropout_also_drops_prefix_and_trigger():
+    draws = texts_of(["cat"], caption_dropout=0.25, caption_prefix="p", trigger="zwx")
     assert set(draws) == {"", "p zwx, cat"}
     assert 0.22 < draws.count("") / DRAWS < 0.28
 
 
-def test_what_is_heard_depends_on_seed_step_and_place_alone():
+def test_the_caption_text_depends_only_on_seed_step_and_index():
     rules = Captions(shuffle_tags=True, tag_dropout=0.2, caption_lines="pick", caption_dropout=0.1)
     lines = ["a, b, {c|d}, e", "f, g, h, i"]
 
     def one(seed: int, step: int, index: int) -> str:
         return caption_at_step(lines, rules, seed=seed, step=step, index=index)
 
-    places = list(product(range(3), range(3), range(3)))
-    first = [one(*place) for place in places]
-    assert first == [one(*place) for place in reversed(places)][::-1]
+    positions = list(product(range(3), range(3), range(3)))
+    first = [one(*position) for position in positions]
+    assert first == [one(*position) for position in reversed(positions)][::-1]
     assert len(set(first)) > 12
 
 
-def test_training_hears_the_rules_regularisation_pictures_without_the_trigger_and_the_store_of_encodings_is_bounded(
+def test_training_applies_the_caption_rules_without_trigger_for_regularization_images_and_bounds_stored_encodings(
     monkeypatch: pytest.MonkeyPatch,
 ):
     base = load(Model(), detect_base(Model()), torch.device("cpu"), torch.float32)
@@ -161,11 +161,11 @@ def test_training_hears_the_rules_regularisation_pictures_without_the_trigger_an
     rules = {"caption_dropout": 0.0, "trigger": "zwx", "caption_prefix": "p", "caption_lines": "pick"}
     data = Options().data.model_copy(update=rules)
     objectives = objective.Objectives(base, examples, crops, latents, data, Objective(), seed=0, text_is_trained=False)
-    heard = set()
+    texts = set()
     monkeypatch.setattr(objective, "MAX_ENCODINGS", 3)
     for number in range(24):
         with torch.no_grad():
             losses = objectives.losses([objective.Sample(0, number, 0), objective.Sample(1, number, 1)])
         assert losses.isfinite().all() and len(objectives.encodings) <= 3
-        heard |= set(objectives.encodings)
-    assert heard == {"p zwx, red cat", "p zwx, blue cat", "p zwx, dog", "owl"}
+        texts |= set(objectives.encodings)
+    assert texts == {"p zwx, red cat", "p zwx, blue cat", "p zwx, dog", "owl"}

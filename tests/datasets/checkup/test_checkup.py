@@ -1,4 +1,4 @@
-"""The check-up: measures against references, detection on damaged copies, no false alarm on the sample sets."""
+"""The check-up: measures against references, detection in damaged copies, no false alarms on the sample datasets."""
 
 import io
 import json
@@ -39,7 +39,7 @@ from scumble.trainer.train import train
 SAMPLES = CHECKOUT / "datasets/samples"
 STYLE = sorted((SAMPLES / "clay-style").glob("*.webp"))
 CAT = sorted((SAMPLES / "clay-cat").glob("*.webp"))
-# phash of ImageHash 4.3.2 for the samples laid on white, in the order of their names
+# phash of ImageHash 4.3.2 for the sample images over white, sorted by name
 IMAGEHASH = [
     "b161c792c31dcc1f", "b3cad034cf489ec3", "ebcab42dc03ac678", "ba92c14f8f3c986c", "ba8dd0639c1acd3a",
     "bd49c517c4b28763", "bfd0c2e0c52fd01b", "e9969760386f1b1c", "bfc0d806b435e52d", "bec0c04fcd3cd631",
@@ -51,13 +51,13 @@ IMAGEHASH = [
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     return [read_rgb(path) for path in [*STYLE, *CAT]]
 
 
 @pytest.fixture(scope="module")
 def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What recognising needs of SD 1.5; no weight is read by a check."""
+    """The parts of SD 1.5 that model detection needs; a check reads no weights."""
     folder = tmp_path_factory.mktemp("bases") / "sd15"
     shutil.copytree(BASES / "sd15", folder)
     (folder / "unet/diffusion_pytorch_model.safetensors").touch()
@@ -70,17 +70,17 @@ def checkup_of(folder: Path, base: str = "sketch", **data: object) -> Checkup:
     return run_checkup(options, source, found, crop_set(found, options, source), with_thumbs=True)
 
 
-def grave(done: Checkup) -> dict[str, str]:
+def problems(done: Checkup) -> dict[str, str]:
     return {one.check: one.severity for one in done.findings if one.severity != "note"}
 
 
-def grey(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture.convert("L"))
+def gray(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("L"))
 
 
-def jpeg(picture: Image.Image, quality: int) -> Image.Image:
+def jpeg(image: Image.Image, quality: int) -> Image.Image:
     written = io.BytesIO()
-    picture.save(written, "JPEG", quality=quality)
+    image.save(written, "JPEG", quality=quality)
     return Image.open(written).convert("RGB")
 
 
@@ -94,25 +94,25 @@ def copied(folder: Path, paths: list[Path], caption: str = "") -> Path:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("clay-style", "style"), ("clay-cat", "character")])
-def test_the_sample_sets_raise_no_alarm_at_the_size_they_are_for(name: str, kind: str):
+def test_the_sample_datasets_have_no_findings_at_their_intended_resolution(name: str, kind: str):
     done = checkup_of(SAMPLES / name, kind=kind, trigger=name.replace("-", " "))
-    told = [one for one in done.findings if one.severity != "note"]
-    if name == "clay-cat":  # sketch hears 14 tokens, and this caption does have 15
-        assert [(one.check, list(one.details)) for one in told] == [
-            ("too long", [str(SAMPLES / "clay-cat/shocked.webp")])
+    found = [one for one in done.findings if one.severity != "note"]
+    if name == "clay-cat":  # sketch has a limit of 14 tokens, and this caption has 15
+        assert [(one.check, list(one.details)) for one in found] == [
+            ("long caption", [str(SAMPLES / "clay-cat/shocked.webp")])
         ]
     else:
-        assert told == [] and done.findings == ()
+        assert found == [] and done.findings == ()
 
 
-def test_no_two_samples_are_taken_for_one_though_nine_show_the_same_cat(pictures: list[Image.Image]):
-    likenesses = [likeness_of(picture) for picture in pictures]
+def test_no_two_sample_images_count_as_duplicates_though_nine_show_the_same_cat(images: list[Image.Image]):
+    likenesses = [likeness_of(image) for image in images]
     assert same_picture(likenesses) == []
     assert {index for group in look_alike(likenesses) if len(group) > 3 for index in group} <= set(range(20, 29))
 
 
-def test_the_hash_is_that_of_imagehash(pictures: list[Image.Image]):
-    assert [f"{likeness_of(picture).hash:016x}" for picture in pictures] == IMAGEHASH
+def test_the_hash_equals_that_of_imagehash(images: list[Image.Image]):
+    assert [f"{likeness_of(image).hash:016x}" for image in images] == IMAGEHASH
 
 
 @pytest.mark.parametrize(
@@ -127,100 +127,100 @@ def test_the_hash_is_that_of_imagehash(pictures: list[Image.Image]):
     ],
     ids=["smaller", "jpeg", "blurred", "gamma", "darker", "mirrored"],
 )
-def test_every_damaged_copy_is_found_to_show_the_same_picture(
-    damage: Callable[[Image.Image], Image.Image], pictures: list[Image.Image]
+def test_every_damaged_copy_is_detected_as_a_duplicate(
+    damage: Callable[[Image.Image], Image.Image], images: list[Image.Image]
 ):
-    for picture in pictures:
-        assert same_picture([likeness_of(picture), likeness_of(damage(picture))]) == [[0, 1]]
+    for image in images:
+        assert same_picture([likeness_of(image), likeness_of(damage(image))]) == [[0, 1]]
 
 
-def test_a_copy_is_found_among_a_hundred_of_one_framing(pictures: list[Image.Image]):
-    draw = np.random.default_rng(0)
-    ground = np.asarray(pictures[0].resize((64, 64)))
+def test_a_copy_is_detected_among_a_hundred_similar_images(images: list[Image.Image]):
+    rng = np.random.default_rng(0)
+    background = np.asarray(images[0].resize((64, 64)))
 
-    def painted() -> Image.Image:
-        pixels = ground.copy()
-        pixels[24:40, 24:40] = draw.integers(60, 200, (2, 2, 3)).repeat(8, 0).repeat(8, 1)
+    def variant() -> Image.Image:
+        pixels = background.copy()
+        pixels[24:40, 24:40] = rng.integers(60, 200, (2, 2, 3)).repeat(8, 0).repeat(8, 1)
         return Image.fromarray(pixels)
 
-    some = [painted() for _ in range(100)]
+    some = [variant() for _ in range(100)]
     copies = [some[7].resize((40, 40)), ImageOps.mirror(some[60]), some[80].point(lambda level: level // 2)]
-    seen = [likeness_of(one) for one in (*some, *copies)]
-    near = sum((one.hash ^ other.hash).bit_count() <= 12 for one, other in combinations(seen, 2))
-    assert near > 16 * len(seen) and same_picture(seen) == [[7, 100], [60, 101], [80, 102]]
+    likenesses = [likeness_of(one) for one in (*some, *copies)]
+    near = sum((one.hash ^ other.hash).bit_count() <= 12 for one, other in combinations(likenesses, 2))
+    assert near > 16 * len(likenesses) and same_picture(likenesses) == [[7, 100], [60, 101], [80, 102]]
 
 
-def test_tones_do_not_count_but_one_place_does():
-    drawn = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
-    assert difference(drawn, drawn // 2) < 0.02
-    changed = drawn.copy()
+def test_duplicate_detection_ignores_tones_but_not_a_local_change():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    assert difference(pixels, pixels // 2) < 0.02
+    changed = pixels.copy()
     changed[10:14, 10:14] = 255 - changed[10:14, 10:14]
-    assert difference(drawn, changed) > 0.1
+    assert difference(pixels, changed) > 0.1
 
 
 @pytest.mark.parametrize("sigma_px", [1.0, 1.5, 2.0, 3.0, 4.0])
 def test_the_blur_of_an_edge_is_measured_in_pixels(sigma_px: float):
-    """Against the edge that it is by definition: an error function of that width, at a slant."""
-    down, across = np.mgrid[:200, :200]
-    distance = (across - 100) * 0.87 + (down - 100) * 0.5
+    """The reference is a slanted edge with the exact profile of a Gaussian blur, an error function."""
+    rows, columns = np.mgrid[:200, :200]
+    distance = (columns - 100) * 0.87 + (rows - 100) * 0.5
     edge = 128 + 100 * np.vectorize(erf)(distance / sigma_px / 2**0.5)
     assert edge_blur(edge) == pytest.approx(sigma_px, rel=0.12)
 
 
-def test_blurred_samples_are_told_from_sharp_ones(pictures: list[Image.Image]):
-    blurred = [picture.filter(ImageFilter.GaussianBlur(2)) for picture in pictures]
-    assert all(edge_blur(grey(picture)) < SOFT_PX / 2 for picture in pictures)
-    assert all(edge_blur(grey(picture)) > SOFT_PX for picture in blurred)
-    assert all(edge_blur(grey(picture.filter(ImageFilter.GaussianBlur(12)))) > 3 * SOFT_PX for picture in pictures)
-    worse = [jpeg(picture.filter(ImageFilter.GaussianBlur(3)), 75) for picture in pictures]
-    assert all(edge_blur(grey(picture)) > SOFT_PX for picture in worse)
+def test_blurred_images_are_distinguished_from_sharp_ones(images: list[Image.Image]):
+    blurred = [image.filter(ImageFilter.GaussianBlur(2)) for image in images]
+    assert all(edge_blur(gray(image)) < SOFT_PX / 2 for image in images)
+    assert all(edge_blur(gray(image)) > SOFT_PX for image in blurred)
+    assert all(edge_blur(gray(image.filter(ImageFilter.GaussianBlur(12)))) > 3 * SOFT_PX for image in images)
+    worse = [jpeg(image.filter(ImageFilter.GaussianBlur(3)), 75) for image in images]
+    assert all(edge_blur(gray(image)) > SOFT_PX for image in worse)
 
 
-def test_a_sharp_thing_before_a_soft_ground_is_sharp(pictures: list[Image.Image]):
-    ground = Image.effect_noise((256, 256), 90).filter(ImageFilter.GaussianBlur(6)).convert("RGB")
+def test_a_sharp_object_on_a_soft_background_is_sharp(images: list[Image.Image]):
+    background = Image.effect_noise((256, 256), 90).filter(ImageFilter.GaussianBlur(6)).convert("RGB")
     for path in STYLE[:6]:
-        thing = Image.open(path).convert("RGBA").resize((110, 110))
-        scene = ground.copy()
-        scene.paste(thing, (70, 70), thing)
-        assert edge_blur(grey(scene)) < SOFT_PX
+        object_image = Image.open(path).convert("RGBA").resize((110, 110))
+        scene = background.copy()
+        scene.paste(object_image, (70, 70), object_image)
+        assert edge_blur(gray(scene)) < SOFT_PX
 
 
-def test_a_picture_without_edges_has_no_blur():
+def test_an_image_without_edges_has_no_blur():
     assert edge_blur(np.full((64, 64), 200, np.uint8)) == 0
     assert edge_blur(np.zeros((4, 4), np.uint8)) == 0
 
 
 @pytest.mark.parametrize("quality", [1, 10, 25, 49, 50, 51, 75, 90, 95, 100])
-def test_the_quality_of_a_jpeg_is_that_it_was_saved_with(quality: int, pictures: list[Image.Image], tmp_path: Path):
-    pictures[0].save(tmp_path / "it.jpg", quality=quality)
+def test_the_jpeg_quality_is_the_one_used_for_saving(quality: int, images: list[Image.Image], tmp_path: Path):
+    images[0].save(tmp_path / "it.jpg", quality=quality)
     assert quality_of(tmp_path / "it.jpg") == pytest.approx(quality, abs=1)
-    pictures[0].save(tmp_path / "it.png")
+    images[0].save(tmp_path / "it.png")
     assert quality_of(tmp_path / "it.png") is None
 
 
-def test_blocks_of_strong_jpegs_are_seen_in_other_formats_and_after_a_crop(pictures: list[Image.Image]):
-    def seen(quality: int, left: int = 0) -> float:
-        damaged = [grey(jpeg(picture, quality))[:, left:] for picture in pictures]
-        return float(np.mean([block_steps(picture) >= HIGH_STEPS for picture in damaged]))
+def test_jpeg_blocks_are_detected_in_other_formats_and_after_a_crop(images: list[Image.Image]):
+    def detection_rate(quality: int, left: int = 0) -> float:
+        damaged = [gray(jpeg(image, quality))[:, left:] for image in images]
+        return float(np.mean([block_steps(image) >= HIGH_STEPS for image in damaged]))
 
-    assert seen(20) == 1 and seen(30) > 0.9 and seen(30, left=3) > 0.9
-    assert seen(75) == seen(90) == 0
-    assert not any(block_steps(grey(picture)) for picture in pictures)  # they are lossy WebP
-
-
-def test_bars_are_measured_to_the_pixel_and_white_ground_is_none(pictures: list[Image.Image]):
-    for picture in pictures:
-        assert not borders_of(np.asarray(picture))
-        assert borders_of(np.asarray(ImageOps.expand(picture, (0, 30), "black"))) == Borders(top=30, bottom=30)
-        assert borders_of(np.asarray(ImageOps.expand(picture, (9, 0), (70, 0, 0)))) == Borders(left=9, right=9)
-        assert borders_of(np.asarray(ImageOps.expand(picture, 12, "navy"))) == Borders(12, 12, 12, 12)
+    assert detection_rate(20) == 1 and detection_rate(30) > 0.9 and detection_rate(30, left=3) > 0.9
+    assert detection_rate(75) == detection_rate(90) == 0
+    assert not any(block_steps(gray(image)) for image in images)  # the originals are lossy WebP
 
 
-def test_a_mark_that_most_pictures_share_is_found_where_it_is(pictures: list[Image.Image]):
-    clean = [corners_of(picture) for picture in pictures[:20]]
+def test_bars_are_measured_to_the_pixel_and_a_white_background_is_not_a_bar(images: list[Image.Image]):
+    for image in images:
+        assert not borders_of(np.asarray(image))
+        assert borders_of(np.asarray(ImageOps.expand(image, (0, 30), "black"))) == Borders(top=30, bottom=30)
+        assert borders_of(np.asarray(ImageOps.expand(image, (9, 0), (70, 0, 0)))) == Borders(left=9, right=9)
+        assert borders_of(np.asarray(ImageOps.expand(image, 12, "navy"))) == Borders(12, 12, 12, 12)
+
+
+def test_a_mark_in_most_images_is_found_in_its_corner(images: list[Image.Image]):
+    clean = [corners_of(image) for image in images[:20]]
     marked = []
-    for picture in pictures[:20]:
-        copy = picture.copy()
+    for image in images[:20]:
+        copy = image.copy()
         ImageDraw.Draw(copy).text((8, 6), "mira", (60, 60, 60), ImageFont.load_default(16))
         marked.append(corners_of(copy))
     assert [stamp.place for stamp in stamps_in(marked)] == ["upper left"]
@@ -229,22 +229,22 @@ def test_a_mark_that_most_pictures_share_is_found_where_it_is(pictures: list[Ima
 
 
 @pytest.mark.parametrize("base", ["sd15", "sdxl", "sketch"])
-def test_tokens_are_those_of_transformers_and_the_cut_is_where_it_cuts(base: str):
+def test_tokens_and_truncation_equal_those_of_transformers(base: str):
     window = read_window(BASES / base / "tokenizer")
     reference = CLIPTokenizer.from_pretrained(BASES / base / "tokenizer")
     texts = ["a cat", "Zwx_style, it's 2024; naïve café 日本語 🐈", " double  spaces ", "a-b c'est l'été!!!", "x" * 300]
     texts += ["", "one two three four five six seven eight nine ten, " * 12]
     for text in texts:
-        heard = window.count(text)
+        count = window.count(text)
         ids = reference(text, add_special_tokens=False).input_ids
-        assert heard.tokens == len(ids)
+        assert count.tokens == len(ids)
         cut = reference(text, truncation=True, max_length=window.size + 2).input_ids[1:-1]
-        if text.isascii():  # else the cut may lie in a character; the last token may be the start of a word
-            assert reference(heard.kept, add_special_tokens=False).input_ids[:-1] == cut[:-1]
-        assert (heard.lost != "") == (len(ids) > window.size)
+        if text.isascii():  # otherwise the cut may be inside a character; the last token may be the start of a word
+            assert reference(count.kept, add_special_tokens=False).input_ids[:-1] == cut[:-1]
+        assert (count.lost != "") == (len(ids) > window.size)
 
 
-def test_a_tokenizer_in_one_file_is_the_same_and_two_alike_are_read_once(tmp_path: Path):
+def test_a_single_file_tokenizer_gives_the_same_tokens_and_equal_tokenizers_are_read_once(tmp_path: Path):
     CLIPTokenizer.from_pretrained(BASES / "sd15/tokenizer").save_pretrained(tmp_path)
     assert not (tmp_path / "merges.txt").exists()
     text = "zwx, naïve café, " * 30
@@ -254,22 +254,22 @@ def test_a_tokenizer_in_one_file_is_the_same_and_two_alike_are_read_once(tmp_pat
         read_windows([tmp_path / "none"])
 
 
-def test_each_fault_of_a_picture_is_found_and_named(tmp_path: Path, sd15: Path):
+def test_each_kind_of_image_problem_is_found(tmp_path: Path, sd15: Path):
     folder = tmp_path / "photos"
     folder.mkdir()
     rng = np.random.default_rng(3)
-    for index in range(12):  # large, sharp, and different from each other
-        picture = read_rgb(STYLE[index]).resize((768, 768), Image.Resampling.LANCZOS)
+    for index in range(12):  # large, sharp and different from each other
+        image = read_rgb(STYLE[index]).resize((768, 768), Image.Resampling.LANCZOS)
         field = Image.fromarray(rng.integers(0, 256, (6, 6, 3)).astype(np.uint8))
         field = field.resize((768, 768), Image.Resampling.BICUBIC)
-        scene = Image.composite(picture, field, picture.convert("L").point(lambda level: 0 if level > 250 else 255))
+        scene = Image.composite(image, field, image.convert("L").point(lambda level: 0 if level > 250 else 255))
         ImageDraw.Draw(scene).line([(20, 30 * index), (700, 740)], "white", 1)
         scene.save(folder / f"{index:02}.png")
-        (folder / f"{index:02}.txt").write_text(f"zwx, picture {'abcdefghijkl'[index]}")
-    assert grave(checkup_of(folder, str(sd15), trigger="zwx")) == {}
+        (folder / f"{index:02}.txt").write_text(f"zwx, image {'abcdefghijkl'[index]}")
+    assert problems(checkup_of(folder, str(sd15), trigger="zwx")) == {}
 
-    def put(name: str, picture: Image.Image, caption: str, quality: int = 90) -> None:
-        picture.save(folder / name, quality=quality)
+    def put(name: str, image: Image.Image, caption: str, quality: int = 90) -> None:
+        image.save(folder / name, quality=quality)
         (folder / name).with_suffix(".txt").write_text(caption)
 
     first, second = read_rgb(folder / "00.png"), read_rgb(folder / "01.png")
@@ -285,30 +285,30 @@ def test_each_fault_of_a_picture_is_found_and_named(tmp_path: Path, sd15: Path):
     (folder / "cut.jpg").write_bytes((folder / "poor.jpg").read_bytes()[:2000])
     done = checkup_of(folder, str(sd15), trigger="zwx")
     assert {check: {Path(path).name for path in one.details} for one in done.findings if (check := one.check)} == {
-        "left out": {"cut.jpg"}, "empty picture": {"black.png"}, "borders": {"bars.png"}, "blurred": {"blurred.png"},
-        "JPEG blocks": {"blocks.png", "poor.jpg"}, "too small": {"small.png"}, "exposure": {"dark.png"},
-        "same picture": {"05.png", "mirrored.png"}, "same file": {"06.png", "copy.png"}, "no caption": {"copy.png"},
-        "trigger": {"copy.png"},
+        "left out": {"cut.jpg"}, "blank image": {"black.png"}, "borders": {"bars.png"}, "blur": {"blurred.png"},
+        "JPEG artifacts": {"blocks.png", "poor.jpg"}, "low resolution": {"small.png"}, "exposure": {"dark.png"},
+        "duplicate image": {"05.png", "mirrored.png"}, "duplicate file": {"06.png", "copy.png"},
+        "no caption": {"copy.png"}, "missing trigger": {"copy.png"},
     }  # fmt: skip
-    assert grave(done)["empty picture"] == "serious" and done.is_serious
+    assert problems(done)["blank image"] == "serious" and done.is_serious
     assert [one.severity for one in done.findings] == sorted(
         (one.severity for one in done.findings), key=["serious", "warning", "note"].index
     )
 
 
-def test_a_fault_of_a_third_of_the_pictures_is_serious(tmp_path: Path, sd15: Path):
+def test_a_problem_in_over_a_third_of_the_images_is_serious(tmp_path: Path, sd15: Path):
     copied(tmp_path / "set", STYLE)
-    assert grave(checkup_of(tmp_path / "set", str(sd15))) == {"too small": "serious"}
-    assert grave(checkup_of(tmp_path / "set", str(sd15), resolution=256)) == {}
+    assert problems(checkup_of(tmp_path / "set", str(sd15))) == {"low resolution": "serious"}
+    assert problems(checkup_of(tmp_path / "set", str(sd15), resolution=256)) == {}
 
 
-def test_too_few_pictures_are_told_by_kind(tmp_path: Path):
+def test_the_minimum_number_of_images_depends_on_the_kind(tmp_path: Path):
     folder = copied(tmp_path / "set", STYLE[:4])
-    assert grave(checkup_of(folder, kind="style"))["few pictures"] == "serious"
-    assert grave(checkup_of(folder, kind="character"))["few pictures"] == "warning"
+    assert problems(checkup_of(folder, kind="style"))["few images"] == "serious"
+    assert problems(checkup_of(folder, kind="character"))["few images"] == "warning"
 
 
-def test_captions_are_checked_by_what_the_base_hears(tmp_path: Path, sd15: Path):
+def test_captions_are_checked_against_the_token_limit_of_the_base(tmp_path: Path, sd15: Path):
     folder = copied(tmp_path / "set", STYLE)
     stems = [path.stem for path in STYLE]
     words = " ".join(f"word{number}" for number in range(60))
@@ -321,55 +321,55 @@ def test_captions_are_checked_by_what_the_base_hears(tmp_path: Path, sd15: Path)
     (folder / f"{stems[6]}.txt").write_text("zwx, soft-light, blue eye, a hat, sitting, white skirt")
     done = checkup_of(folder, str(sd15), resolution=256, trigger="zwx")
     found = {one.check: one for one in done.findings}
-    assert set(grave(done)) == {"too long", "no caption", "same caption", "two spellings"}
-    assert found["too long"].severity == "serious" and "the trigger itself is cut off" in found["too long"].what
-    assert "not heard: “28 word29 word30" in next(iter(found["too long"].details.values()))
-    assert sorted(found["no caption"].details.values()) == ["its caption file is empty", "no caption"]
-    assert {Path(path).stem for path in found["same caption"].details} == set(stems[3:5])
-    assert "“soft light” (1) and “soft-light” (1)" in found["two spellings"].what
-    assert "“blue eyes” (1) and “blue eye” (1)" in found["two spellings"].what
-    assert "skirt" not in found["two spellings"].what
+    assert set(problems(done)) == {"long caption", "no caption", "duplicate caption", "spelling variants"}
+    assert found["long caption"].severity == "serious" and "the trigger is cut off" in found["long caption"].what
+    assert "ignored: “28 word29 word30" in next(iter(found["long caption"].details.values()))
+    assert sorted(found["no caption"].details.values()) == ["no caption", "the caption file is empty"]
+    assert {Path(path).stem for path in found["duplicate caption"].details} == set(stems[3:5])
+    assert "“soft light” (1) and “soft-light” (1)" in found["spelling variants"].what
+    assert "“blue eyes” (1) and “blue eye” (1)" in found["spelling variants"].what
+    assert "skirt" not in found["spelling variants"].what
 
 
-def test_a_set_without_any_words_is_serious_and_a_character_wants_a_name(tmp_path: Path):
+def test_a_dataset_without_captions_is_serious_and_a_character_needs_a_trigger(tmp_path: Path):
     folder = copied(tmp_path / "set", CAT)
     for number, path in enumerate(sorted(folder.glob("*.txt"))):
         path.write_text(f"cat number {'abcdefghi'[number]}")
-    assert grave(checkup_of(folder, kind="character")) == {"nothing calls it": "warning"}
-    assert grave(checkup_of(folder, kind="character", trigger="zwx")) == {}
+    assert problems(checkup_of(folder, kind="character")) == {"no trigger": "warning"}
+    assert problems(checkup_of(folder, kind="character", trigger="zwx")) == {}
     for path in folder.glob("*.txt"):
         path.unlink()
-    assert grave(checkup_of(folder, kind="character"))["no caption"] == "serious"
-    assert grave(checkup_of(folder, kind="character", trigger="zwx"))["no caption"] == "warning"
+    assert problems(checkup_of(folder, kind="character"))["no caption"] == "serious"
+    assert problems(checkup_of(folder, kind="character", trigger="zwx"))["no caption"] == "warning"
 
 
-def test_the_frame_is_the_part_that_training_crops(tmp_path: Path):
+def test_the_frame_is_the_training_crop(tmp_path: Path):
     wide = Image.new("RGB", (300, 100), "red")
     wide.paste("blue", (50, 0, 250, 100))
     wide.save(tmp_path / "wide.png")
     done = checkup_of(tmp_path, max_bucket_reso=64)
     frame = frame_of(done.measures[0].crop)
     assert (frame.left, frame.top, frame.width, frame.height) == pytest.approx((16.7, 0, 66.7, 100), abs=0.1)
-    seen = np.asarray(sheet(done, "wide", "sketch")).reshape(-1, 3).astype(int)
-    assert ((seen[:, 2] > 240) & (seen[:, 0] < 20)).any()  # the part that is seen
-    assert not ((seen[:, 0] > 240) & (seen[:, 2] < 60)).any()  # what is cut off has faded
+    colors = np.asarray(sheet(done, "wide", "sketch")).reshape(-1, 3).astype(int)
+    assert ((colors[:, 2] > 240) & (colors[:, 0] < 20)).any()  # the part inside the crop
+    assert not ((colors[:, 0] > 240) & (colors[:, 2] < 60)).any()  # the cropped-off part is faded
 
 
 class Links(HTMLParser):
-    """Every address that a page names, and every tag."""
+    """Collects the URLs and the tags of a page."""
 
     def __init__(self, text: str):
         super().__init__()
-        self.addresses: list[str] = []
+        self.urls: list[str] = []
         self.tags: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        self.urls += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
 
 
-def test_the_page_stands_alone_and_takes_no_orders_from_names_and_captions(tmp_path: Path):
+def test_the_page_is_self_contained_and_escapes_names_and_captions(tmp_path: Path):
     folder = copied(tmp_path / "set", STYLE[:3], caption="zwx, <script>alert(1)</script> & <img src=x>")
     (folder / f"{STYLE[0].stem}.webp").rename(folder / '"><script>boo<.webp'.replace("/", ""))
     Image.new("L", (256, 256), 0).save(folder / f"{STYLE[1].stem}-masklabel.png")
@@ -378,63 +378,63 @@ def test_the_page_stands_alone_and_takes_no_orders_from_names_and_captions(tmp_p
     mask.save(folder / f"{STYLE[2].stem}-masklabel.png")
     text = page(checkup_of(folder, trigger="zwx"), "<b>set", "sketch", "zwx")
     links = Links(text)
-    assert links.addresses and all(address.startswith(("data:image/", "#p")) for address in links.addresses)
-    assert "script" not in links.tags and "b" in links.tags  # "To do" is bold
+    assert links.urls and all(url.startswith(("data:image/", "#p")) for url in links.urls)
+    assert "script" not in links.tags and "b" in links.tags  # "What to do" is bold
     assert not re.search(r"url\(|@import|https?:", text.replace("http-equiv", ""))
     assert "<mark>zwx</mark>" in text and "&lt;b&gt;set" in text
-    assert text.count("data:image/png") == 1  # the mask that hides something
+    assert text.count("data:image/png") == 1  # the mask that is not fully black
 
 
-def test_of_a_large_set_pictures_with_rare_faults_are_shown(tmp_path: Path):
+def test_for_a_large_dataset_images_with_rare_problems_are_shown(tmp_path: Path):
     folder = copied(tmp_path / "set", STYLE)
     read_rgb(STYLE[15]).filter(ImageFilter.GaussianBlur(12)).save(folder / STYLE[15].name)
     done = checkup_of(folder, resolution=512)
-    assert grave(done) == {"too small": "serious", "blurred": "warning"}
+    assert problems(done) == {"low resolution": "serious", "blur": "warning"}
     assert [number for number, _ in shown_of(done, 4)] == [0, 1, 2, 15]
 
 
-def test_the_command_writes_page_and_picture_and_says_by_its_exit_code_what_it_found(
+def test_the_check_command_writes_a_page_and_a_contact_sheet_and_sets_the_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(tmp_path)
     cli.main(["check", str(SAMPLES / "clay-style"), "--trigger", "clay style"])
     assert "Ready to train" in capsys.readouterr().out
     assert (tmp_path / "check/clay-style-check.html").read_text(encoding="utf-8").startswith("<!doctype html>")
-    with Image.open("check/clay-style-check.jpg") as picture:
-        picture.load()
-        assert picture.width > 1000
+    with Image.open("check/clay-style-check.jpg") as image:
+        image.load()
+        assert image.width > 1000
     (tmp_path / "set").mkdir()
     Image.new("RGB", (99, 99)).save(tmp_path / "set/black.png")
     with pytest.raises(SystemExit) as stop:
         cli.main(["check", "set", "--json", "--no-page"])
     assert stop.value.code == 65
-    told = json.loads(capsys.readouterr().out)
-    assert told["serious"] and told["facts"]["images"] == 1 and told["written"] == []
-    assert {one["check"] for one in told["findings"]} <= {check.name for check in CHECKS}
+    report = json.loads(capsys.readouterr().out)
+    assert report["serious"] and report["facts"]["images"] == 1 and report["written"] == []
+    assert {one["check"] for one in report["findings"]} <= {check.name for check in CHECKS}
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as stop:
         cli.main(["check", str(SAMPLES / "clay-cat"), "--out", str(tmp_path / "file")])
     assert stop.value.code == 73
     with pytest.raises(SystemExit) as stop:
         cli.main(["check", str(tmp_path)])
-    assert stop.value.code == 2 and "would be learned too" in capsys.readouterr().err
+    assert stop.value.code == 2 and "would be trained on" in capsys.readouterr().err
 
 
-def test_a_run_checks_before_it_loads_anything_and_goes_on_whatever_is_found(tmp_path: Path):
+def test_a_run_checks_its_dataset_before_loading_anything_and_continues_regardless(tmp_path: Path):
     Image.new("RGB", (99, 99)).save(tmp_path / "black.png")
     events: list[dict] = []
     options = files.resolve(flags={"data": {"images": str(tmp_path)}, "machine": {"device": "cpu"}})
     train(options, [events.append], dry_run=True)
-    (told,) = [event for event in events if event["kind"] == "checkup"]
-    assert "  serious: 1 picture of one colour all over" in told["text"]
-    assert told["findings"][0]["severity"] == "serious"
-    assert json.loads(json.dumps(told, allow_nan=False))
+    (event,) = [event for event in events if event["kind"] == "checkup"]
+    assert "  serious: 1 blank image (a single solid color)" in event["text"]
+    assert event["findings"][0]["severity"] == "serious"
+    assert json.loads(json.dumps(event, allow_nan=False))
 
 
-def test_every_letter_of_a_sheet_is_one_that_its_font_has(monkeypatch: pytest.MonkeyPatch):
+def test_every_character_of_a_contact_sheet_is_in_its_font(monkeypatch: pytest.MonkeyPatch):
     for text in ("Fuchs – ärger", "plain", "熊の絵 ß"):
         shown, font = fonts.lettered(text, 16)
-        assert all(letter.isspace() or drawn(letter, font) != drawn("\uffff", font) for letter in shown)
+        assert all(character.isspace() or drawn(character, font) != drawn("\uffff", font) for character in shown)
         assert len(shown) == len(text) and (shown == text or not text.isascii())
     assert fonts.lettered("ü\uffff", 16)[0] == fonts.lettered("ü", 16)[0] + "?"
     monkeypatch.setattr(fonts, "SYSTEM", ())
@@ -442,27 +442,27 @@ def test_every_letter_of_a_sheet_is_one_that_its_font_has(monkeypatch: pytest.Mo
     assert [fonts.lettered(text, 16)[0] for text in texts] == ["Fuchs - arger", "???, e", "???"]
 
 
-def test_every_file_that_is_left_out_or_remarked_upon_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_every_left_out_file_and_every_remark_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder = tmp_path / "set"
     shutil.copytree(SAMPLES / "clay-style", folder)
     for number in range(9):
         (folder / f"broken-{number}.png").write_bytes(b"")
-    (folder / "metadata.csv").write_text("file_name,text\ngone.png,nobody\nalso-gone.png,nobody\n")
+    (folder / "metadata.csv").write_text("file_name,text\ngone.png,no file\nalso-gone.png,no file\n")
     (folder / "fox.txt").write_text("a fox, " + "far and away " * 60)
     cli.main(["check", str(folder), "--no-page"])
-    told = capsys.readouterr().out
-    assert all(f"broken-{number}.png: cannot be read as a picture (it is empty)" in told for number in range(9))
-    assert "2 remarks on files that are used" in told and "gone.png" in told and "also-gone.png" in told
-    assert "…”" in told and told.count("far and away") < 10
+    output = capsys.readouterr().out
+    assert all(f"broken-{number}.png: cannot be read as an image (the file is empty)" in output for number in range(9))
+    assert "2 remarks on files that are used" in output and "gone.png" in output and "also-gone.png" in output
+    assert "…”" in output and output.count("far and away") < 10
 
 
-def test_a_list_of_folders_is_checked_as_a_folder_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_list_of_folders_is_checked_like_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "set.toml").write_text(f'[[folders]]\npath = "{SAMPLES / "clay-style"}"\n')
     cli.main(["check", str(tmp_path / "set.toml"), "--no-page"])
-    assert "20 pictures" in capsys.readouterr().out
+    assert "20 images" in capsys.readouterr().out
 
 
-def test_long_names_and_words_are_cut_to_their_place():
+def test_long_names_and_words_are_truncated_to_fit():
     font = ImageFont.load_default(16)
     lines = wrapped("word " * 40 + "x" * 400, font, 200, 3)
     assert len(lines) == 3 and all(font.getlength(line) <= 200 for line in lines) and lines[-1].endswith("…")

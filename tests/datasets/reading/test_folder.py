@@ -1,4 +1,4 @@
-"""Any folder that an artist has: each file in it is used, or named with the reason why not."""
+"""Reading dataset folders: each file is used, or reported with the reason why not."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from scumble.trainer import cli
 
 
 def put(path: Path, caption: str | bytes = "") -> Path:
-    """A small picture, with a text beside it where one is given."""
+    """Save a small image, and a caption file next to it if a caption is given."""
     path.parent.mkdir(parents=True, exist_ok=True)
     plain().save(path)
     if caption:
@@ -38,16 +38,16 @@ def left_out(found: ImageSet) -> dict[str, str]:
     return {one.path.name: one.reason for one in found.left_out}
 
 
-def test_of_400_good_odd_and_damaged_files_each_is_used_or_named_and_what_is_used_can_be_cropped(tmp_path: Path):
+def test_400_intact_and_damaged_files_are_each_used_or_reported_and_used_ones_can_be_cropped(tmp_path: Path):
     paths = write_corpus(tmp_path)
     assert len(paths) == len(FORMATS) * len(DAMAGES) >= 400
     found = read_set(tmp_path)
-    used, named = {example.image for example in found.examples}, {one.path for one in found.left_out}
-    assert used | named == set(paths) and not used & named
+    used, reported = {example.image for example in found.examples}, {one.path for one in found.left_out}
+    assert used | reported == set(paths) and not used & reported
     assert all(one.reason and one.is_image for one in found.left_out)
     for damage, is_used in {
         "whole": True,
-        "text-behind": True,
+        "text-after": True,
         "empty": False,
         "header-only": False,
         "half": False,
@@ -57,7 +57,7 @@ def test_of_400_good_odd_and_damaged_files_each_is_used_or_named_and_what_is_use
         assert cropped(image, center_crop(read_size(image), Size(32, 32))).isfinite().all()
 
 
-def test_a_dry_run_on_the_corpus_names_all_that_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_dry_run_on_the_corpus_lists_all_left_out_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     paths = write_corpus(tmp_path)
     cli.main(["train", str(tmp_path), "--dry-run", "--json"])
     events = {event["kind"]: event for event in map(json.loads, capsys.readouterr().out.splitlines())}
@@ -69,16 +69,16 @@ def test_a_dry_run_on_the_corpus_names_all_that_it_leaves_out(tmp_path: Path, ca
     assert "left out: " in shown and f"and {len(names) - 20} more" in shown
 
 
-def test_folders_may_be_nested_and_kohyas_set_repeats_and_words_for_all_inside(tmp_path: Path):
+def test_folders_can_be_nested_and_kohya_folders_set_repeats_and_class_words(tmp_path: Path):
     for name in ("a.png", "deep/er/b.png", "10_zwx cat/c.png", "10_zwx cat/sitting/d.png", "2023_trip/e.png"):
         put(tmp_path / name)
     put(tmp_path / "3_dog/f.png", "a dog that runs")
     put(tmp_path / "reg/1_cat/g.png")
     found = read_set(tmp_path, repeats=2)
-    told = {
+    settings = {
         example.image.name: (example.caption, example.repeats, example.is_regularization) for example in found.examples
     }
-    assert told == {
+    assert settings == {
         "a.png": ("", 2, False), "b.png": ("", 2, False), "c.png": ("zwx cat", 20, False),
         "d.png": ("zwx cat", 20, False), "e.png": ("", 2, False), "f.png": ("a dog that runs", 6, False),
         "g.png": ("cat", 2, True),
@@ -90,7 +90,7 @@ def test_folders_may_be_nested_and_kohyas_set_repeats_and_words_for_all_inside(t
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
-def test_captions_are_read_in_every_unicode_encoding(encoding: str, tmp_path: Path):
+def test_captions_can_have_any_unicode_encoding(encoding: str, tmp_path: Path):
     text = "a bear, zwölf Äste"
     data = text.encode(encoding)
     if encoding == "utf-16-be":
@@ -100,7 +100,7 @@ def test_captions_are_read_in_every_unicode_encoding(encoding: str, tmp_path: Pa
     assert example.caption == text and example.lines == (text,) and example.sidecar == tmp_path / "a.txt"
 
 
-def test_other_encodings_are_named_and_the_picture_left_out(tmp_path: Path):
+def test_an_image_whose_caption_is_not_unicode_is_left_out(tmp_path: Path):
     put(tmp_path / "a.png", "Bär".encode("latin-1"))
     put(tmp_path / "b.png", "熊の絵、かわいい".encode("shift-jis"))
     put(tmp_path / "c.png", "fine")
@@ -110,26 +110,26 @@ def test_other_encodings_are_named_and_the_picture_left_out(tmp_path: Path):
     assert captions(found) == {"c.png": "fine"}
     for name in "ab":
         assert f"{name}.txt is not UTF-8: save it as UTF-8 or delete it" in left_out(found)[f"{name}.png"]
-    assert "longer than 1 MB" in left_out(found)["d.png"]
+    assert "larger than 1 MB" in left_out(found)["d.png"]
 
 
-def test_texts_find_their_pictures_whatever_the_case_and_the_form_of_letters(tmp_path: Path):
+def test_caption_files_match_images_regardless_of_case_and_unicode_normalization(tmp_path: Path):
     for name in ("A.PNG", "b.jpeg", "cafe\u0301.png", "d.png"):
         put(tmp_path / name)
     (tmp_path / "a.TXT").write_text("upper")
     (tmp_path / "b.Caption").write_text("caption")
     (tmp_path / "caf\u00e9.txt").write_text("composed")
     (tmp_path / "d.txt").write_text("\n one \n\n  two\tthree \n")
-    (tmp_path / "stray.txt").write_text("nobody's")
+    (tmp_path / "stray.txt").write_text("unmatched")
     found = read_set(tmp_path)
     assert captions(found) == {
         "A.PNG": "upper", "b.jpeg": "caption", "cafe\u0301.png": "composed", "d.png": "one two three"
     }  # fmt: skip
     assert next(example.lines for example in found.examples if example.image.name == "d.png") == ("one", "two three")
-    assert left_out(found) == {"stray.txt": "no picture of that name"}
+    assert left_out(found) == {"stray.txt": "no image with this name"}
 
 
-def test_two_pictures_of_one_stem_share_a_text_unless_each_has_its_own(tmp_path: Path):
+def test_two_images_with_the_same_stem_share_a_caption_unless_each_has_its_own(tmp_path: Path):
     put(tmp_path / "a.png", "both")
     put(tmp_path / "a.jpg")
     put(tmp_path / "b.png", "one")
@@ -139,12 +139,12 @@ def test_two_pictures_of_one_stem_share_a_text_unless_each_has_its_own(tmp_path:
     assert [str(remark).removeprefix(f"{tmp_path}/") for remark in found.remarks] == [
         "a.png: shares its caption a.txt with a.jpg"
     ]
-    assert left_out(found) == {"b.caption": "b.txt is read instead"}
+    assert left_out(found) == {"b.caption": "b.txt is used instead"}
     (tmp_path / "a.jpg.txt").write_text("mine")
     assert captions(read_set(tmp_path))["a.jpg"] == "mine"
 
 
-def test_links_are_followed_once_and_those_that_lead_nowhere_named(tmp_path: Path):
+def test_links_are_followed_once_and_broken_links_are_reported(tmp_path: Path):
     put(tmp_path / "set/real/a.png")
     put(tmp_path / "elsewhere/b.png")
     (tmp_path / "set/b.png").symlink_to(tmp_path / "elsewhere/b.png")
@@ -158,12 +158,14 @@ def test_links_are_followed_once_and_those_that_lead_nowhere_named(tmp_path: Pat
         "b.png", "more/b.png", "real/a.png"
     ]  # fmt: skip
     assert left_out(found) == {
-        "also-real": "leads to a folder that is read already", "loop": "leads to a folder that is read already",
-        "dead.png": "a link that leads nowhere", "self.png": "a link that leads nowhere",
+        "also-real": "links to a folder that is already included", "loop": "links to a folder that is already included",
+        "dead.png": "broken link", "self.png": "broken link",
     }  # fmt: skip
 
 
-def test_names_in_any_script_length_or_bytes_do_not_stop_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_file_names_in_any_script_length_or_encoding_do_not_stop_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     long = "n" * (255 - len(".png"))
     for name in ("絵 🐱", "[red]x[/red]", "a\nb", long, "'quote\"", "-rf"):
         put(tmp_path / f"{name}.png")
@@ -173,42 +175,43 @@ def test_names_in_any_script_length_or_bytes_do_not_stop_a_run(tmp_path: Path, c
     found = read_set(tmp_path)
     assert len(found.examples) == 6
     assert left_out(found) == {
-        "caf\\xe9.png": "its name is not UTF-8: rename it", "[b]x.psd": "psd is not read; save it as PNG",
-        "pipe.png": "not a file",
+        "caf\\xe9.png": "file name is not UTF-8; rename the file",
+        "[b]x.psd": ".psd is not supported; convert it to PNG",
+        "pipe.png": "not a regular file",
     }  # fmt: skip
     cli.main(["train", str(tmp_path), "--dry-run"])
-    assert "[b]x.psd: psd is not read" in capsys.readouterr().out
+    assert "[b]x.psd: .psd is not supported" in capsys.readouterr().out
 
 
-def test_what_systems_strew_about_is_passed_over_and_all_else_is_named(tmp_path: Path):
+def test_system_files_are_skipped_silently_and_all_others_are_reported(tmp_path: Path):
     put(tmp_path / "a.png")
     for name in (".DS_Store", "Thumbs.db", "desktop.ini", "notes.md", "._a.png"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / ".git").mkdir()
-    assert left_out(read_set(tmp_path)) == {"notes.md": "not a picture", "._a.png": "a hidden file"}
+    assert left_out(read_set(tmp_path)) == {"notes.md": "not an image", "._a.png": "hidden file"}
 
 
-def test_what_was_made_from_pictures_is_not_learned_from(tmp_path: Path):
+def test_run_folders_models_and_check_up_reports_are_not_used_for_training(tmp_path: Path):
     put(tmp_path / "a.png")
     put(tmp_path / "runs/a/previews/step000000-00.png")
     put(tmp_path / "check/a-check.jpg")
-    put(tmp_path / "base/picture.png")
+    put(tmp_path / "base/image.png")
     for name in ("runs/a/events.jsonl", "check/a-check.html", "base/model_index.json"):
         (tmp_path / name).touch()
     found = read_set(tmp_path)
     assert list(captions(found)) == ["a.png"]
     assert left_out(found) == {
-        "a": "a run, not pictures to learn from", "base": "a model, not pictures to learn from",
-        "check": "a check of pictures, not pictures to learn from",
+        "a": "run folder, not training images", "base": "model folder, not training images",
+        "check": "check-up report, not training images",
     }  # fmt: skip
 
 
-def test_tables_of_captions_are_read_as_hugging_face_reads_them(tmp_path: Path):
+def test_caption_tables_follow_hugging_face_imagefolder(tmp_path: Path):
     for name in ("a.png", "train/b.png", "train/c.png", "test/d.png"):
         put(tmp_path / name)
     rows = [
         {"file_name": "a.png", "text": "an a"}, {"file_name": "train/b.png", "text": "a b"},
-        {"file_name": "train/b.png", "text": "again b"}, {"file_name": "gone.png", "text": "gone"}, {"text": "nobody"},
+        {"file_name": "train/b.png", "text": "again b"}, {"file_name": "gone.png", "text": "gone"}, {"text": "no file"},
     ]  # fmt: skip
     lines = "\n".join([*map(json.dumps, rows), "{broken"])
     (tmp_path / "metadata.jsonl").write_text(lines)
@@ -216,9 +219,9 @@ def test_tables_of_captions_are_read_as_hugging_face_reads_them(tmp_path: Path):
     found = read_set(tmp_path)
     assert captions(found) == {"a.png": "an a", "b.png": "a b again b", "c.png": "a c, with a comma"}
     assert next(example for example in found.examples if example.image.name == "b.png").lines == ("a b", "again b")
-    assert left_out(found) == {"test": "a split for tests beside train: not learned from"}
+    assert left_out(found) == {"test": "test split next to a train folder, not used for training"}
     assert [remark.text for remark in found.remarks] == [
-        "row 5 has no file_name", "row 6 is not a JSON object", "names gone.png, which is not there"
+        "row 5 has no file_name", "row 6 is not a JSON object", "lists gone.png, which does not exist"
     ]  # fmt: skip
     (tmp_path / "a.txt").write_text("by hand")
     assert captions(read_set(tmp_path))["a.png"] == "by hand"
@@ -229,7 +232,7 @@ def test_tables_of_captions_are_read_as_hugging_face_reads_them(tmp_path: Path):
     [b"file_name;caption\r\na.png;semicolons\r\n", "\ufefffile_name,caption\na.png,semicolons\n".encode(),
      "file_name\tcaption\na.png\tsemicolons\n".encode("utf-16")],
 )  # fmt: skip
-def test_tables_of_any_spreadsheet_are_read(data: bytes, tmp_path: Path):
+def test_caption_tables_from_any_spreadsheet_program_are_read(data: bytes, tmp_path: Path):
     put(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_bytes(data)
     assert captions(read_set(tmp_path)) == {"a.png": "semicolons"}
@@ -237,17 +240,17 @@ def test_tables_of_any_spreadsheet_are_read(data: bytes, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("data", "reason"),
-    [(b"", "it is empty"), (b"a,b\n1,2\n", "row 2 has no file_name"), (b"\xff\xff\xff", "is not UTF-8"),
+    [(b"", "the table is empty"), (b"a,b\n1,2\n", "row 2 has no file_name"), (b"\xff\xff\xff", "is not UTF-8"),
      (b"file_name,x\na.png,1\n", "row 2 has no caption")],
 )  # fmt: skip
-def test_a_table_that_says_nothing_is_named_and_the_pictures_are_used(data: bytes, reason: str, tmp_path: Path):
+def test_an_invalid_caption_table_is_reported_and_its_images_are_still_used(data: bytes, reason: str, tmp_path: Path):
     put(tmp_path / "a.png")
     (tmp_path / "metadata.csv").write_bytes(data)
     found = read_set(tmp_path)
     assert captions(found) == {"a.png": ""} and reason in left_out(found)["metadata.csv"]
 
 
-def test_a_list_of_folders_gives_each_its_repeats_words_and_place(tmp_path: Path):
+def test_a_list_of_folders_sets_repeats_words_and_regularization_per_folder(tmp_path: Path):
     put(tmp_path / "photos/cat/a.png")
     put(tmp_path / "photos/b.png", "a b")
     put(tmp_path / "class/c.png")
@@ -257,10 +260,10 @@ def test_a_list_of_folders_gives_each_its_repeats_words_and_place(tmp_path: Path
         '[[folders]]\npath = "class"\nregularization = true\n'
     )
     found = read_set(listing, repeats=2)
-    told = [
+    settings = [
         (example.image.name, example.caption, example.repeats, example.is_regularization) for example in found.examples
     ]
-    assert told == [("a.png", "zwx cat", 6, False), ("b.png", "a b", 2, False), ("c.png", "", 2, True)]
+    assert settings == [("a.png", "zwx cat", 6, False), ("b.png", "a b", 2, False), ("c.png", "", 2, True)]
 
 
 KOHYA = """
@@ -294,7 +297,7 @@ batch_size = 4
 """
 
 
-def test_kohyas_dataset_file_is_read_and_what_is_not_followed_is_named(tmp_path: Path):
+def test_a_kohya_dataset_file_is_read_and_ignored_options_are_reported(tmp_path: Path):
     put(tmp_path / "cat/a.png")
     put(tmp_path / "cat/b.png")
     put(tmp_path / "cat/deeper/c.png")
@@ -302,18 +305,18 @@ def test_kohyas_dataset_file_is_read_and_what_is_not_followed_is_named(tmp_path:
     put(tmp_path / "reg/r.png")
     (tmp_path / "kohya.toml").write_text(KOHYA)
     found = read_set(tmp_path / "kohya.toml")
-    told = [
+    settings = [
         (example.image.name, example.caption, example.repeats, example.is_regularization) for example in found.examples
     ]
-    assert told == [
+    assert settings == [
         ("a.png", "photo of on a mat", 5, False), ("b.png", "photo of zwx cat", 5, False), ("r.png", "", 1, True)
     ]  # fmt: skip
     assert [remark.text for remark in found.remarks] == [
-        "resolution = 512 is not followed: it is one for the whole set here: give --resolution",
-        "batch_size = 4 is not followed: it is one for the whole set here: give --batch-size",
-        "color_aug = True is not followed: colours are part of what is learned",
+        "resolution = 512 is ignored: it applies to the whole dataset; use --resolution",
+        "batch_size = 4 is ignored: it applies to the whole dataset; use --batch-size",
+        "color_aug = True is ignored: colors are part of what the adapter learns",
     ]
-    assert left_out(found) == {"deeper": "a folder inside, which a subset of kohya's does not enter"}
+    assert left_out(found) == {"deeper": "subfolder, not read for a kohya subset"}
     general = {"shuffle_tags": True, "keep_tags": 2}
     cat = general | {
         "wildcards": True,
@@ -326,33 +329,34 @@ def test_kohyas_dataset_file_is_read_and_what_is_not_followed_is_named(tmp_path:
     assert [dict(example.rules) for example in found.examples] == [cat, cat, reg]
 
 
-def test_options_of_one_folder_hold_for_its_pictures_alone_whatever_the_run_says(tmp_path: Path):
+def test_folder_options_override_the_run_for_the_images_of_that_folder_only(tmp_path: Path):
     put(tmp_path / "cat/a.png", "a, b, c, d")
     put(tmp_path / "dog/b.png", "a, b, c, d")
     listing = tmp_path / "set.toml"
     listing.write_text(
-        '[[folders]]\npath = "cat"\nrandom_flip = true\nshuffle_tags = true\ncaption_suffix = "in ink"\ncaption_dropout = 0\n'
+        '[[folders]]\npath = "cat"\nrandom_flip = true\nshuffle_tags = true\n'
+        'caption_suffix = "in ink"\ncaption_dropout = 0\n'
         '[[folders]]\npath = "dog"\ncaption_dropout = 1\n'
     )
     cat, dog = read_set(listing).examples
-    views = crop_examples([cat, dog], tables(Data(), 64, 8), Data(), seed=0)
-    assert [len(view.crops) for view in views] == [2, 1]
-    heard = [
+    cropped_examples = crop_examples([cat, dog], tables(Data(), 64, 8), Data(), seed=0)
+    assert [len(one.crops) for one in cropped_examples] == [2, 1]
+    texts = [
         {caption_at_step(one.lines, with_folder_rules(Data(), one.rules), seed=0, step=n, index=0) for n in range(60)}
         for one in (cat, dog)
     ]
     orders = {", ".join(("a", *rest)) + " in ink" for rest in permutations("bcd")}
-    assert heard == [orders, {""}]
+    assert texts == [orders, {""}]
 
 
-def test_kohyas_metadata_file_names_pictures_with_caption_and_tags(tmp_path: Path):
+def test_a_kohya_metadata_file_gives_captions_and_tags(tmp_path: Path):
     for name in ("cat/a.png", "cat/b.png", "cat/in/c.png", "cat/d.png", "far/e.png"):
         put(tmp_path / name, "not read")
-    told = {
+    entries = {
         "a": {"caption": "a cat", "tags": "sitting, mat", "train_resolution": [512, 512]}, "b.png": {"tags": "asleep"},
         "in/c": {"caption": "one\ntwo", "tags": "x\ny"}, "gone": {"caption": "?"}, "d": {},
     }  # fmt: skip
-    (tmp_path / "meta.json").write_text(json.dumps(told))
+    (tmp_path / "meta.json").write_text(json.dumps(entries))
     (tmp_path / "far.json").write_text(json.dumps({str(tmp_path / "far/e.png"): {"caption": "far"}}))
     subset = '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "cat"\nmetadata_file = "meta.json"\nnum_repeats = 2\n'
     (tmp_path / "set.toml").write_text(subset + '[[datasets.subsets]]\nmetadata_file = "far.json"\n')
@@ -363,24 +367,26 @@ def test_kohyas_metadata_file_names_pictures_with_caption_and_tags(tmp_path: Pat
     }  # fmt: skip
     assert [example.repeats for example in found.examples] == [2, 2, 2, 2, 1]
     assert [remark.text for remark in found.remarks] == [
-        "d has neither caption nor tags", "names gone, which is not there"
+        "d has neither caption nor tags", "lists gone, which does not exist"
     ]  # fmt: skip
-    assert set(left_out(found).values()) == {"captions stand in meta.json", "captions stand in far.json"}
-    with pytest.raises(Refused, match=r"meta\.json: captions in it are not edited"):
+    assert set(left_out(found).values()) == {
+        "not used, captions come from meta.json", "not used, captions come from far.json"
+    }  # fmt: skip
+    with pytest.raises(Refused, match=r"meta\.json: captions in this file cannot be edited"):
         captions_edit(tmp_path / "set.toml", "x")
 
-    del told["b.png"]
-    (tmp_path / "meta.json").write_text(json.dumps(told))
+    del entries["b.png"]
+    (tmp_path / "meta.json").write_text(json.dumps(entries))
     (tmp_path / "set.toml").write_text(subset + "enable_wildcard = true\n")
     found = read_set(tmp_path / "set.toml")
-    assert left_out(found)["b.png"] == "not named in meta.json"
+    assert left_out(found)["b.png"] == "not listed in meta.json"
     assert found.examples[-1].lines == ("one, x, y", "two, x, y")
 
 
 @pytest.mark.parametrize(
-    ("text", "refusal"), [("[1]", "must be an object"), ("{", "is not JSON"), (None, "cannot be read")]
+    ("text", "refusal"), [("[1]", "must be a JSON object"), ("{", "is not JSON"), (None, "cannot be read")]
 )
-def test_a_metadata_file_of_another_kind_is_refused(text: str | None, refusal: str, tmp_path: Path):
+def test_a_metadata_file_in_another_format_is_refused(text: str | None, refusal: str, tmp_path: Path):
     put(tmp_path / "cat/a.png")
     if text:
         (tmp_path / "meta.json").write_text(text)
@@ -392,7 +398,7 @@ def test_a_metadata_file_of_another_kind_is_refused(text: str | None, refusal: s
     assert refusal in str(refused.value)
 
 
-def test_flags_that_stand_for_kohyas_keys_exist():
+def test_flags_suggested_for_kohya_keys_exist():
     known = {entry.flag for entry in declared()}
     assert {flag.split()[0].replace("--no-", "--") for flag in BY_FLAG.values()} <= known
 
@@ -401,11 +407,14 @@ def test_flags_that_stand_for_kohyas_keys_exist():
     ("text", "refusal"),
     [
         ("[[folders]]\npth = 'a'\n", "no such key pth in [[folders]] (did you mean path?)"),
-        ("[[folders]]\nrepeats = 2\n", "[[folders]] without path; name the folder"),
+        ("[[folders]]\nrepeats = 2\n", "[[folders]]: has no path; add path = …"),
         ("[[folders]]\npath = 'a'\nrepeats = '2'\n", "repeats = 2: must be a whole number"),
         ("[[folders]]\npath = 'a'\nrepeats = 0\n", "repeats = 0: must be a whole number from 1 to 10000"),
         ("[[folders]]\npath = 'a'\ntag_dropout = 1.0\n", "tag_dropout = 1.0: must be a number from 0 to below 1"),
-        ("[[folders]]\npath = 'a'\nrandom_flap = true\n", "no such key random_flap in [[folders]] (did you mean random_flip?)"),
+        (
+            "[[folders]]\npath = 'a'\nrandom_flap = true\n",
+            "no such key random_flap in [[folders]] (did you mean random_flip?)",
+        ),
         (
             "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\nkeep_tokens = 1.5\n",
             "keep_tokens = 1.5: must be a whole number",
@@ -413,12 +422,12 @@ def test_flags_that_stand_for_kohyas_keys_exist():
         ("[[folders]]\npath = 'none'\n", "none: no such folder"),
         ("[[folder]]\npath = 'a'\n", "no such table [folder] (did you mean folders?)"),
         ("[[datasets]]\n[[datasets.subsets]]\nimage_dirr = 'a'\n", "no such key image_dirr in kohya's subsets"),
-        ("folders = 3\n", "folders must be tables, each under [[folders]]"),
-        ("[general]\n", "it lists no folders"),
+        ("folders = 3\n", "folders: must be tables, each headed [[folders]]"),
+        ("[general]\n", "lists no folders"),
         ("[[folders]\n", "is not TOML"),
     ],
 )  # fmt: skip
-def test_what_a_list_cannot_mean_is_refused_by_key(text: str, refusal: str, tmp_path: Path):
+def test_invalid_entries_in_a_list_of_folders_are_refused_by_key(text: str, refusal: str, tmp_path: Path):
     put(tmp_path / "a/x.png")
     (tmp_path / "set.toml").write_text(text)
     with pytest.raises(Refused) as refused:
@@ -426,35 +435,33 @@ def test_what_a_list_cannot_mean_is_refused_by_key(text: str, refusal: str, tmp_
     assert refusal in str(refused.value) and "set.toml" in str(refused.value)
 
 
-def test_train_takes_a_list_of_folders_where_it_takes_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_train_accepts_a_list_of_folders_in_place_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     put(tmp_path / "a/x.png", "an x")
     (tmp_path / "mine.toml").write_text("[[folders]]\npath = 'a'\n")
     for arguments in ([str(tmp_path / "mine.toml")], ["--images", str(tmp_path / "mine.toml")]):
         cli.main(["train", *arguments, "--dry-run", "--json"])
         plan = json.loads(capsys.readouterr().out.partition("\n")[0])
-        assert plan["name"] == "mine" and plan["reasons"][0].startswith("1 pictures")
+        assert plan["name"] == "mine" and plan["reasons"][0].startswith("1 image ")
 
 
-def test_a_set_of_which_nothing_can_be_used_is_refused_with_the_first_reason(tmp_path: Path):
+def test_a_dataset_without_usable_images_is_refused_with_the_first_reason(tmp_path: Path):
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(
-        Refused, match=r"none of its pictures can be used \(1 left out\); the first is .*a\.png: .*empty"
-    ):
+    with pytest.raises(Refused, match=r"none of its images can be used \(1 left out\); the first is .*a\.png: .*empty"):
         read_set(tmp_path)
 
 
-def test_reading_without_decoding_leaves_pixels_alone(tmp_path: Path):
+def test_reading_with_decode_false_does_not_check_pixels(tmp_path: Path):
     put(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"broken")
     assert [example.image.name for example in read_set(tmp_path, decode=False).examples] == ["a.png", "b.png"]
 
 
-def test_folders_may_be_very_deep(tmp_path: Path):
+def test_folders_can_be_nested_very_deeply(tmp_path: Path):
     put(tmp_path.joinpath(*["d"] * 400, "a.png"))
     assert len(read_set(tmp_path).examples) == 1
 
 
-def test_a_picture_of_one_pixel_and_one_of_many_are_both_read(tmp_path: Path):
+def test_images_of_extreme_sizes_are_read(tmp_path: Path):
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
     Image.new("RGB", (3000, 1)).save(tmp_path / "thread.png")
     assert [read_size(example.image) for example in read_set(tmp_path).examples] == [Size(1, 1), Size(3000, 1)]

@@ -1,7 +1,8 @@
-"""Second part of the recipe: the UNet and the text encoder, trained together on latents that are encoded once.
+"""The second part of the recipe: the UNet and the text encoder, trained together on cached latents.
 
-What made so small a model hear its words: it starts as the identity (`start_as_identity`). Epsilon is the input almost
-exactly where noise is high, an error of 2 % there is a wrong picture, and words decide nothing until it is smaller.
+The UNet starts as the identity (`start_as_identity`); without this, such a small model does not follow the text. At
+high noise, epsilon almost equals the input: an error of 2 % there is a wrong image, and the text has no effect until
+the error is smaller.
 """
 
 import random
@@ -22,23 +23,23 @@ from .text import caption, make_text_encoder
 
 TEXT_WIDTH = 192
 BATCH = 32
-RATE = 5e-4
-WARM_UP = 200
-COOL_DOWN_SHARE = 0.25
-HIGH_NOISE = 700  # half of each batch is drawn from here up: below, the noisy picture tells more than the words
+LEARNING_RATE = 5e-4
+WARMUP_STEPS = 200
+DECAY_SHARE = 0.25
+HIGH_NOISE = 700  # half of each batch is drawn from here up: below, the noisy image is more informative than the text
 LAST_BLOCK = "up_blocks.2.resnets.1"
 IDENTITY_CONSTANT = 8.0
-IDENTITY_RATE = 0.1  # share of the rate for the layers that carry the identity
+IDENTITY_LR_SCALE = 0.1  # learning rate factor for the layers that carry the identity
 MIN_SNR = 5.0
 Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 EMA_EVERY, EMA_DECAY = 5, 0.997
-WORDS_STEPS, WORDS_BATCH, WORDS_RATE = 3000, 64, 5e-4
+TEXT_STEPS, TEXT_BATCH, TEXT_LEARNING_RATE = 3000, 64, 5e-4
 SAVE_EVERY = 250
 
 
 @dataclass(frozen=True)
 class Latents:
-    """The training set as the UNet sees it: posterior mean and std (N, 4, 16, 16), names and styles."""
+    """The training data of the UNet: posterior mean and std (N, 4, 16, 16), names and styles."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -47,7 +48,7 @@ class Latents:
 
 
 class Denoiser(torch.nn.Module):
-    """Text encoder and UNet as one module: noisy latents, timesteps and token ids in, predicted noise out."""
+    """Text encoder and UNet as one module: (noisy latents, timesteps, token ids) -> predicted noise."""
 
     def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel):
         super().__init__()
@@ -58,9 +59,9 @@ class Denoiser(torch.nn.Module):
 
 
 def make_unet() -> UNet2DConditionModel:
-    """Cross-attention at the 8- and 4-pixel levels: at 16 pixels it would cost 40 % and gave nothing.
+    """A UNet with cross-attention at 8 x 8 and 4 x 4: at 16 x 16 it costs 40 % more and had no benefit.
 
-    The pooled text also joins the time embedding (`addition_embed_type`), so that every layer hears the words.
+    The pooled text is also added to the time embedding (`addition_embed_type`), so that it reaches every layer.
     """
     return UNet2DConditionModel(
         sample_size=16,
@@ -77,7 +78,7 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def make_scheduler() -> DDIMScheduler:
-    """The schedule of Stable Diffusion 1 (Rombach et al. 2022): scaled linear, epsilon."""
+    """The noise schedule of Stable Diffusion 1 (Rombach et al. 2022): scaled linear, epsilon prediction."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -89,7 +90,7 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def identity_layers(unet: UNet2DConditionModel) -> list[torch.nn.Module]:
-    """The layers that carry the noisy latents from the input to the output in `start_as_identity`."""
+    """The layers that carry the input to the output after `start_as_identity`."""
     return [
         unet.get_submodule(name) for name in ("conv_in", f"{LAST_BLOCK}.conv_shortcut", "conv_norm_out", "conv_out")
     ]
@@ -97,11 +98,12 @@ def identity_layers(unet: UNet2DConditionModel) -> list[torch.nn.Module]:
 
 @torch.no_grad()
 def start_as_identity(unet: UNet2DConditionModel) -> None:
-    """Set the weights so that the new UNet gives its input back almost exactly, whatever its other layers do.
+    """Initialize the weights so that the UNet returns its input almost exactly, whatever its other layers do.
 
-    The first skip connection brings x to the last block's shortcut, and each latent channel gets a group of the output
-    norm for itself: (x, -x, K, -K). The constants hold the group's deviation fast, silu(x) - silu(-x) = x undoes the
-    nonlinearity. Every weight stays trainable; the other channels of the last block learn what to add.
+    The first skip connection carries x to the shortcut of the last block. Each latent channel has a separate group of
+    the output norm: (x, -x, K, -K). The constants keep the standard deviation of the group fixed, and
+    silu(x) - silu(-x) = x inverts the nonlinearity. All weights remain trainable; the other channels of the last block
+    learn the difference.
     """
     weights = unet.state_dict()
     layers = ("conv_in", f"{LAST_BLOCK}.conv_shortcut", f"{LAST_BLOCK}.conv2", "conv_out")
@@ -109,7 +111,7 @@ def start_as_identity(unet: UNet2DConditionModel) -> None:
     in_bias, shortcut_bias, branch_bias, out_bias = (weights[f"{layer}.bias"] for layer in layers)
     assert out_weight.shape[1] == 4 * unet.config["norm_num_groups"]
     first_skip = shortcut_weight.shape[1] - in_weight.shape[0]
-    deviation = ((1 + IDENTITY_CONSTANT**2) / 2) ** 0.5  # of (x, -x, K, -K) where x has deviation 1
+    std = ((1 + IDENTITY_CONSTANT**2) / 2) ** 0.5  # of (x, -x, K, -K) if x has std 1
     out_weight *= 0.01
     out_bias.zero_()
     for channel in range(in_weight.shape[1]):
@@ -121,26 +123,26 @@ def start_as_identity(unet: UNet2DConditionModel) -> None:
         shortcut_weight[group, first_skip + channel] = torch.tensor([1.0, -1, 0, 0])[:, None, None]
         shortcut_bias[group] = torch.tensor([0.0, 0, IDENTITY_CONSTANT, -IDENTITY_CONSTANT])
         out_weight[:, group] = 0
-        out_weight[channel, group, 1, 1] = deviation * torch.tensor([1.0, -1, 0, 0])
+        out_weight[channel, group, 1, 1] = std * torch.tensor([1.0, -1, 0, 0])
 
 
-def drawn_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
-    """(count,): one half uniform, one half uniform from HIGH_NOISE up."""
+def sample_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Timesteps (count,): half of them uniform in [HIGH_NOISE, 1000), the others uniform in [0, 1000)."""
     timesteps = torch.randint(1000, (count,), generator=generator)
     timesteps[: count // 2] = torch.randint(HIGH_NOISE, 1000, (count // 2,), generator=generator)
     return timesteps
 
 
 def moving_average(averaged: Tensors, current: Tensors, count: torch.Tensor | int) -> None:
-    """Exponential moving average whose decay rises to EMA_DECAY, so that the random start is soon forgotten."""
-    seen = int(count)
-    torch._foreach_lerp_(averaged, current, 1 - min(EMA_DECAY, (1 + seen) / (10 + seen)))
+    """Exponential moving average; its decay rises to EMA_DECAY so that the initial weights lose influence quickly."""
+    updates = int(count)
+    torch._foreach_lerp_(averaged, current, 1 - min(EMA_DECAY, (1 + updates) / (10 + updates)))
 
 
-def rate_at(step: int, steps: int) -> float:
-    """Warm-up, constant, and a linear cool-down over the last quarter (so that a longer run repeats a shorter one)."""
-    cool = max(1, int(COOL_DOWN_SHARE * steps))
-    return RATE * min(1.0, (step + 1) / WARM_UP, (steps - step) / cool)
+def learning_rate_at(step: int, steps: int) -> float:
+    """Warmup, constant, and linear decay over the last quarter (so that a longer run starts like a shorter one)."""
+    decay_steps = max(1, int(DECAY_SHARE * steps))
+    return LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS, (steps - step) / decay_steps)
 
 
 def epsilon_losses(
@@ -151,23 +153,23 @@ def epsilon_losses(
     timesteps: torch.Tensor,
     noise: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean squared error of the noise for each picture (B,), and its weight.
+    """Mean squared error on epsilon for each image (B,), and its weight (B,).
 
-    (SNR + 1) / SNR makes it the loss on v (Salimans and Ho 2022): at high noise, where the words decide, an error in
-    epsilon is tiny and means a wrong picture. Without this weight the words are not heard for many epochs.
-    Above gamma the weight falls with 1 / SNR (min-SNR, Hang et al. 2023).
+    The weight (SNR + 1) / SNR turns it into the loss on v (Salimans and Ho 2022): at high noise, where the text decides
+    the content, even a tiny error on epsilon is a wrong image. Without this weight, the text has no effect for many
+    epochs. Above gamma, the weight decreases with 1 / SNR (min-SNR, Hang et al. 2023).
     """
     alpha_bar = scheduler.alphas_cumprod.to(latents.device)[timesteps]
     noisy = alpha_bar.sqrt()[:, None, None, None] * latents + (1 - alpha_bar).sqrt()[:, None, None, None] * noise
-    fast_attention = sdpa_kernel(SDPBackend.MATH) if latents.device.type == "cpu" else nullcontext()
-    with torch.autocast(latents.device.type, torch.bfloat16), fast_attention:
+    attention = sdpa_kernel(SDPBackend.MATH) if latents.device.type == "cpu" else nullcontext()
+    with torch.autocast(latents.device.type, torch.bfloat16), attention:
         predicted = model(noisy, timesteps, ids)
     snr = alpha_bar / (1 - alpha_bar)
     return (predicted.float() - noise).pow(2).mean((1, 2, 3)), snr.clamp(max=MIN_SNR) / snr * (snr + 1) / snr
 
 
 def token_ids(tokenizer: CLIPTokenizer, prompts: Iterable[str]) -> torch.Tensor:
-    """(B, 16), padded and cut as the pipeline does it."""
+    """Token ids (B, 16), padded and truncated as in the pipeline."""
     return tokenizer(
         list(prompts),
         padding="max_length",
@@ -177,30 +179,30 @@ def token_ids(tokenizer: CLIPTokenizer, prompts: Iterable[str]) -> torch.Tensor:
     ).input_ids
 
 
-def teach_words(
+def pretrain_text_encoder(
     model: Denoiser, latents: Latents, tokenizer: CLIPTokenizer, work: Path, device: torch.device, steps: int
 ) -> None:
-    """Before the denoising: let the pooled text tell the picture's latents through a linear map, which is thrown away.
+    """Train the text encoder to predict the latents from the pooled text with a linear head, which is then discarded.
 
-    Real bases start from a text encoder that knows pictures (CLIP). This one starts from nothing, and alone under
-    the denoising loss it takes hundreds of epochs to be heard. Here a minute or two teaches it what things look like.
+    Real base models start with a text encoder trained on images (CLIP). This one starts from random weights, and with
+    the denoising loss alone it needs hundreds of epochs before it has an effect. This takes a minute or two.
     """
-    hears = (model.text_encoder, model.unet.add_embedding)
+    text_modules = (model.text_encoder, model.unet.add_embedding)
     target = latents.mean.flatten(1).to(device)
     head = torch.nn.Linear(model.unet.config["block_out_channels"][0] * 4, target.shape[1]).to(device)
-    parameters = [parameter for module in (*hears, head) for parameter in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=WORDS_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    parameters = [parameter for module in (*text_modules, head) for parameter in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=TEXT_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01)
     first = load_state(work / "words.pt", model=model, head=head, optimizer=optimizer)
-    clock = Clock("words", first, steps)
+    clock = Clock("text", first, steps)
     for step in range(first, steps):
         for group in optimizer.param_groups:
-            group["lr"] = WORDS_RATE * min(1.0, (step + 1) / 50, (steps - step) / (0.5 * steps))
-        words = random.Random(step)
-        chosen = torch.randint(len(target), (WORDS_BATCH,), generator=torch.Generator().manual_seed(step))
-        ids = token_ids(tokenizer, [caption(latents.names[i], latents.styles[i], words) for i in chosen]).to(device)
+            group["lr"] = TEXT_LEARNING_RATE * min(1.0, (step + 1) / 50, (steps - step) / (0.5 * steps))
+        caption_rng = random.Random(step)
+        indices = torch.randint(len(target), (TEXT_BATCH,), generator=torch.Generator().manual_seed(step))
+        ids = token_ids(tokenizer, [caption(latents.names[i], latents.styles[i], caption_rng) for i in indices])
         with torch.autocast(device.type, torch.bfloat16):
-            told = head(model.unet.add_embedding(model.text_encoder(ids).last_hidden_state))
-        loss = (told.float() - target[chosen]).pow(2).mean()
+            predicted = head(model.unet.add_embedding(model.text_encoder(ids.to(device)).last_hidden_state))
+        loss = (predicted.float() - target[indices]).pow(2).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -218,7 +220,7 @@ def train_denoiser(
     steps: int,
     start: Denoiser | None,
 ) -> Denoiser:
-    """Train, or go on training, for `steps` steps in all; returns the moving average of the weights."""
+    """Train or resume for a total of `steps` steps; returns the moving average of the weights."""
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(1)
     model = start or Denoiser(make_text_encoder(tokenizer, TEXT_WIDTH), make_unet())
@@ -226,29 +228,30 @@ def train_denoiser(
         start_as_identity(model.unet)
     model.to(device).train().requires_grad_(True)
     if start is None:
-        teach_words(model, latents, tokenizer, work, device, WORDS_STEPS)
+        pretrain_text_encoder(model, latents, tokenizer, work, device, TEXT_STEPS)
     average = AveragedModel(model, multi_avg_fn=moving_average)
-    careful = [parameter for layer in identity_layers(model.unet) for parameter in layer.parameters()]
-    named = {id(parameter) for parameter in careful}
+    identity = [parameter for layer in identity_layers(model.unet) for parameter in layer.parameters()]
+    identity_ids = {id(parameter) for parameter in identity}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in identity_ids]
     groups = [
-        {"params": [parameter for parameter in model.parameters() if id(parameter) not in named], "share": 1.0},
-        {"params": careful, "share": IDENTITY_RATE},
+        {"params": others, "lr_scale": 1.0},
+        {"params": identity, "lr_scale": IDENTITY_LR_SCALE},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     first = load_state(work / "denoiser.pt", model=model, average=average, optimizer=optimizer)
     scheduler = make_scheduler()
     mean, std = latents.mean.to(device), latents.std.to(device)
     clock = Clock("denoiser", first, steps)
     for step in range(first, steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate_at(step, steps) * group["share"]
-        draw, words = torch.Generator().manual_seed(step), random.Random(step)
-        chosen = batch_of(step, len(mean))
-        ids = token_ids(tokenizer, [caption(latents.names[i], latents.styles[i], words) for i in chosen])
-        noise, spread = torch.randn(2, len(chosen), *mean.shape[1:], generator=draw).to(device)
-        timesteps = drawn_timesteps(len(chosen), draw).to(device)
+            group["lr"] = learning_rate_at(step, steps) * group["lr_scale"]
+        rng, caption_rng = torch.Generator().manual_seed(step), random.Random(step)
+        indices = batch_indices(step, len(mean))
+        ids = token_ids(tokenizer, [caption(latents.names[i], latents.styles[i], caption_rng) for i in indices])
+        noise, posterior_noise = torch.randn(2, len(indices), *mean.shape[1:], generator=rng).to(device)
+        timesteps = sample_timesteps(len(indices), rng).to(device)
         losses, weights = epsilon_losses(
-            model, mean[chosen] + std[chosen] * spread, ids.to(device), scheduler, timesteps, noise
+            model, mean[indices] + std[indices] * posterior_noise, ids.to(device), scheduler, timesteps, noise
         )
         optimizer.zero_grad()
         (losses * weights).mean().backward()
@@ -264,26 +267,26 @@ def train_denoiser(
     return averaged.eval().requires_grad_(False)
 
 
-def batch_of(step: int, count: int) -> torch.Tensor:
-    """Indices of one batch, from the step alone: passes over the set, each in its own random order."""
+def batch_indices(step: int, count: int) -> torch.Tensor:
+    """Indices of the images in one batch; the images are shuffled anew in each epoch, seeded by its number."""
     positions = range(step * BATCH, (step + 1) * BATCH)
     orders = {
-        turn: torch.randperm(count, generator=torch.Generator().manual_seed(turn))
-        for turn in {position // count for position in positions}
+        epoch: torch.randperm(count, generator=torch.Generator().manual_seed(epoch))
+        for epoch in {position // count for position in positions}
     }
     return torch.stack([orders[position // count][position % count] for position in positions])
 
 
 @torch.no_grad()
 def held_out_loss(model: Denoiser, latents: Latents, tokenizer: CLIPTokenizer, draws: int = 8) -> float:
-    """Unweighted epsilon loss on pictures that training never saw; fixed noise, `draws` timesteps a picture."""
+    """The unweighted epsilon loss on held-out images, with fixed noise and `draws` timesteps per image."""
     device = latents.mean.device
     ids = token_ids(tokenizer, [f"{name}, {style}" for name, style in zip(latents.names, latents.styles, strict=True)])
     total = 0.0
     for index in range(draws):
-        draw = torch.Generator().manual_seed(index)
-        timesteps = ((torch.rand(len(ids), generator=draw) + index) * 1000 / draws).long()
-        noise = torch.randn(latents.mean.shape, generator=draw)
+        rng = torch.Generator().manual_seed(index)
+        timesteps = ((torch.rand(len(ids), generator=rng) + index) * 1000 / draws).long()
+        noise = torch.randn(latents.mean.shape, generator=rng)
         losses, _ = epsilon_losses(
             model,
             latents.mean,

@@ -1,7 +1,7 @@
-"""The pictures that `sketch` learns from: iconic things from two free emoji sets, rendered on demand.
+"""The training images of `sketch`: everyday objects from two free emoji sets, rendered on demand.
 
-Noto Emoji (Apache-2.0) gives the shaded style, Twemoji (CC BY 4.0) the flat one; emojibase (MIT) gives the
-names. Nothing is stored in the repository: npm fetches the three packages, resvg renders them.
+Noto Emoji (Apache-2.0) is the shaded style, Twemoji (CC BY 4.0) the flat style; emojibase (MIT) provides the names.
+The repository contains none of them: npm downloads the three packages, and resvg renders the images.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ STYLES = {"noto": "shaded style", "twemoji": "flat style"}
 RENDERED_PX, SIZE_PX = 128, 64
 HELD_OUT_SHARE = 0.1
 
-_THINGS = """
+_OBJECTS = """
     red apple; green apple; pear; banana; lemon; tangerine; strawberry; cherries; grapes; watermelon; pineapple;
     peach; tomato; avocado; eggplant; carrot; corn; broccoli; hot pepper; cucumber; mushroom; onion; coconut; kiwi
     fruit; bread; croissant; pretzel; pancakes; cheese; bacon; hamburger; french fries; pizza; hot dog; sandwich;
@@ -55,9 +55,9 @@ _THINGS = """
     lipstick; soccer ball; basketball; american football; tennis; bowling; bullseye; money bag; coin; treasure chest;
     hourglass; alarm clock; watch; test tube; microscope; telescope; bed; chair; door; toilet; bathtub; basket; broom
 """
-THINGS = {" ".join(name.split()) for name in _THINGS.split(";")}
+OBJECTS = {" ".join(name.split()) for name in _OBJECTS.split(";")}
 
-SAID_SHORTER = {
+SHORT_NAMES = {
     "automobile": "car", "deciduous tree": "tree", "evergreen tree": "pine tree", "wrapped gift": "gift",
     "soft ice cream": "ice cream cone", "hot beverage": "cup of coffee", "glass of milk": "milk", "honeybee": "bee",
     "lady beetle": "ladybug", "ear of corn": "corn", "beer mug": "beer", "articulated lorry": "truck",
@@ -67,20 +67,20 @@ SAID_SHORTER = {
     "doughnut": "donut", "four leaf clover": "clover", "hourglass done": "hourglass",
 }  # fmt: skip
 
-_JUDGED = """
+_EVALUATED = """
     red apple, tiger, rocket, princess, castle, sailboat, owl, pizza, cactus, guitar, car, ghost, banana, strawberry,
     lemon, watermelon, carrot, broccoli, mushroom, hamburger, donut, ice cream, birthday cake, cheese, cat, dog, fox,
     lion, panda, koala, elephant, giraffe, penguin, frog, turtle, snake, octopus, whale, shark, butterfly, bee, ladybug,
     rose, sunflower, tulip, palm tree, pine tree, house, bus, bicycle, tractor, helicopter, airplane, fire, rainbow,
     snowman, star, red heart, crown, top hat, robot, skull, pumpkin, teddy bear, camera, umbrella, key, hammer
 """
-# The things that the base is judged by; they are learned in both styles.
-JUDGED: list[str] = [" ".join(name.split()) for name in _JUDGED.split(",")]
+# The objects of the evaluation prompts; both styles of them are training images.
+EVALUATED: list[str] = [" ".join(name.split()) for name in _EVALUATED.split(",")]
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One rendered emoji: `rgba` is uint8 (128, 128, 4), straight alpha, twice the size that the base paints."""
+class Emoji:
+    """One rendered emoji: `rgba` is uint8 (128, 128, 4), straight alpha, twice the size of generated images."""
 
     name: str
     style: str
@@ -92,34 +92,34 @@ class Picture:
         return f"{self.name}, {self.style}"
 
     def on_white(self) -> np.ndarray:
-        """uint8 RGB (64, 64, 3), as the base sees it: means of 2 x 2 pixels."""
+        """The training image, uint8 RGB (64, 64, 3): on white, averaged over 2 x 2 pixels."""
         alpha = self.rgba[..., 3:].astype(np.float32) / 255
         large = self.rgba[..., :3] * alpha + 255 * (1 - alpha)
         return large.reshape(SIZE_PX, 2, SIZE_PX, 2, 3).mean((1, 3)).round().astype(np.uint8)
 
 
-def variant(picture: Picture, number: int) -> Picture:
-    """The picture mirrored, turned, smaller, moved and in other light; a function of its caption and `number` alone.
+def augmented(emoji: Emoji, number: int) -> Emoji:
+    """A variant of an emoji: mirrored, color-jittered, rotated, scaled and shifted, seeded by its caption and `number`.
 
-    Seen as it is alone, hundreds of times, it would be learned by heart, and nothing else could be drawn well.
+    Without variants, the model memorizes the images after hundreds of epochs and does not generalize.
     """
-    draw = random.Random(f"{picture.caption}/{number}")
-    image = Image.fromarray(picture.rgba)
-    if draw.random() < 0.5:
+    rng = random.Random(f"{emoji.caption}/{number}")
+    image = Image.fromarray(emoji.rgba)
+    if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for enhance, spread in ((ImageEnhance.Color, 0.3), (ImageEnhance.Brightness, 0.15), (ImageEnhance.Contrast, 0.15)):
         alpha = image.getchannel("A")
-        image = enhance(image.convert("RGB")).enhance(1 + draw.uniform(-spread, spread))
+        image = enhance(image.convert("RGB")).enhance(1 + rng.uniform(-spread, spread))
         image.putalpha(alpha)
-    turn, size = draw.uniform(-12, 12), round(RENDERED_PX * draw.uniform(0.72, 1.0))
-    image = image.convert("RGBa").rotate(turn, Image.Resampling.BICUBIC).resize((size, size), Image.Resampling.LANCZOS)
-    moved = Image.new("RGBa", (RENDERED_PX, RENDERED_PX))
-    moved.paste(image, (draw.randint(0, RENDERED_PX - size), draw.randint(0, RENDERED_PX - size)))
-    return replace(picture, rgba=np.asarray(moved.convert("RGBA")))
+    angle, size = rng.uniform(-12, 12), round(RENDERED_PX * rng.uniform(0.72, 1.0))
+    image = image.convert("RGBa").rotate(angle, Image.Resampling.BICUBIC).resize((size, size), Image.Resampling.LANCZOS)
+    shifted = Image.new("RGBa", (RENDERED_PX, RENDERED_PX))
+    shifted.paste(image, (rng.randint(0, RENDERED_PX - size), rng.randint(0, RENDERED_PX - size)))
+    return replace(emoji, rgba=np.asarray(shifted.convert("RGBA")))
 
 
-def fetch(packages: list[str], work: Path) -> Path:
-    """Install npm `packages` below `work` once; returns the `node_modules` folder."""
+def install(packages: list[str], work: Path) -> Path:
+    """Install npm `packages` in `work` unless they are there; returns the `node_modules` folder."""
     modules = work / "npm" / "node_modules"
     if not all((modules / package.rpartition("@")[0]).is_dir() for package in packages):
         (work / "npm").mkdir(parents=True, exist_ok=True)
@@ -129,29 +129,29 @@ def fetch(packages: list[str], work: Path) -> Path:
 
 
 def is_held_out(name: str, style: str) -> bool:
-    """Every tenth (name, style), by hash, never the same thing in both styles, never a thing that it is judged by."""
-    draw = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
-    which = list(STYLES.values())[int(draw * 1e6) % 2]
-    return name not in JUDGED and draw < 2 * HELD_OUT_SHARE and style == which
+    """A tenth of all (name, style), selected by hash: at most one style of an object, and no evaluated object."""
+    uniform = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
+    held_out_style = list(STYLES.values())[int(uniform * 1e6) % 2]
+    return name not in EVALUATED and uniform < 2 * HELD_OUT_SHARE and style == held_out_style
 
 
-def things(names: Path) -> list[tuple[str, str]]:
-    """(emoji code in lower-case hex, name) of every chosen thing."""
-    labels = json.loads((names / "en/data.json").read_text())
-    chosen = []
-    for emoji in labels:
-        name = SAID_SHORTER.get(emoji["label"], emoji["label"]).lower()
-        if name in THINGS:
-            chosen.append((emoji["hexcode"].lower(), name))
-    return chosen
+def codes_and_names(emojibase: Path) -> list[tuple[str, str]]:
+    """(emoji code in lower-case hex, name) of every object."""
+    entries = json.loads((emojibase / "en/data.json").read_text())
+    found = []
+    for entry in entries:
+        name = SHORT_NAMES.get(entry["label"], entry["label"]).lower()
+        if name in OBJECTS:
+            found.append((entry["hexcode"].lower(), name))
+    return found
 
 
-def pictures(work: Path) -> list[Picture]:
-    """Every chosen thing in both styles, rendered at 128 px; the packages are kept in `work`."""
+def render_emoji(work: Path) -> list[Emoji]:
+    """Render every object in both styles at 128 px; the packages are kept in `work`."""
     import resvg_py
 
-    modules = fetch(list(PACKAGES.values()), work)
-    found = []
+    modules = install(list(PACKAGES.values()), work)
+    rendered = []
     icons = {}
     for source in STYLES:
         folder = modules / PACKAGES[source].rpartition("@")[0]
@@ -159,7 +159,7 @@ def pictures(work: Path) -> list[Picture]:
             json.loads((folder / "icons.json").read_text())["icons"],
             json.loads((folder / "chars.json").read_text()),
         )
-    for code, name in things(modules / "emojibase-data"):
+    for code, name in codes_and_names(modules / "emojibase-data"):
         for source, style in STYLES.items():
             bodies, codes = icons[source]
             key = codes.get(code) or codes.get(code.replace("-fe0f", ""))
@@ -172,5 +172,5 @@ def pictures(work: Path) -> list[Picture]:
             )
             png = bytes(resvg_py.svg_to_bytes(svg_string=svg, width=RENDERED_PX, height=RENDERED_PX))
             rgba = np.asarray(Image.open(BytesIO(png)).convert("RGBA"))
-            found.append(Picture(name, style, is_held_out(name, style), rgba))
-    return found
+            rendered.append(Emoji(name, style, is_held_out(name, style), rgba))
+    return rendered

@@ -1,4 +1,4 @@
-"""Training state of the recipe: written atomically, so that an interrupted run resumes."""
+"""Training state of the recipe, written atomically so that an interrupted run can resume."""
 
 import time
 from pathlib import Path
@@ -10,13 +10,13 @@ from ....atomic import atomic_write
 
 
 def save_state(path: Path, step: int, **parts: Any) -> None:
-    """Write `step` and the state dict of each part; a crash while writing leaves the older file."""
+    """Write `step` and the state dict of each part; a crash while writing keeps the previous file."""
     with atomic_write(path) as temporary:
         torch.save({"step": step} | {name: part.state_dict() for name, part in parts.items()}, temporary)
 
 
 def load_state(path: Path, **parts: Any) -> int:
-    """Load each part from `path` where it exists; returns the number of steps done, 0 for a new run."""
+    """Load each part from `path` if it exists; returns the number of completed steps, 0 for a new run."""
     if not path.exists():
         return 0
     saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -26,7 +26,7 @@ def load_state(path: Path, **parts: Any) -> int:
 
 
 class Clock:
-    """Prints the mean of what it is given, and the speed, every `every` steps."""
+    """Prints the mean of the logged values and the time per step, every `every` steps."""
 
     def __init__(self, name: str, first: int, steps: int, every: int = 100):
         self.name, self.steps, self.every = name, steps, every
@@ -40,5 +40,5 @@ class Clock:
             count = step + 1 - self.since
             seconds = (time.monotonic() - self.started) / count
             shown = "  ".join(f"{name} {float(total) / count:.5f}" for name, total in self.sums.items())
-            print(f"{self.name} {step + 1}/{self.steps}  {shown}  {seconds * 1000:.0f} ms a step", flush=True)
+            print(f"{self.name} {step + 1}/{self.steps}  {shown}  {seconds * 1000:.0f} ms/step", flush=True)
             self.started, self.since, self.sums = time.monotonic(), step + 1, {}

@@ -1,7 +1,7 @@
-"""Words of the base: a byte-level BPE in CLIP's layout, a small CLIP text encoder, and the captions it learns from.
+"""The text part of the recipe: a byte-level BPE tokenizer in CLIP's layout, a small CLIP text encoder, and captions.
 
-The window is short on purpose: padding is read like words, and with 32 tokens the few words of a caption drowned in
-it (five times as many steps to the same knowledge of things as with 16).
+Prompts have only 16 tokens because padding is read like text: with 32 tokens it outweighed the few words of a caption,
+and training needed five times as many steps for the same accuracy.
 """
 
 import json
@@ -16,11 +16,11 @@ MAX_TOKENS = 16
 WORDS_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
-def make_tokenizer(names: Path, captions: list[str], folder: Path) -> CLIPTokenizer:
-    """CLIP's own layout: 256 bytes, 256 bytes that end a word, merges, begin and end of text (Radford et al. 2021).
+def make_tokenizer(emojibase: Path, captions: list[str], folder: Path) -> CLIPTokenizer:
+    """Train a tokenizer in CLIP's layout: 256 bytes, 256 word-final bytes, merges, begin and end (Radford et al. 2021).
 
-    Merges come from the captions and from the tags of all emoji, so that plain English words stay short. Written to
-    `folder` as vocab.json and merges.txt, which every tool that knows CLIP reads.
+    The merges are learned from the captions and from the tags of all emoji, so that common English words have few
+    tokens. Writes vocab.json and merges.txt to `folder`, which every CLIP tool can read.
     """
     from tokenizers import Regex
 
@@ -33,7 +33,7 @@ def make_tokenizer(names: Path, captions: list[str], folder: Path) -> CLIPTokeni
         ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    emoji = json.loads((names / "en/data.json").read_text())
+    emoji = json.loads((emojibase / "en/data.json").read_text())
     tags = [" ".join([entry["label"], *entry.get("tags", ())]) for entry in emoji if entry.get("group") != 9]
     trainer = trainers.BpeTrainer(
         vocab_size=NUM_PIECES - 2,
@@ -73,14 +73,14 @@ def make_text_encoder(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModel:
     )
 
 
-def caption(name: str, style: str, draw: random.Random) -> str:
-    """What one picture is called this time: 8 % nothing, 8 % no style, 4 % the style alone, else name and style."""
-    chance = draw.random()
-    article = draw.choice(["", "", "", "", "an " if name[0] in "aeiou" else "a "])
-    if chance < 0.08:
+def caption(name: str, style: str, rng: random.Random) -> str:
+    """Draw a caption: 8 % empty, 8 % without the style, 4 % only the style, otherwise name and style."""
+    uniform = rng.random()
+    article = rng.choice(["", "", "", "", "an " if name[0] in "aeiou" else "a "])
+    if uniform < 0.08:
         return ""
-    if chance < 0.16:
+    if uniform < 0.16:
         return article + name
-    if chance < 0.20:
+    if uniform < 0.20:
         return style
     return f"{article}{name}, {style}"

@@ -1,7 +1,7 @@
-"""First part of the recipe: a small AutoencoderKL, 64 px <-> 16x16x4 latents.
+"""The first part of the recipe: a small AutoencoderKL that encodes 64 px images as latents (4, 16, 16).
 
-Trained on crops (steps are cheap) and, for its last fifth, on whole pictures; half of the pictures are recoloured and
-laid on random backgrounds, so that pictures in styles that it never saw come through as well.
+It is trained on crops, which are cheap, and on whole images in the last fifth of the steps. 40 % of the images are
+recolored and placed on random backgrounds, so that images in unseen styles are also reconstructed well.
 """
 
 import math
@@ -17,7 +17,7 @@ BATCH = 16
 CROP_PX = 32
 WHOLE_SHARE = 0.2
 WHOLE_BATCH = 8
-PEAK_RATE = 1.5e-3
+PEAK_LR = 1.5e-3
 KL_WEIGHT = 5e-4
 
 
@@ -36,15 +36,15 @@ def make_vae() -> AutoencoderKL:
 
 
 def one_cycle(step: int, steps: int, peak: float) -> float:
-    """Learning rate: linear warm-up over 5 % of the steps, then half a cosine down to zero."""
-    warm = max(1, steps // 20)
-    if step < warm:
-        return peak * (step + 1) / warm
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    """The learning rate: linear warmup over 5 % of the steps, then cosine decay to zero."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def background(generator: torch.Generator) -> torch.Tensor:
-    """A smooth random ground (3, 128, 128) in [0, 1]: a plain colour or a gradient between colours."""
+def random_background(generator: torch.Generator) -> torch.Tensor:
+    """A smooth random background (3, 128, 128) in [0, 1]: one color or a gradient between colors."""
     coarse = torch.rand(1, 3, 1, 1, generator=generator)
     if torch.rand((), generator=generator) < 0.5:
         coarse = coarse + 0.35 * torch.randn(1, 3, 3, 3, generator=generator)
@@ -52,27 +52,27 @@ def background(generator: torch.Generator) -> torch.Tensor:
 
 
 def training_batch(rgba: torch.Tensor, step: int, whole: bool) -> torch.Tensor:
-    """RGB in [-1, 1], (B, 3, P, P), crops of 32 px or whole pictures of 64 px, from `rgba` (N, 4, 128, 128) in [0, 1].
+    """Draw a batch from `rgba` (N, 4, 128, 128) in [0, 1]: RGB (B, 3, P, P) in [-1, 1], P = 64 if `whole` else 32.
 
-    A function of the step alone.
+    The same step always gives the same batch.
     """
-    draw = torch.Generator().manual_seed(step)
+    rng = torch.Generator().manual_seed(step)
 
     def uniform(low: float, high: float) -> float:
-        return low + (high - low) * float(torch.rand((), generator=draw))
+        return low + (high - low) * float(torch.rand((), generator=rng))
 
     batch = []
-    for index in torch.randint(len(rgba), (WHOLE_BATCH if whole else BATCH,), generator=draw):
-        colour, alpha = rgba[index, :3], rgba[index, 3:]
-        ground = torch.ones(3, 128, 128)
+    for index in torch.randint(len(rgba), (WHOLE_BATCH if whole else BATCH,), generator=rng):
+        color, alpha = rgba[index, :3], rgba[index, 3:]
+        background = torch.ones(3, 128, 128)
         if uniform(0, 1) < 0.4:
-            mix = torch.eye(3)[torch.randperm(3, generator=draw)] + 0.15 * torch.randn(3, 3, generator=draw)
-            colour = (torch.einsum("ij,jhw->ihw", mix / mix.sum(1, keepdim=True), colour) * uniform(0.6, 1.15)).clamp(
+            mix = torch.eye(3)[torch.randperm(3, generator=rng)] + 0.15 * torch.randn(3, 3, generator=rng)
+            color = (torch.einsum("ij,jhw->ihw", mix / mix.sum(1, keepdim=True), color) * uniform(0.6, 1.15)).clamp(
                 0, 1
             )
-            ground = background(draw)
-            colour = colour + uniform(0, 0.5) * alpha * (background(draw) - 0.5)  # soft light, as on round things
-        image = (colour * alpha + ground * (1 - alpha)).clamp(0, 1)
+            background = random_background(rng)
+            color = color + uniform(0, 0.5) * alpha * (random_background(rng) - 0.5)  # soft shading
+        image = (color * alpha + background * (1 - alpha)).clamp(0, 1)
         if uniform(0, 1) < 0.5:
             image = image.flip(-1)
         if not whole:
@@ -88,27 +88,27 @@ def training_batch(rgba: torch.Tensor, step: int, whole: bool) -> torch.Tensor:
 
 
 def reconstruction_loss(output: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """L1 and L2 on pixels, L1 on their differences (sharp edges) and on 8-pixel means (true colours)."""
+    """L1 and L2 on pixels, L1 on their gradients (sharp edges) and on 8 x 8 means (accurate colors)."""
     error = output - pixels
     right, below = error[..., 1:] - error[..., :-1], error[..., 1:, :] - error[..., :-1, :]
     edges = 0.5 * (right.abs().mean() + below.abs().mean())
-    colours = F.avg_pool2d(error, 8).abs().mean()
-    return error.abs().mean() + error.pow(2).mean() + edges + 2 * colours
+    colors = F.avg_pool2d(error, 8).abs().mean()
+    return error.abs().mean() + error.pow(2).mean() + edges + 2 * colors
 
 
 def train_vae(rgba: torch.Tensor, work: Path, device: torch.device, steps: int) -> AutoencoderKL:
-    """Train, or go on training, for `steps` steps in all; the result has latents of mean 0 and std 1."""
+    """Train or resume for a total of `steps` steps; returns a VAE with normalized latents."""
     finished = work / "vae"
     if finished.is_dir():
         return AutoencoderKL.from_pretrained(finished).to(device)
     torch.manual_seed(0)
     vae = make_vae().to(device)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=1e-4)
     first = load_state(work / "vae.pt", model=vae, optimizer=optimizer)
     clock = Clock("vae", first, steps)
     for step in range(first, steps):
         for group in optimizer.param_groups:
-            group["lr"] = one_cycle(step, steps, PEAK_RATE)
+            group["lr"] = one_cycle(step, steps, PEAK_LR)
         whole = step >= (1 - WHOLE_SHARE) * steps
         pixels = training_batch(rgba, step, whole).to(device)
         torch.manual_seed(step)
@@ -125,14 +125,14 @@ def train_vae(rgba: torch.Tensor, work: Path, device: torch.device, steps: int) 
         if (step + 1) % 200 == 0 or step + 1 == steps:
             save_state(work / "vae.pt", step + 1, model=vae, optimizer=optimizer)
     vae.eval().requires_grad_(False)
-    normalise_latents(vae, rgba, device)
+    normalize_latents(vae, rgba, device)
     vae.save_pretrained(finished)
     return vae
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Posterior mean and std, each (N, 4, 16, 16) on the CPU, unscaled, of RGB in [-1, 1]."""
+    """Posterior mean and std for RGB in [-1, 1], each (N, 4, 16, 16) on the CPU, unscaled."""
     device = next(vae.parameters()).device
     posteriors = [vae.encode(batch.to(device)).latent_dist for batch in pixels.split(32)]
     return (
@@ -142,14 +142,15 @@ def encode(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 @torch.no_grad()
-def normalise_latents(vae: AutoencoderKL, rgba: torch.Tensor, device: torch.device) -> None:
-    """Fold a per-channel shift and scale into the 1x1 convolutions around the latents, so that white paper is 0
-    and each channel has std 1: exact for the pictures, and kinder to the noise than one `scaling_factor`.
+def normalize_latents(vae: AutoencoderKL, rgba: torch.Tensor, device: torch.device) -> None:
+    """Fold a shift and a scale per channel into the 1x1 convolutions around the latents, so that white is 0 and the
+    std is 1. The decoded images stay the same, and each channel fits the noise better than with one `scaling_factor`.
 
-    Not more than 1: with few latents the last noise level of Stable Diffusion still lets large latents shine through,
-    and a model that sees the answer in the noise does not listen to the words."""
-    colour, alpha = rgba[:, :3], rgba[:, 3:]
-    mean, _ = encode(vae, F.avg_pool2d(colour * alpha + (1 - alpha), 2) * 2 - 1)
+    The std must not be larger: with so few latents, larger ones remain visible at the last noise level of Stable
+    Diffusion, and a model that sees the answer in the noise ignores the text.
+    """
+    color, alpha = rgba[:, :3], rgba[:, 3:]
+    mean, _ = encode(vae, F.avg_pool2d(color * alpha + (1 - alpha), 2) * 2 - 1)
     white, _ = encode(vae, torch.ones(1, 3, 64, 64))
     shift = white[0, :, 8, 8].to(device)
     scale = (mean.to(device) - shift[None, :, None, None]).pow(2).mean((0, 2, 3)).sqrt()
@@ -167,7 +168,7 @@ def normalise_latents(vae: AutoencoderKL, rgba: torch.Tensor, device: torch.devi
 
 @torch.no_grad()
 def psnr_db(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio of each reconstruction in dB, (N,), for RGB in [-1, 1]."""
+    """Peak signal-to-noise ratio of each reconstruction in dB (N,), for RGB in [-1, 1]."""
     mean, _ = encode(vae, pixels)
     device = next(vae.parameters()).device
     output = torch.cat([vae.decode(batch.to(device)).sample.float().cpu() for batch in mean.split(32)])
