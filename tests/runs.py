@@ -1,4 +1,4 @@
-"""Runs for tests: trained on the sample set, cut and resumed, compared."""
+"""Runs for tests: train on the sample set, interrupt, resume and compare."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Run:
 
 
 def ran(folder: Path, dry_run: bool = False, readers: Sequence[Reader] = (), **tables: Any) -> Run:
-    """Train on the clay style with few, cheap steps unless `tables` say otherwise."""
+    """Train on the clay-style samples, with few, cheap steps by default. `tables` override the options."""
     flags: dict[str, dict] = {
         "data": {"images": str(SAMPLES)},
         "optimization": {"steps": 3},
@@ -48,7 +48,7 @@ def ran(folder: Path, dry_run: bool = False, readers: Sequence[Reader] = (), **t
 
 
 def go_on(run: Path, force: bool = False, stop_at: int = 0, **tables: Any) -> Run:
-    """Go on with a run; `stop_at` asks it to stop after that step."""
+    """Resume a run. `stop_at` requests a stop after that step."""
     events: list[Event] = []
 
     def read(event: Event) -> None:
@@ -56,12 +56,12 @@ def go_on(run: Path, force: bool = False, stop_at: int = 0, **tables: Any) -> Ru
         if event["kind"] == "step" and event["step"] == stop_at:
             request(run, "stop")
 
-    train(files.resolve(run / "options.toml", flags=tables), [read], go_on=run, force=force)
+    train(files.resolve(run / "options.toml", flags=tables), [read], resume=run, force=force)
     return Run(run, events)
 
 
 def begun(folder: Path, stop_at: int, **tables: Any) -> Path:
-    """A run that was asked to stop after `stop_at` steps."""
+    """Start a run and stop it after `stop_at` steps. Returns its folder."""
     run = folder / "runs/clay"
 
     def read(event: Event) -> None:

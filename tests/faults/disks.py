@@ -1,7 +1,7 @@
-"""Disks that fill up or become read-only.
+"""Disks that become full or read-only.
 
-Mounted ones where that is allowed. Else as an ordinary user comes by them: no file can grow, or no folder be written
-into, which root may unless it gives that right away for a while.
+They are mounted if permitted. Otherwise they are simulated without mounting: a resource limit keeps files from growing,
+and folder permissions prevent writes. Root ignores permissions, so it temporarily drops this capability.
 """
 
 import ctypes
@@ -15,12 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 
 MOUNTED, ORDINARY = "mounted", "ordinary"
-GROWN_BYTES = 1024  # larger no file gets where the disk is full
-CAP_DAC_OVERRIDE = 1 << 1  # capabilities(7): write whatever the permissions say
+MAX_FILE_BYTES = 1024  # file size limit on a simulated full disk
+CAP_DAC_OVERRIDE = 1 << 1  # capabilities(7): write regardless of permissions
 
 
 class Disk:
-    """A folder `place`, mounted with 8 MB if that is wanted and allowed; it can fill up, become read-only, and mend."""
+    """A folder that can become full or read-only, and be restored: an 8 MB mount if requested and permitted."""
 
     def __init__(self, place: Path, kind: str):
         place.mkdir()
@@ -30,7 +30,7 @@ class Disk:
         self.handler = signal.getsignal(signal.SIGXFSZ)
 
     def fill(self) -> None:
-        """From here on there is no room, neither in old files nor in new ones."""
+        """Leave no space, neither for existing files nor for new ones."""
         if self.is_mounted:
             with suppress(OSError), self.filler.open("wb") as file:
                 while True:
@@ -38,10 +38,10 @@ class Disk:
                     file.flush()
         else:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (GROWN_BYTES, self.limit[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_FILE_BYTES, self.limit[1]))
 
     def make_read_only(self) -> None:
-        """From here on nothing can be written, made or renamed in it."""
+        """Prevent writing, creating and renaming files in the folder."""
         if self.is_mounted:
             assert _mount("-o", "remount,ro", str(self.place))
         else:
@@ -49,8 +49,8 @@ class Disk:
             for folder in self._folders():
                 folder.chmod(0o555)
 
-    def mend(self) -> None:
-        """Room again, and the right to write."""
+    def restore(self) -> None:
+        """Restore free space and write permission."""
         if self.is_mounted:
             assert _mount("-o", "remount,rw", str(self.place))
             self.filler.unlink(missing_ok=True)
@@ -62,8 +62,8 @@ class Disk:
             _write_anywhere(True)
 
     def remove(self) -> None:
-        """Mended and gone."""
-        self.mend()
+        """Restore and delete the folder."""
+        self.restore()
         if self.is_mounted:
             subprocess.run(["umount", "-l", str(self.place)], check=True)
         shutil.rmtree(self.place)
@@ -77,12 +77,12 @@ def _mount(*arguments: str) -> bool:
 
 
 def _write_anywhere(allowed: bool) -> None:
-    """Give root's right to write whatever the permissions say back to this thread, or take it away (capset(2))."""
+    """Grant or drop root's capability to write regardless of permissions, for this thread (capset(2))."""
     if os.geteuid() != 0 or sys.platform != "linux":
         return
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
-    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; the low halves first
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; low words first
     if libc.capget(header, sets):
         raise OSError(ctypes.get_errno(), "capget")
     sets[0] = sets[0] | CAP_DAC_OVERRIDE & sets[1] if allowed else sets[0] & ~CAP_DAC_OVERRIDE

@@ -1,8 +1,8 @@
-"""Kill a run again and again, at random instants and in the midst of writing, and compare its end with an unbroken one.
+"""Kill a run repeatedly, at random instants and during writes, and compare its result with an uninterrupted run.
 
-`python tests/faults/kills.py --kills 20` does it for every optimiser, with accumulation, moving average, dropout,
-shuffled tags and regularisation pictures, and prints a table. After each kill every adapter and picture that is there
-must be whole; at the end the adapter must be the unbroken run's, bit for bit.
+`python tests/faults/kills.py --kills 20` tests every optimizer, with gradient accumulation, EMA, dropout, shuffled tags
+and regularization images, and prints a table. After each kill, all existing adapters and images must be intact. At the
+end, the adapter must equal that of the uninterrupted run bit for bit.
 """
 
 import argparse
@@ -20,16 +20,16 @@ from typing import Any
 from PIL import Image
 
 SAMPLES = Path(__file__).parent.parent.parent / "datasets/samples"
-OPTIMISERS = ["adamw", "adamw8bit", "lion", "prodigy", "adafactor", "schedule_free"]
+OPTIMIZERS = ["adamw", "adamw8bit", "lion", "prodigy", "adafactor", "schedule_free"]
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["scumble.trainer.train"])
 HALF_WRITTEN = ("*.part", "*/*.part", "state/.staged-*/*", "state/.staged-*")
-PATIENCE_S = 600
+TIMEOUT_S = 600
 
 
 @dataclass(frozen=True)
-class Survived:
-    """Kills while nothing and while something was half written; names of tensors that differ in the end."""
+class KillTestResult:
+    """All kills, kills during a write, and the names of tensors that differ at the end."""
 
     kills: int
     while_writing: int
@@ -37,7 +37,7 @@ class Survived:
 
 
 def tables_of(optimizer: str, runs: Path, steps: int) -> dict[str, Any]:
-    """Options of a run with all that a state must hold."""
+    """Options of a run that uses everything that a state must contain."""
     return {
         "data": {
             "images": str(SAMPLES / "clay-cat"), "regularization_images": str(SAMPLES / "clay-style"),
@@ -58,7 +58,7 @@ def tables_of(optimizer: str, runs: Path, steps: int) -> dict[str, Any]:
 
 
 def attempt(tables: dict[str, Any]) -> None:
-    """One process's try: begin the run, or go on with it."""
+    """Start or resume the run (in a process of its own)."""
     import torch
 
     from scumble.configs import files
@@ -66,47 +66,47 @@ def attempt(tables: dict[str, Any]) -> None:
 
     torch.set_num_threads(1)
     output = tables["output"]
-    train(files.resolve(flags=tables), [], go_on=Path(output["output_dir"]) / output["output_name"])
+    train(files.resolve(flags=tables), [], resume=Path(output["output_dir"]) / output["output_name"])
 
 
-def started(tables: dict[str, Any]) -> BaseProcess:
+def start_process(tables: dict[str, Any]) -> BaseProcess:
     process = PROCESSES.Process(target=attempt, args=(tables,))
     process.start()
     return process
 
 
-def finished(tables: dict[str, Any]) -> float:
-    """Let the run go to its end; seconds that it took."""
-    before = time.monotonic()
-    process = started(tables)
-    process.join(PATIENCE_S)
-    assert process.exitcode == 0, f"the run ended with {process.exitcode}"
-    return time.monotonic() - before
+def run_to_end(tables: dict[str, Any]) -> float:
+    """Run until the end. Returns the duration in seconds."""
+    started_s = time.monotonic()
+    process = start_process(tables)
+    process.join(TIMEOUT_S)
+    assert process.exitcode == 0, f"the run exited with {process.exitcode}"
+    return time.monotonic() - started_s
 
 
-def kill_once(tables: dict[str, Any], run: Path, within_s: float, while_writing: bool, draw: random.Random) -> str:
-    """Start, and kill at a random instant or, `while_writing`, as soon as something is half written after it.
+def kill_once(tables: dict[str, Any], run: Path, within_s: float, while_writing: bool, rng: random.Random) -> str:
+    """Start the run and kill it at a random instant or, if `while_writing`, during the next write after it.
 
-    Returns "killed", "killed while writing", or "ended" where the run came to its end before the kill did.
+    Returns "killed", "killed while writing", or "ended" if the run finished before the kill.
     """
-    process = started(tables)
-    instant = time.monotonic() + draw.uniform(0, within_s)
+    process = start_process(tables)
+    instant = time.monotonic() + rng.uniform(0, within_s)
     while process.is_alive() and time.monotonic() < instant:
         time.sleep(0.001)
-    seen = False
-    while process.is_alive() and while_writing and not seen:
-        seen = any(next(run.glob(pattern), None) for pattern in HALF_WRITTEN)
+    is_writing = False
+    while process.is_alive() and while_writing and not is_writing:
+        is_writing = any(next(run.glob(pattern), None) for pattern in HALF_WRITTEN)
     process.kill()
     process.join()
-    assert process.exitcode in (0, -signal.SIGKILL), f"the run ended by itself with {process.exitcode}"
-    check_whole(run)
+    assert process.exitcode in (0, -signal.SIGKILL), f"the run exited with {process.exitcode} before it was killed"
+    check_files(run)
     if process.exitcode == 0:
         return "ended"
-    return "killed while writing" if seen else "killed"
+    return "killed while writing" if is_writing else "killed"
 
 
-def check_whole(run: Path) -> None:
-    """Every adapter and every picture that has its final name can be read."""
+def check_files(run: Path) -> None:
+    """Check that all adapters and images with their final name can be read."""
     from scumble.trainer.adapters.files import read_tensors
 
     for path in run.rglob("*.safetensors"):
@@ -116,47 +116,46 @@ def check_whole(run: Path) -> None:
         Image.open(path).load()
 
 
-def survive(optimizer: str, kills: int, folder: Path, steps: int = 8, seed: int = 0) -> Survived:
-    """Kill a run `kills` times, every other time while it writes, and compare its end with an unbroken run's.
+def run_kill_test(optimizer: str, kills: int, folder: Path, steps: int = 8, seed: int = 0) -> KillTestResult:
+    """Kill a run `kills` times, every other time during a write, and compare its result with an uninterrupted run.
 
-    A run that ends before its kill, as it can on a machine whose load falls, is thrown away and begun again, and that
-    kill is not counted.
+    If the run finishes before it is killed, for example because the machine is less busy, it is deleted and started
+    again. That kill does not count.
     """
     import torch
 
     from scumble.trainer.adapters.files import read_tensors
 
-    draw = random.Random(f"{optimizer}/{seed}")
-    whole, cut = tables_of(optimizer, folder / "whole", steps), tables_of(optimizer, folder / "cut", steps)
-    whole_s = finished(whole)
-    run, within_s = folder / "cut" / "it", 0.9 * whole_s
+    rng = random.Random(f"{optimizer}/{seed}")
+    expected, killed = (tables_of(optimizer, folder / name, steps) for name in ("expected", "killed"))
+    run, within_s = folder / "killed" / "it", 0.9 * run_to_end(expected)
     ends: list[str] = []
     while len(ends) < kills:
-        end = kill_once(cut, run, within_s, len(ends) % 2 == 1, draw)
+        end = kill_once(killed, run, within_s, len(ends) % 2 == 1, rng)
         if end == "ended":
             shutil.rmtree(run)
             within_s *= 0.8
         else:
             ends.append(end)
-    finished(cut)
-    ours, theirs = (read_tensors(folder / one / "it" / "it.safetensors")[0] for one in ("cut", "whole"))
+    run_to_end(killed)
+    ours, theirs = (read_tensors(folder / one / "it" / "it.safetensors")[0] for one in ("killed", "expected"))
     names = ours.keys() | theirs.keys()
     differing = [n for n in names if n not in ours or n not in theirs or not torch.equal(ours[n], theirs[n])]
-    return Survived(len(ends), ends.count("killed while writing"), differing)
+    return KillTestResult(len(ends), ends.count("killed while writing"), differing)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="of each run")
+    parser.add_argument("--kills", type=int, default=20, help="kills per optimizer")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--optimizer", choices=[*OPTIMISERS, "all"], default="all")
+    parser.add_argument("--optimizer", choices=[*OPTIMIZERS, "all"], default="all")
     chosen = parser.parse_args()
-    print("| optimiser | kills survived | of them while writing | tensors that differ from an unbroken run |")
+    print("| optimizer | kills | during a write | tensors that differ from an uninterrupted run |")
     print("|---|---|---|---|")
-    for optimizer in OPTIMISERS if chosen.optimizer == "all" else [chosen.optimizer]:
+    for optimizer in OPTIMIZERS if chosen.optimizer == "all" else [chosen.optimizer]:
         with TemporaryDirectory() as folder:
-            survived = survive(optimizer, chosen.kills, Path(folder), chosen.steps)
-        print(f"| {optimizer} | {survived.kills} | {survived.while_writing} | {len(survived.differing)} |", flush=True)
+            result = run_kill_test(optimizer, chosen.kills, Path(folder), chosen.steps)
+        print(f"| {optimizer} | {result.kills} | {result.while_writing} | {len(result.differing)} |", flush=True)
 
 
 if __name__ == "__main__":

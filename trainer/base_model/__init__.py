@@ -1,1 +1,1 @@
-"""Base models: detected, loaded, quantized, placed on a device."""
+"""Base models: detection, loading, quantization and placement on a device."""

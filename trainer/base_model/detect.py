@@ -1,6 +1,7 @@
-"""Bases: a diffusers folder, a hub id or one `.safetensors` file, recognised from its files before a weight is loaded.
+"""Detect a base (a diffusers folder, a Hub ID or one `.safetensors` file) from its files, without loading weights.
 
-What differs between the families is data (`FAMILIES`). Nothing here needs diffusers, so a check answers at once.
+`FAMILIES` holds everything that differs between the model families. This module does not import diffusers, so checks
+are fast.
 """
 
 import json
@@ -21,13 +22,13 @@ EMBEDDED = BASES / "sketch"
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of base: how wide its text is, which configs a single file takes, how its adapters' keys begin."""
+    """A model family: text encoding width, configs for single files, and the prefixes of adapter keys."""
 
     name: str
     label: str
     context_width: int
     configs: dict[str, str]  # prediction type -> folder of configs for a single file
-    text_prefixes: tuple[str, ...]  # of adapter keys, one a text encoder (FORMAT: SD1 is lora_te, not lora_te1)
+    text_prefixes: tuple[str, ...]  # of adapter keys, one per text encoder (FORMAT: SD1 is lora_te, not lora_te1)
 
 
 FAMILIES = {
@@ -49,10 +50,11 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class DetectedBase:
-    """A base as recognised from its files: `place` is a folder or a file.
+    """A base as detected from its files. `place` is a folder or a file.
 
-    `resolution_px` is the side of the square that it was made for, `step_px` the step of sides that suits it; sides
-    must be multiples of `whole_px`, which VAE and UNet halve. A latent stands for `latent_px` each way.
+    `resolution_px` is the side of the square images that it was trained on, and `step_px` the recommended step between
+    bucket sides. Sides must be multiples of `whole_px`, the total downsampling of VAE and UNet. One latent covers
+    `latent_px` x `latent_px` pixels.
     """
 
     name: str
@@ -68,24 +70,25 @@ class DetectedBase:
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """The name shown to users."""
         return "sketch" if self.name == "sketch" else self.family.label
 
     @property
     def configs(self) -> Path:
-        """The folder of its parts' configs; a single file takes those of its family."""
+        """The folder of component configs; a single file uses those of its family."""
         return BASES / self.family.configs[self.prediction] if self.is_file else Path(self.place)
 
     @property
     def tokenizers(self) -> list[Path]:
-        """Folders of the tokenizers, one a text encoder."""
+        """The tokenizer folders, one per text encoder."""
         return [self.configs / name for name in ("tokenizer", "tokenizer_2")[: len(self.family.text_prefixes)]]
 
 
 def detect_base(model: Model) -> DetectedBase:
-    """Kind of base, prediction type and schedule, from config files or tensor shapes; no weight is loaded.
+    """Detect family, prediction type and noise schedule from config files or tensor shapes.
 
-    Raises `Refused` for what is not there, is a pickle, or is not a Stable Diffusion.
+    Raises `Refused` if the base does not exist, is a pickle, or is not a Stable Diffusion model, and (69) if it cannot
+    be downloaded.
     """
     if model.base == "sketch":
         return _from_folder(model, EMBEDDED)
@@ -93,39 +96,39 @@ def detect_base(model: Model) -> DetectedBase:
     if path.is_dir():
         return _from_folder(model, path)
     if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
-        raise Refused(f"--base {model.base}: a pickle can run any program hidden in it; use that model's .safetensors")
+        raise Refused(f"--base {model.base}: a pickle can execute arbitrary code; use the model's .safetensors file")
     if path.is_file():
         return _from_file(model, path)
     if path.suffix == ".safetensors" or model.base.startswith((".", "/", "~")) or model.base.count("/") != 1:
         raise Refused(f"--base {model.base}: no such file or folder")
-    return _from_folder(model, _fetched(model.base))
+    return _from_folder(model, _hub_snapshot(model.base))
 
 
 def weights_in(folder: Path, variant: bool) -> Path | None:
-    """A part's weights in a diffusers folder: the plain ones, or those that are published in fp16 only."""
+    """The weights file of a component in a diffusers folder: the default one, or its fp16 variant if `variant`."""
     found = [path for path in sorted(folder.glob("*.safetensors")) if (".fp16" in path.name) == variant]
     return next((path for path in found if ".non_ema" not in path.name and ".ema_only" not in path.name), None)
 
 
 def _from_folder(model: Model, folder: Path) -> DetectedBase:
     if not (folder / "model_index.json").is_file():
-        raise Refused(f"--base {model.base}: no model_index.json in {folder.name}, so it is not a diffusers folder")
+        raise Refused(f"--base {model.base}: not a diffusers folder, because {folder.name} has no model_index.json")
     if weights_in(folder / "unet", variant=False) is None and weights_in(folder / "unet", variant=True) is None:
-        raise Refused(f"--base {model.base}: has no .safetensors in unet/; pickles (.bin) can run any program")
+        raise Refused(f"--base {model.base}: no .safetensors file in unet/; pickles (.bin) can execute arbitrary code")
     index, unet, scheduler = (
         json.loads((folder / name).read_text(encoding="utf-8"))
         for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
     )
     kind = index.get("_class_name", "")
     if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
-        raise Refused(f"--base {model.base}: is a {kind}; SD 1.x, SD 2.x and SDXL can be adapted")
+        raise Refused(f"--base {model.base}: a {kind} is not supported; use an SD 1.x, SD 2.x or SDXL model")
     if kind == "StableDiffusionXLPipeline":
         family = FAMILIES["sdxl"]
     else:
         family = FAMILIES["sd2" if unet["cross_attention_dim"] == 1024 else "sd1"]
     prediction = scheduler.get("prediction_type", "epsilon")
     zero_snr = bool(scheduler.get("rescale_betas_zero_snr"))
-    return _source(model, str(folder), False, family, prediction, zero_snr, folder)
+    return _detected(model, str(folder), False, family, prediction, zero_snr, folder)
 
 
 def _from_file(model: Model, path: Path) -> DetectedBase:
@@ -133,33 +136,33 @@ def _from_file(model: Model, path: Path) -> DetectedBase:
     context = next((shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), None)
     family = next((family for family in FAMILIES.values() if family.context_width == context), None)
     if family is None or not any(name.startswith("model.diffusion_model.") for name in shapes):
-        raise Refused(f"--base {path}: no UNet of SD 1.x, SD 2.x or SDXL in it; give a whole checkpoint")
+        raise Refused(f"--base {path}: contains no SD 1.x, SD 2.x or SDXL UNet; use a full checkpoint")
     v_prediction = "v_pred" in shapes or (family.name == "sd2" and _sd2_predicts_v(path))
     prediction = "v_prediction" if v_prediction else "epsilon"
-    return _source(model, str(path), True, family, prediction, "ztsnr" in shapes, None)
+    return _detected(model, str(path), True, family, prediction, "ztsnr" in shapes, None)
 
 
 def _sd2_predicts_v(path: Path) -> bool:
-    """SD 2 and SD 2 base have the same keys and shapes; this bias spreads above 0.09 where v is predicted."""
+    """SD 2 and SD 2 base have the same keys and shapes; in v-prediction models the std of this bias exceeds 0.09."""
     with safe_open(path, "pt") as file:
         bias = file.get_tensor("model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias")
     return float(bias.float().std(correction=0)) > 0.09
 
 
-def _source(
+def _detected(
     model: Model, place: str, is_file: bool, family: Family, prediction: str, zero_snr: bool, configs: Path | None
 ) -> DetectedBase:
-    """What the options say goes before what the files say; a single file takes its family's `configs`."""
+    """Options override the files. Without `configs` (a single file), sizes come from the configs of the family."""
     chosen = prediction if model.prediction_type == "auto" else model.prediction_type
     rescaled = zero_snr if model.zero_terminal_snr == "auto" else model.zero_terminal_snr
     if rescaled and chosen == "epsilon":
-        raise Refused("--zero-terminal-snr needs a base with v-prediction: at pure noise, epsilon says nothing")
+        raise Refused("--zero-terminal-snr: requires a v-prediction base; epsilon carries no information at zero SNR")
     sizes_px = _sizes_px(configs or BASES / family.configs[prediction])
     return DetectedBase(model.base, place, is_file, family, chosen, rescaled, *sizes_px)
 
 
 def _sizes_px(folder: Path) -> tuple[int, int, int, int]:
-    """The base's own resolution, the step of sides (not under a sixteenth of it), the least step, and a latent's."""
+    """`resolution_px`, `step_px` (about a sixteenth of it), `whole_px` and `latent_px` from the component configs."""
     unet, vae = (json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in ("unet", "vae"))
     latent_px = 2 ** (len(vae["block_out_channels"]) - 1)
     resolution_px = unet["sample_size"] * latent_px
@@ -167,8 +170,8 @@ def _sizes_px(folder: Path) -> tuple[int, int, int, int]:
     return resolution_px, whole_px * max(1, resolution_px // 16 // whole_px), whole_px, latent_px
 
 
-def _fetched(hub_id: str) -> Path:
-    """The folder of a hub model, from the local cache or the hub; HF_HUB_OFFLINE is honoured."""
+def _hub_snapshot(hub_id: str) -> Path:
+    """The folder of a Hub model, from the local cache or downloaded; respects HF_HUB_OFFLINE."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
@@ -181,7 +184,9 @@ def _fetched(hub_id: str) -> Path:
         return folder
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         raise Refused(
-            f"--base {hub_id}: no such folder here, not in the hub's local cache, and the hub cannot be reached", 69
+            f"--base {hub_id}: no such local folder, not in the Hub cache, and the Hub cannot be reached", 69
         ) from None
     except (HfHubHTTPError, HFValidationError) as error:
-        raise Refused(f"--base {hub_id}: no such folder here, and the hub refuses it ({error})", UNAVAILABLE) from None
+        raise Refused(
+            f"--base {hub_id}: no such local folder, and the Hub returned an error ({error})", UNAVAILABLE
+        ) from None

@@ -1,4 +1,4 @@
-"""Loading a base: a diffusers folder or one `.safetensors` file -> the modules of a Stable Diffusion."""
+"""Load a base from a diffusers folder or one `.safetensors` file."""
 
 import warnings
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from scumble.configs.options import Model
 
 from ..system.device import free_unused
 from .detect import BASES, DetectedBase, Family, weights_in
-from .one_block import place_together, take_apart
+from .one_block import place_separately, place_together
 from .quantize import check_bits, fewer_bits, quantize
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
@@ -33,7 +33,7 @@ PIPELINES: dict[str, type[Pipeline]] = {
 
 @dataclass
 class Base:
-    """A loaded base. `pipeline` is stock diffusers over the very same modules; previews use it."""
+    """A loaded base. `pipeline` is the stock diffusers pipeline over the same modules, used for previews."""
 
     source: DetectedBase
     pipeline: Pipeline
@@ -41,10 +41,10 @@ class Base:
     vae: AutoencoderKL
     text_encoders: list[CLIPTextModel | CLIPTextModelWithProjection]
     tokenizers: list[CLIPTokenizer]
-    alphas_cumprod: torch.Tensor  # (1000,), after the zero-terminal rescale where there is one
-    num_weights: int  # of UNet and text encoders
-    device: torch.device  # where it computes; what waits lies in `offload_device`, see parking
-    bits: int = 16  # of the UNet's transformer blocks; 16: those of its dtype
+    alphas_cumprod: torch.Tensor  # (1000,), after the zero-terminal-SNR rescale, if any
+    num_weights: int  # parameters of the UNet and the text encoders
+    device: torch.device  # where modules compute; offloaded ones are on `offload_device`, see offload.py
+    bits: int = 16  # per weight of the UNet's transformer blocks; 16: not quantized
 
     @property
     def family(self) -> Family:
@@ -52,9 +52,10 @@ class Base:
 
 
 def load(model: Model, source: DetectedBase, device: torch.device, dtype: torch.dtype) -> Base:
-    """Load every module of a recognised base onto `device`; all weights are frozen.
+    """Load all modules of a detected base onto `device`, with frozen weights.
 
-    The UNet and the text encoders are in `dtype`; the VAE too, but never in fp16, where SDXL's gives NaN.
+    All modules use `dtype`, except the VAE if `dtype` is fp16: it stays in fp32, because the SDXL VAE outputs NaN in
+    fp16.
     """
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -63,7 +64,7 @@ def load(model: Model, source: DetectedBase, device: torch.device, dtype: torch.
     if kind is StableDiffusionPipeline:
         settings |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch_dtype.*")  # newer diffusers say dtype, older know it not
+        warnings.filterwarnings("ignore", message=".*torch_dtype.*")  # renamed to dtype in newer diffusers
         if source.is_file:
             pipeline = kind.from_single_file(source.place, config=str(source.configs), **settings)
         else:
@@ -73,7 +74,7 @@ def load(model: Model, source: DetectedBase, device: torch.device, dtype: torch.
     if model.vae:
         pipeline.register_modules(vae=load_vae(model.vae, source.family, dtype))
     schedule: dict[str, object] = {"prediction_type": source.prediction}
-    if source.zero_terminal_snr:  # then the first step of sampling must be the last that was trained
+    if source.zero_terminal_snr:  # sampling must start at the last trained timestep
         schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, **schedule)
     assert isinstance(scheduler, DDIMScheduler)
@@ -86,7 +87,7 @@ def load(model: Model, source: DetectedBase, device: torch.device, dtype: torch.
     for module in (pipeline.unet, pipeline.vae, *encoders):
         module.requires_grad_(False).eval()
     num_weights = sum(weight.numel() for module in (pipeline.unet, *encoders) for weight in module.parameters())
-    pipeline.to(device, silence_dtype_warnings=True)  # in fp16 modules may wait on the CPU
+    pipeline.to(device, silence_dtype_warnings=True)  # fp16 modules may be offloaded to the CPU
     if dtype == torch.float16:
         pipeline.vae.float()
     return Base(
@@ -96,30 +97,31 @@ def load(model: Model, source: DetectedBase, device: torch.device, dtype: torch.
 
 
 def offload_device(device: torch.device) -> torch.device:
-    """Where modules lie while they do not compute: for CUDA in the machine's memory."""
+    """The device of idle modules: the CPU for CUDA, otherwise `device` itself."""
     return torch.device("cpu") if device.type == "cuda" else device
 
 
 def load_offloaded(model: Model, source: DetectedBase, device: torch.device, dtype: torch.dtype) -> Base:
-    """As `load`, but every module waits to be fetched, see parking; the UNet for `place_unet`."""
+    """Like `load`, but modules stay offloaded until `fetch` (see offload.py), the UNet until `place_unet`."""
     base = load(model, source, offload_device(device), dtype)
     base.device = device
     return base
 
 
 def place_unet(base: Base, model: Model, bits: int) -> UNet2DConditionModel:
-    """Bring a waiting UNet to where it computes; with 8 or 4 bits it never lies there in more.
+    """Move an offloaded UNet to its device. With 8 or 4 bits, the device never holds the unquantized weights.
 
-    4 bits are made of the weights in the file, so that they are the same whatever came before.
+    Quantization to 4 bits starts from the weights in the file, so that the result does not depend on earlier
+    quantization.
     """
     if bits < 16:
         check_bits(bits, base.device.type)
         is_dense, base.bits = base.bits == 16, bits
-        in_16 = base.unet if is_dense else load(model, base.source, torch.device("cpu"), base.unet.dtype).unet
+        dense = base.unet if is_dense else load(model, base.source, torch.device("cpu"), base.unet.dtype).unet
         if base.device.type == "cuda":
-            take_apart(base.unet, offload_device(base.device))  # else those that stay would keep the memory of all
-            free_unused()  # else the first of the new ones would
-        quantize(base.unet, bits, base.device, in_16)
+            place_separately(base.unet, offload_device(base.device))  # otherwise unquantized weights keep the block
+            free_unused()  # otherwise the first quantized weight takes the block
+        quantize(base.unet, bits, base.device, dense)
     if base.device.type != "cuda":
         return base.unet.to(base.device)
     place_together(base.unet, base.device)
@@ -127,7 +129,7 @@ def place_unet(base: Base, model: Model, bits: int) -> UNet2DConditionModel:
 
 
 def take_fewer_bits(base: Base, model: Model) -> int:
-    """Keep the UNet of a base in the next fewer bits, and say how many; 0, and nothing done, where none are."""
+    """Quantize the UNet to the next lower bit width and return it. Returns 0 and changes nothing if there is none."""
     bits = fewer_bits(base.bits, base.device.type)
     if bits:
         place_unet(base, model, bits)
@@ -135,7 +137,7 @@ def take_fewer_bits(base: Base, model: Model) -> int:
 
 
 def load_vae(vae: str, family: Family, dtype: torch.dtype) -> AutoencoderKL:
-    """A VAE from its own diffusers folder or single file. Raises `Refused` where there is none."""
+    """Load a VAE from its diffusers folder or single file. Raises `Refused` if there is none."""
     if Path(vae).is_file():
         found = AutoencoderKL.from_single_file(
             vae, torch_dtype=dtype, config=str(BASES / family.configs["epsilon"]), subfolder="vae"
@@ -143,5 +145,5 @@ def load_vae(vae: str, family: Family, dtype: torch.dtype) -> AutoencoderKL:
         assert isinstance(found, AutoencoderKL)
         return found
     if not (Path(vae) / "config.json").is_file():
-        raise Refused(f"--vae {vae}: no file, nor a folder with the config.json of a VAE there")
+        raise Refused(f"--vae {vae}: not a file or a diffusers VAE folder with a config.json")
     return AutoencoderKL.from_pretrained(vae, torch_dtype=dtype, local_files_only=True)

@@ -1,7 +1,7 @@
-"""Modules that a step does not need wait in the machine's memory, so that a CUDA device holds the UNet alone.
+"""Offload modules that a training step does not need to CPU memory, so that a CUDA device holds only the UNet.
 
-Of SDXL in 16 bits the UNet has 5.1 GB; text encoders and VAE have 1.8 more, and compute for moments only: before the
-first step, and for previews.
+With SDXL in 16 bits, the UNet takes 5.1 GB. Text encoders and VAE take another 1.8 GB, but run only before the first
+step and for previews.
 """
 
 from collections.abc import Generator
@@ -12,28 +12,28 @@ import torch
 from .load import Base, offload_device
 
 
-def waits(base: Base, module: torch.nn.Module) -> bool:
-    """Whether it lies elsewhere than where it computes."""
+def is_offloaded(base: Base, module: torch.nn.Module) -> bool:
+    """Whether a module is on another device than the one that it computes on."""
     return next(module.parameters()).device.type != base.device.type
 
 
-def send(module: torch.nn.Module, place: torch.device) -> None:
-    module.to(place)
+def move(module: torch.nn.Module, device: torch.device) -> None:
+    module.to(device)
 
 
 def fetch(base: Base, *modules: torch.nn.Module) -> None:
-    """Bring modules to where they compute, for good."""
+    """Move modules to the device that they compute on. They stay there."""
     for module in modules:
-        send(module, base.device)
+        move(module, base.device)
 
 
 @contextmanager
 def on_device(base: Base, *modules: torch.nn.Module) -> Generator[None]:
-    """Within the block the modules lie where they compute; those that waited wait again after it."""
-    fetched = [module for module in modules if waits(base, module)]
+    """Keep modules on their compute device within the block. Modules that were offloaded before are offloaded again."""
+    fetched = [module for module in modules if is_offloaded(base, module)]
     try:
         fetch(base, *fetched)
         yield
     finally:
         for module in fetched:
-            send(module, offload_device(base.device))
+            move(module, offload_device(base.device))

@@ -1,4 +1,4 @@
-"""1 x 1 convolutions around transformer blocks as Linear layers."""
+"""Replace the 1 x 1 convolutions around transformer blocks with Linear layers."""
 
 from typing import Any
 
@@ -8,8 +8,11 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 
 def project_tokens(unet: UNet2DConditionModel) -> int:
-    """Let frozen 1 x 1 convolutions before and after transformer blocks be the same as Linear layers, as SD 2 has them:
-    tokens need no turning, and products of this size are quicker than convolutions. How many became so."""
+    """Replace frozen 1 x 1 convolutions before and after transformer blocks with Linear layers. Returns their number.
+
+    This is the layout of SD 2. It avoids permuting the tokens, and matrix products of this size are faster than
+    convolutions.
+    """
     converted = 0
     for block in unet.modules():
         if isinstance(block, Transformer2DModel) and not block.use_linear_projection:
@@ -22,7 +25,7 @@ def project_tokens(unet: UNet2DConditionModel) -> int:
 
 
 class Projection(torch.nn.Linear):
-    """A 1 x 1 convolution, of tokens (…, in); not plainly a Linear layer, so that it is never quantised, as it was."""
+    """A 1 x 1 convolution of tokens (…, in) as a Linear layer. A class of its own, so that it is not quantized."""
 
     def __init__(self, convolution: Any):
         super().__init__(convolution.in_channels, convolution.out_channels, device="meta")
@@ -30,5 +33,5 @@ class Projection(torch.nn.Linear):
         self.bias = convolution.bias
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Of tokens in order: of turned ones torch computes each picture by itself, with a copy of the weight."""
+        """Makes tokens contiguous: with permuted ones, torch processes images one by one and copies the weight."""
         return super().forward(input.contiguous())

@@ -1,9 +1,9 @@
-"""A frozen UNet in fewer bits: the linear layers of its transformer blocks, under an adapter or before there is one.
+"""Quantize the Linear layers in the transformer blocks of a frozen UNet, with or without an adapter on top.
 
-8 bits: round(127 · W / largest of the row) and a scale for each row (vector-wise, Dettmers et al. 2022). 4 bits: NF4
-with quantised scales (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), packed and unpacked by bitsandbytes. Weights are
-made dense for each product, forward and backward, so activations keep the base's precision and none is kept for it;
-bitsandbytes' own 8-bit layer keeps each input, which undoes checkpointing, and rounds it.
+8 bits: round(127 · W / max |row|) with one scale per row (vector-wise, Dettmers et al. 2022). 4 bits: NF4 with
+quantized scales (QLoRA, Dettmers et al. 2023, arXiv 2305.14314), packed and unpacked by bitsandbytes. Weights are
+dequantized for each forward and backward product, so activations keep the precision of the base and none are saved.
+The 8-bit layer of bitsandbytes rounds its input and saves it, which defeats gradient checkpointing.
 """
 
 from importlib.util import find_spec
@@ -17,28 +17,28 @@ from scumble.configs.exit_codes import UNAVAILABLE
 
 from .projection import Projection
 
-BITS = {"auto": 16, "off": 16, "int8": 8, "nf4": 4}  # to begin with
+BITS = {"auto": 16, "off": 16, "int8": 8, "nf4": 4}  # at the start of a run
 
 
 def check_bits(bits: int, device: str) -> None:
-    """Raises `Refused` where 4 bits cannot be had: (69) without bitsandbytes, (2) on a device that it knows not."""
+    """Raises `Refused` if 4 bits are not available: (69) without bitsandbytes, (2) on a device without support."""
     if bits == 4 and device == "mps":
-        raise Refused("--base-quantization nf4: bitsandbytes does not compute on the mps device; int8 works there")
+        raise Refused("--base-quantization nf4: bitsandbytes does not support the mps device; use int8")
     if bits == 4 and find_spec("bitsandbytes") is None:
-        raise Refused('--base-quantization nf4 needs bitsandbytes: pip install "scumble[quantize]"', UNAVAILABLE)
+        raise Refused('--base-quantization nf4: requires bitsandbytes; pip install "scumble[quantize]"', UNAVAILABLE)
 
 
 def fewer_bits(bits: int, device: str) -> int:
-    """The next step down from 16 over 8 to 4; 0 where this machine has none."""
+    """The next lower bit width of 16, 8 and 4, or 0 if this machine supports none."""
     if bits == 16:
         return 8
     return 4 if bits == 8 and device != "mps" and find_spec("bitsandbytes") else 0
 
 
 def quantize(unet: UNet2DConditionModel, bits: int, device: torch.device, dense: UNet2DConditionModel) -> None:
-    """Give `unet` the transformer weights of `dense`, which may be itself, in 8 or 4 bits on `device`, one by one.
+    """Replace the Linear layers of `unet` one by one with those of `dense`, in 8 or 4 bits on `device`.
 
-    An adapter on `unet` stays as it is.
+    `dense` may be `unet` itself. An adapter on `unet` does not change.
     """
     weights = {path.removesuffix(".base_layer"): path for path in _linears(dense)}
     for path in _linears(unet):
@@ -49,12 +49,12 @@ def quantize(unet: UNet2DConditionModel, bits: int, device: torch.device, dense:
 
 
 class QuantizedLinear(torch.nn.Linear):
-    """A frozen Linear that keeps its weight in fewer bits and computes in the dtype of the one that it stands for."""
+    """A frozen Linear layer with a quantized weight that computes in the dtype of the layer it replaces."""
 
     packed: torch.Tensor
 
     def __init__(self, dense: torch.nn.Linear, bits: int, device: torch.device):
-        torch.nn.Module.__init__(self)  # a Linear to PEFT, but without its parameters
+        torch.nn.Module.__init__(self)  # PEFT sees a Linear, but the dense weight is not created
         self.in_features, self.out_features, self.dtype = dense.in_features, dense.out_features, dense.weight.dtype
         pack, self.unpack = PACKINGS[bits]
         packed, self.scales = pack(dense.weight.detach().to(device))
@@ -63,17 +63,17 @@ class QuantizedLinear(torch.nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:  # ty: ignore[incompatible-property-override]
-        """(out, in) in `dtype`, made anew."""
+        """(out, in) in `dtype`, dequantized on each access."""
         return self.unpack(self.packed, self.scales, self.dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return _Product.apply(input, self)
+        return _QuantizedProduct.apply(input, self)
 
 
 def _to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Bytes (out, in), and a scale (out, 1) in fp32 for each row."""
-    largest = weight.float().abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return (weight.float() * (127 / largest)).round().to(torch.int8), largest / 127
+    """int8 weights (out, in) and fp32 scales (out, 1), one per row."""
+    row_max = weight.float().abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return (weight.float() * (127 / row_max)).round().to(torch.int8), row_max / 127
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def _from_int8(packed: torch.Tensor, scales: Any, dtype: torch.dtype) -> torch.T
 
 
 def _to_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Two weights a byte, and bitsandbytes' scales, in 8 bits themselves."""
+    """Two weights per byte, and the quantization state of bitsandbytes, with 8-bit scales."""
     from bitsandbytes.functional import quantize_4bit
 
     return quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
@@ -97,8 +97,8 @@ def _from_nf4(packed: torch.Tensor, scales: Any, dtype: torch.dtype) -> torch.Te
 PACKINGS = {8: (_to_int8, _from_int8), 4: (_to_nf4, _from_nf4)}
 
 
-class _Product(torch.autograd.Function):
-    """x W^T + b that keeps neither x nor a dense W for the backward pass."""
+class _QuantizedProduct(torch.autograd.Function):
+    """x W^T + b that saves neither x nor a dense W for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, layer: QuantizedLinear) -> torch.Tensor:
@@ -111,7 +111,7 @@ class _Product(torch.autograd.Function):
 
 
 def _linears(unet: UNet2DConditionModel) -> list[str]:
-    """Paths of the frozen Linears in transformer blocks; those of an adapter are trained."""
+    """Paths of the frozen Linear layers in transformer blocks, without those of an adapter, which are trained."""
     return [
         path for path, module in unet.named_modules()
         if isinstance(module, torch.nn.Linear) and not isinstance(module, Projection)

@@ -1,4 +1,4 @@
-"""Prompts -> conditioning: tokens, text encodings, and SDXL's pooled text and size numbers."""
+"""Prompts -> conditioning: tokens, text encodings, and the pooled text and time ids of SDXL."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from .load import Base
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet hears: `hidden` (B, T, D); for SDXL also `pooled` (B, 1280)."""
+    """Text conditioning of the UNet: `hidden` (B, T, D) and, for SDXL, `pooled` (B, 1280)."""
 
     hidden: torch.Tensor
     pooled: torch.Tensor | None = None
@@ -24,25 +24,25 @@ class Conditioning:
 
 
 def token_ids(base: Base, prompts: Sequence[str]) -> list[torch.Tensor]:
-    """Ids (B, T) for each text encoder, padded and cut to the tokenizer's window as the pipelines do."""
+    """Token ids (B, T) for each text encoder, padded and truncated to the maximum length as the pipelines do."""
     ids: list[torch.Tensor] = []
     for tokenizer, encoder in zip(base.tokenizers, base.text_encoders, strict=True):
-        window: dict[str, Any] = {"padding": "max_length", "max_length": tokenizer.model_max_length}
-        found = tokenizer(list(prompts), truncation=True, return_tensors="pt", **window).input_ids
-        ids.append(to_device(found, encoder.device))
+        padding: dict[str, Any] = {"padding": "max_length", "max_length": tokenizer.model_max_length}
+        tokens = tokenizer(list(prompts), truncation=True, return_tensors="pt", **padding).input_ids
+        ids.append(to_device(tokens, encoder.device))
     return ids
 
 
 def encode_prompts(base: Base, prompts: Sequence[str]) -> Conditioning:
-    """Encode prompts as the family's pipeline does."""
+    """Encode prompts as the pipeline of the family does."""
     return encode_ids(base, token_ids(base, prompts))
 
 
 def encode_ids(base: Base, ids: Sequence[torch.Tensor]) -> Conditioning:
     """Encode the tokens of each text encoder (B, T).
 
-    SD 1 and 2: the last hidden state after the final norm. SDXL: the last but one of both encoders side by side, and
-    the second encoder's projection of the end-of-text token (Podell et al. 2023, section 2.1).
+    SD 1 and 2: the last hidden state after the final norm. SDXL: the penultimate hidden states of both encoders,
+    concatenated, and the second encoder's projection of the end-of-text token (Podell et al. 2023, section 2.1).
     """
     if len(ids) == 1:
         return Conditioning(base.text_encoders[0](ids[0]).last_hidden_state)
@@ -53,7 +53,7 @@ def encode_ids(base: Base, ids: Sequence[torch.Tensor]) -> Conditioning:
 def size_numbers(crops: Sequence[Crop]) -> torch.Tensor:
     """SDXL's time ids (B, 6): original height, width, crop top, left, target height, width (Podell et al. 2023, 2.2).
 
-    The original size is the picture's before any resizing; the crop corner counts in resized pixels.
+    The original size is that of the image before any resizing. The crop corner is in pixels of the resized image.
     """
     return torch.tensor(
         [

@@ -1,4 +1,4 @@
-"""A base with all its layers and none of its weights: what diffusers' loader needs to find a home for each key."""
+"""A base with all its layers but no weights: enough for diffusers' LoRA loader to map each key to a layer."""
 
 import json
 from typing import Any
@@ -13,10 +13,10 @@ from .load import PIPELINES, Pipeline
 
 
 def base_without_weights(source: DetectedBase) -> Pipeline:
-    """Stock diffusers' pipeline of a base's UNet and text encoders; no weight is read, next to no memory is taken.
+    """The stock diffusers pipeline of a base's UNet and text encoders, without reading weights.
 
-    Every weight has its shape and is 0 throughout, all its numbers lying in one. It is on the CPU, not on the meta
-    device, to which diffusers would move the factors that it loads.
+    Each weight is a single zero expanded to its shape, so the pipeline takes almost no memory. They are on the
+    CPU, because diffusers would move the loaded factors to the meta device along with them.
     """
     transformers_logging.disable_progress_bar()
     folder = source.configs

@@ -1,1 +1,1 @@
-"""What a run is on disk: its folder, state, events and plots."""
+"""Runs on disk: folder, state, events, plots, and the terminal view."""

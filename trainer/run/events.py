@@ -1,4 +1,4 @@
-"""The one stream of events of a run: the recipe emits, the file, the terminal and programs only read."""
+"""The event stream of a run: training emits events; the log file, the terminal and other programs read them."""
 
 import json
 import math
@@ -16,7 +16,7 @@ Reader = Callable[[Event], None]
 
 
 class Events:
-    """Gives every event its time and hands it to each reader. Numbers must be finite."""
+    """Adds a timestamp to each event and passes it to all readers. Numbers should be finite."""
 
     def __init__(self, readers: list[Reader]):
         self.readers = readers
@@ -28,13 +28,13 @@ class Events:
 
 
 def file_reader(path: Path) -> Reader:
-    """Appends each event to `events.jsonl`, one JSON object a line."""
+    """Return a reader that appends each event to `path`, one JSON object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def append(event: Event) -> None:
         try:
             with path.open("a", encoding="utf-8") as file:
-                file.write(as_line(event) + "\n")
+                file.write(to_json_line(event) + "\n")
         except OSError as error:
             raise cannot_write(path, error) from None
 
@@ -42,33 +42,33 @@ def file_reader(path: Path) -> Reader:
 
 
 def json_reader(event: Event) -> None:
-    """Prints each event for programs (`--json`)."""
-    print(as_line(event), flush=True)
+    """Print each event as JSON for other programs (`--json`)."""
+    print(to_json_line(event), flush=True)
 
 
 def while_it_lasts(reader: Reader) -> Reader:
-    """The reader until what it writes into is gone, a closed pipe or terminal; a run goes on without it."""
-    gone = False
+    """Wrap a reader so that it is dropped once its pipe or terminal is closed, and the run continues without it."""
+    is_closed = False
 
     def read(event: Event) -> None:
-        nonlocal gone
-        if not gone:
+        nonlocal is_closed
+        if not is_closed:
             try:
                 reader(event)
             except OSError:
-                gone = True
-                to_nowhere()
+                is_closed = True
+                silence_stdout()
 
     return read
 
 
-def to_nowhere() -> None:
-    """Let whatever else is printed vanish, so that nothing fails on its account."""
+def silence_stdout() -> None:
+    """Discard further output to stdout, so that printing does not fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def as_line(event: Event) -> str:
-    """One line of strict JSON; a number that is not finite is written as null, since JSON has none."""
+def to_json_line(event: Event) -> str:
+    """One line of strict JSON. Non-finite numbers become null, because JSON cannot represent them."""
     finite = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in event.items()
     }

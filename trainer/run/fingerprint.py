@@ -1,4 +1,4 @@
-"""Is it the same run? Fingerprints of the base and of each picture, and what differs when a run goes on."""
+"""Fingerprints of options, base and images, and the differences between a run and its continuation."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ FREE = {
     "model.vae",
     "data.images",
     "data.regularization_images",
-}  # where things lie; their content is compared
+}  # locations; their content is compared instead
 FREE_TABLES = {"previews", "output"}
 FIXED = {
     "model.prediction_type", "model.zero_terminal_snr", "optimization.optimizer", "output.seed",
@@ -30,9 +30,9 @@ FIXED_TABLES = {"network"}
 def identity_of(
     source: DetectedBase, options: Options, examples: Sequence[Example], crops: Sequence[Sequence[Crop]]
 ) -> dict[str, Any]:
-    """What a run is: its options, its base, and each of its pictures with caption and crop."""
+    """The identity of a run: its options, its base, and each image with caption and crop."""
     return {
-        "options": options.model_dump(mode="json", warnings=False),  # 16 where 16.0 is declared is no fault
+        "options": options.model_dump(mode="json", warnings=False),  # 16 is fine for a float field
         "base": fingerprint_of_base(Path(source.place)),
         "layout": LAYOUT,
         "pictures": fingerprints_of(examples, crops, Path(options.data.images)),
@@ -40,7 +40,7 @@ def identity_of(
 
 
 def fingerprint_of_base(place: Path) -> str:
-    """Of a file, or of all weights in a folder: sizes, and samples of at most 64 MiB spread over each file."""
+    """Hash a file, or all weights in a folder: sizes, and up to 64 MiB of samples spread over each file."""
     digest = hashlib.blake2b(digest_size=16)
     for path in [place] if place.is_file() else sorted(place.rglob("*.safetensors")):
         size = path.stat().st_size
@@ -56,45 +56,45 @@ def fingerprint_of_base(place: Path) -> str:
 
 
 def fingerprints_of(examples: Sequence[Example], crops: Sequence[Sequence[Crop]], folder: Path) -> dict[str, str]:
-    """Digest of each picture's and mask's bytes, caption, repeats and crops, by its path in `folder` or its name."""
+    """Digest of each image (bytes, mask, caption, repeats, crops) by its path in `folder`, or else its name."""
     found: dict[str, str] = {}
-    for example, seen in zip(examples, crops, strict=True):
+    for example, crops_of_image in zip(examples, crops, strict=True):
         content = [example.digest]
         if example.mask:
             content.append(digest_of_file(example.mask))
-        told = f"{content}/{example.caption}/{example.repeats}/{example.is_regularization}/{seen}"
-        told += f"/{example.rules}" if example.rules else ""
+        text = f"{content}/{example.caption}/{example.repeats}/{example.is_regularization}/{crops_of_image}"
+        text += f"/{example.rules}" if example.rules else ""
         inside = example.image.is_relative_to(folder)
         name = example.image.relative_to(folder).as_posix() if inside else example.image.name
-        found[name] = hashlib.blake2b(f"{found.get(name, '')}{told}".encode(), digest_size=16).hexdigest()
+        found[name] = hashlib.blake2b(f"{found.get(name, '')}{text}".encode(), digest_size=16).hexdigest()
     return found
 
 
 def refused_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What a run cannot change on its way: the adapter and its optimiser would be others."""
-    is_other = before.get("layout") != now["layout"]
-    lines = ["the layout of the optimiser's state: the run has that of another scumble"] if is_other else []
+    """Changes that a run cannot resume with, because its adapter or its optimizer state would no longer fit."""
+    is_other_layout = before.get("layout") != now["layout"]
+    lines = ["optimizer state: the run uses the layout of another scumble version"] if is_other_layout else []
     return lines + [
-        f"{flag_of(key)} {new}: the run has {old}"
+        f"{flag_of(key)} {new}: the run uses {old}"
         for key, old, new in _changed(before, now)
         if key in FIXED or key.partition(".")[0] in FIXED_TABLES
     ]
 
 
 def doubtful_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Another base or other pictures: the run can go on with them if that is meant."""
-    lines = [] if before["base"] == now["base"] else ["the base is another than the run began with"]
+    """A different base or different images. The run can resume with them if that is intended."""
+    lines = [] if before["base"] == now["base"] else ["the base was replaced"]
     old, new = before["pictures"], now["pictures"]
-    lines += [f"{name} is gone" for name in old if name not in new]
-    lines += [f"{name} is new" for name in new if name not in old]
+    lines += [f"{name} was removed" for name in old if name not in new]
+    lines += [f"{name} was added" for name in new if name not in old]
     lines += [
-        f"{name}: picture, caption, repeats or crop changed" for name in old if new.get(name, old[name]) != old[name]
+        f"{name}: image, caption, repeats or crop changed" for name in old if new.get(name, old[name]) != old[name]
     ]
     return lines
 
 
 def allowed_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Options that a run may change on its way; from here on it is another than it would have been."""
+    """Option changes that a run can resume with. Its result then differs from that of an unchanged run."""
     return [
         f"{flag_of(key)} {new} instead of {old}"
         for key, old, new in _changed(before, now)

@@ -1,4 +1,4 @@
-"""What is looked at after a run: the loss as a curve."""
+"""Plot the loss of a run."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,13 +7,13 @@ from PIL import Image, ImageDraw, ImageFont
 from scumble.datasets.fonts import lettered
 
 WIDTH, HEIGHT, LEFT, BELOW, ABOVE = 720, 360, 64, 40, 28
-INK, FAINT, CURVE, POINTS, HELD_OUT = (40, 40, 40), (226, 226, 226), (200, 70, 40), (236, 200, 186), (30, 100, 180)
+INK, FAINT, CURVE, POINTS, VALIDATION = (40, 40, 40), (226, 226, 226), (200, 70, 40), (236, 200, 186), (30, 100, 180)
 
 
 def loss_curve(losses: Sequence[float], title: str, validated: Mapping[int, float] | None = None) -> Image.Image:
-    """The loss of each step as faint points, its moving average over a twentieth of the run as a line.
+    """Plot the loss of each step as faint points, and its moving average over 5% of the run as a line.
 
-    `validated` has the loss on held-out pictures after some steps, which is a second line.
+    `validated` maps steps to validation losses, which are drawn as a second line.
     """
     measured = sorted((validated or {}).items())
     sheet = Image.new("RGB", (WIDTH, HEIGHT), "white")
@@ -44,12 +44,12 @@ def loss_curve(losses: Sequence[float], title: str, validated: Mapping[int, floa
         pen.ellipse([x - 1, y - 1, x + 1, y + 1], POINTS)
     pen.line([place(step, loss) for step, loss in enumerate(smooth)], CURVE, 2, joint="curve")
     after = [place(max(0, step - 1), loss) for step, loss in measured]
-    pen.line(after, HELD_OUT, 2)
+    pen.line(after, VALIDATION, 2)
     for x, y in after:
-        pen.ellipse([x - 3, y - 3, x + 3, y + 3], HELD_OUT)
+        pen.ellipse([x - 3, y - 3, x + 3, y + 3], VALIDATION)
     if measured:
-        pen.text((WIDTH - 16, 8), "held out", HELD_OUT, font, anchor="ra")
-        pen.text((WIDTH - 16 - font.getlength("held out  "), 8), "training", CURVE, font, anchor="ra")
+        pen.text((WIDTH - 16, 8), "validation", VALIDATION, font, anchor="ra")
+        pen.text((WIDTH - 16 - font.getlength("validation  "), 8), "training", CURVE, font, anchor="ra")
     shown, title_font = lettered(title, 13)
     pen.text((LEFT, 8), shown, INK, title_font)
     pen.text((WIDTH - 16, HEIGHT - 6), "step", INK, font, anchor="rb")

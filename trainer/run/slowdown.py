@@ -1,4 +1,4 @@
-"""Notices once when steps become much slower than the run's own median, and says the likely cause."""
+"""Detect steps that are much slower than the median of the run, and report the likely cause once."""
 
 import os
 import statistics
@@ -6,40 +6,41 @@ from collections import deque
 
 import torch
 
-SLOWER = 2.0
-RECENT, FEWEST, MOST = 5, 20, 200  # steps: those judged, and those that tell what is usual
+SLOWDOWN_FACTOR = 2.0
+NUM_RECENT, MIN_BASELINE, MAX_BASELINE = 5, 20, 200  # steps: compared, and in the baseline
 
 
 class SlowdownWatch:
-    """Fed with the seconds of each step; the run's first step warms up and does not count."""
+    """Compares the median duration of recent steps with the baseline, the median of earlier ones."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.usual: list[float] = []
-        self.recent: deque[float] = deque(maxlen=RECENT)
-        self.said = False
+        self.baseline: list[float] = []
+        self.recent: deque[float] = deque(maxlen=NUM_RECENT)
+        self.has_warned = False
 
     def add(self, seconds: float) -> str:
-        """What to say after this step: one line, once in a run, else nothing."""
+        """Add the duration of a step. Returns a one-line warning at most once per run, otherwise an empty string."""
         self.recent.append(seconds)
-        if not self.said and len(self.usual) >= FEWEST and len(self.recent) == RECENT:
-            usual, now = statistics.median(self.usual), statistics.median(self.recent)
-            if now > SLOWER * usual:
-                self.said = True
-                return f"steps take {now:.2f} s, {now / usual:.1f} times as long as before: {likely_cause(self.device)}"
-        if len(self.recent) == RECENT and len(self.usual) < MOST:
-            self.usual.append(self.recent[0])
+        if not self.has_warned and len(self.baseline) >= MIN_BASELINE and len(self.recent) == NUM_RECENT:
+            before, now = statistics.median(self.baseline), statistics.median(self.recent)
+            if now > SLOWDOWN_FACTOR * before:
+                self.has_warned = True
+                cause = likely_cause(self.device)
+                return f"steps now take {now:.2f} s, {now / before:.1f} times as long as before: {cause}"
+        if len(self.recent) == NUM_RECENT and len(self.baseline) < MAX_BASELINE:
+            self.baseline.append(self.recent[0])
         return ""
 
 
 def likely_cause(device: torch.device) -> str:
-    """By what the machine tells: device memory that spills, other programs, or heat."""
+    """The likely cause, according to memory use and system load: full memory, other programs, or heat."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         if free < 0.03 * total:
-            return "the card's memory is full and may spill into the machine's; close programs or lower --batch-size"
-        return "another program may use the card, or it is hot and slows down"
+            return "GPU memory is full and may spill into system memory; close other programs or lower --batch-size"
+        return "another program may be using the GPU, or it may be throttling due to heat"
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
     if load > 1.5 * cores:
-        return f"other programs use the processor (load {load:.1f} on {cores} cores)"
-    return "the machine may be hot and slow down, or sleep and wake"
+        return f"other programs are using the CPU (load {load:.1f} on {cores} cores)"
+    return "the machine may be throttling due to heat, or may have been suspended"

@@ -1,9 +1,10 @@
-"""The state of a run at a step: all that a later process needs to go on as if nothing had happened.
+"""The state of a run at a step: everything that a later process needs to resume it bit for bit.
 
 A folder `state/000123/` holds `adapter.safetensors` (the trained parameters in fp32, and their moving average),
-`optimizer.pt` (of the optimiser and the loss scaler) and `state.json` (numbers, the digests of the two files, and its
-own). It is staged under another name, synced and renamed, so it is there whole or not at all, and never pairs one
-step's adapter with another's optimiser. Random generators have no state: every draw is a function of (seed, step).
+`optimizer.pt` (the state of the optimizer and the loss scaler) and `state.json` (numbers, the digests of the two files,
+and its own digest). The folder is staged under another name, synced and renamed. It is therefore complete or absent,
+and never combines adapter and optimizer of different steps. No random state is saved, because all randomness is a
+function of (seed, step).
 """
 
 import hashlib
@@ -32,10 +33,10 @@ NUM_KEPT = 2
 
 @dataclass(frozen=True)
 class State:
-    """`step` steps are done. `rows` are the previews that stand in the grid: label, epoch, step.
+    """`step` is the number of completed steps. `rows` are the previews in the grid: label, epoch, step.
 
-    `checkpoints` are saved adapters with the loss by which they are ranked, `validation_losses` steps with the loss on held-out
-    pictures after them.
+    `checkpoints` are the names of saved adapters and the losses that rank them. `validation_losses` are steps and the
+    validation losses after them.
     """
 
     step: int = 0
@@ -55,7 +56,7 @@ class State:
 
 @dataclass(frozen=True)
 class LoadedState:
-    """A state as read: `tensors` by name, `optimizer` as its `state_dict` gave it."""
+    """A state read from disk: `tensors` by name, and `optimizer`, the state dict."""
 
     state: State
     tensors: dict[str, torch.Tensor]
@@ -69,9 +70,9 @@ def save_state(
     optimizer: Mapping[str, Any],
     check_owner: Callable[[], None],
 ) -> Path:
-    """Write a state into the run's folder; older ones but one go. `check_owner` is called before the rename.
+    """Write a state into the run folder, and delete all older ones but one. Calls `check_owner` before the rename.
 
-    Raises `Refused` (73) where the place cannot be written; the states that were there stay.
+    Raises `Refused` (73) if the state cannot be written. Existing states are then kept.
     """
     staged = run / FOLDER / f"{STAGED}-{os.getpid()}"
     final = run / FOLDER / f"{state.step:06}"
@@ -82,17 +83,17 @@ def save_state(
         with (staged / OPTIMIZER).open("wb") as file:
             torch.save(dict(optimizer), file)
         digests = {name: _digest(staged / name) for name in (ADAPTER, OPTIMIZER)}
-        told = json.dumps({"format": FORMAT} | asdict(state) | {"digests": digests})
-        (staged / NUMBERS).write_text(f"{told}\n{_digest_of(told)}\n", encoding="utf-8")
+        numbers = json.dumps({"format": FORMAT} | asdict(state) | {"digests": digests})
+        (staged / NUMBERS).write_text(f"{numbers}\n{_digest_of(numbers)}\n", encoding="utf-8")
         for path in (*staged.iterdir(), staged):
             _sync(path)
         check_owner()
-        if final.exists():  # from before a resume that came back here
+        if final.exists():  # written before the run resumed from an earlier state
             final.rename(staged.with_name(f"{STAGED}-old"))
         staged.rename(final)
         _sync(final.parent)
-    except (OSError, RuntimeError) as error:  # torch and safetensors raise RuntimeError where the disk is full
-        if isinstance(error, RuntimeError) and not _is_about_writing(error):
+    except (OSError, RuntimeError) as error:  # torch and safetensors raise RuntimeError if the disk is full
+        if isinstance(error, RuntimeError) and not _is_write_error(error):
             raise
         shutil.rmtree(staged, ignore_errors=True)
         reason = (error.strerror or error) if isinstance(error, OSError) else "the disk is full"
@@ -103,22 +104,22 @@ def save_state(
 
 
 def newest_state(run: Path, say: Callable[[str], None], before: float = inf) -> LoadedState | None:
-    """The newest whole state of a step below `before`; `say` is told of each that is not whole. None where is none."""
+    """Load the newest intact state of a step below `before`, or None. `say` receives a line for each damaged one."""
     for path in reversed([path for path in _states(run) if int(path.name) < before]):
         with suppress(OSError, ValueError, TypeError, KeyError):
             text, digest = (path / NUMBERS).read_text(encoding="utf-8").splitlines()
             if _digest_of(text) != digest:
                 raise ValueError(path)
-            told = json.loads(text)
-            digests = told.pop("digests")
-            if told.pop("format", None) != FORMAT:
+            numbers = json.loads(text)
+            digests = numbers.pop("digests")
+            if numbers.pop("format", None) != FORMAT:
                 raise ValueError(path)
             if all(_digest(path / name) == digests[name] for name in (ADAPTER, OPTIMIZER)):
                 for name in ("rows", "checkpoints", "validation_losses"):
-                    told[name] = [tuple(row) for row in told.get(name, ())]
+                    numbers[name] = [tuple(row) for row in numbers.get(name, ())]
                 optimizer = torch.load(path / OPTIMIZER, weights_only=True, map_location="cpu")
-                return LoadedState(State(**told), load_file(path / ADAPTER), optimizer)
-        say(f"{path} is damaged and left aside")
+                return LoadedState(State(**numbers), load_file(path / ADAPTER), optimizer)
+        say(f"{path} is damaged; skipping it")
     return None
 
 
@@ -136,13 +137,13 @@ def _digest_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _is_about_writing(error: RuntimeError) -> bool:
-    said = str(error).lower()
-    return any(word in said for word in ("no space", "os error", "i/o error", "write", "writing"))
+def _is_write_error(error: RuntimeError) -> bool:
+    message = str(error).lower()
+    return any(word in message for word in ("no space", "os error", "i/o error", "write", "writing"))
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():  # Windows syncs no folders
+    if os.name == "nt" and path.is_dir():  # Windows cannot sync folders
         return
     handle = os.open(path, os.O_RDONLY)
     try:

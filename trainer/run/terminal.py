@@ -1,4 +1,4 @@
-"""A run shown on the terminal: the plan, a progress bar, where the files are."""
+"""The terminal view of a run."""
 
 import sys
 from contextlib import suppress
@@ -8,18 +8,18 @@ from .events import Event
 
 
 class Terminal:
-    """Shows a run to a person: the plan, a progress bar, where the files are."""
+    """Prints the plan of a run, a progress bar, and the paths of its files."""
 
     def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        class Lasting(Console):
+        class PipeConsole(Console):
             def on_broken_pipe(self) -> None:
-                """What rich does, which would end the process."""
+                """Raises an error; rich would end the process."""
                 raise BrokenPipeError
 
-        self.console = Lasting(highlight=False, markup=False)  # a [name] in brackets is a name
+        self.console = PipeConsole(highlight=False, markup=False)  # [brackets] in names are not markup
         self.smoothed: float | None = None
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -37,7 +37,7 @@ class Terminal:
     def __enter__(self) -> "Terminal":
         return self
 
-    def __exit__(self, *trouble: object) -> None:
+    def __exit__(self, *error: object) -> None:
         with suppress(OSError):
             self.progress.stop()
 
@@ -60,7 +60,7 @@ class Terminal:
     def _encoded(self, event: Event) -> None:
         if self.encoding is None:
             self.progress.start()
-            self.encoding = self.progress.add_task("encoding pictures", total=event["total"], shown="")
+            self.encoding = self.progress.add_task("encoding images", total=event["total"], shown="")
         self.progress.update(self.encoding, completed=event["done"])
         if event["done"] == event["total"]:
             self.progress.remove_task(self.encoding)
@@ -87,7 +87,7 @@ class Terminal:
 
     def _preview(self, event: Event) -> None:
         if event["prompt_index"] == 0:
-            self.progress.console.print(f"  previews, {event['label']}: {event['grid']}")
+            self.progress.console.print(f"  previews ({event['label']}): {event['grid']}")
 
     def _done(self, event: Event) -> None:
         self.progress.stop()

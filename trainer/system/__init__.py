@@ -1,1 +1,1 @@
-"""The machine underneath: device, memory, signals, output paths."""
+"""The machine: device, memory, signals and output paths."""

@@ -1,4 +1,4 @@
-"""Libraries imported without what they look for needlessly: garbage, and packages that nobody here wants of them."""
+"""Import libraries faster, without garbage collection and without optional packages that they probe for."""
 
 import gc
 import sys
@@ -9,29 +9,31 @@ from typing import Any
 
 @contextmanager
 def quick_imports() -> Generator[None]:
-    """Within the block what imports make is not searched for garbage, of which there is little; nor is it later.
+    """Disable garbage collection within the block, and exempt the imported objects from later collections.
 
-    They do not find bitsandbytes, whose own import takes long.
+    bitsandbytes is hidden within the block, because it is slow to import.
     """
-    was_on = gc.isenabled()
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         with hidden("bitsandbytes"):
             yield
     finally:
         gc.freeze()
-        if was_on:
+        if was_enabled:
             gc.enable()
 
 
 @contextmanager
 def hidden(package: str) -> Generator[None]:
-    """Within the block nobody finds a package that is not imported yet. After it, it can be imported; libraries that
-    asked before may remember that there is none."""
+    """Hide a package that is not imported yet within the block.
+
+    It can be imported afterwards, but libraries that looked for it within the block may have cached its absence.
+    """
     modules: dict[str, Any] = sys.modules
-    was_there = package in modules
-    if not was_there:
-        modules[package] = None  # for the import system: there is none
+    was_imported = package in modules
+    if not was_imported:
+        modules[package] = None  # makes imports raise ModuleNotFoundError
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
-"""Sizes of files and of memory as people say them."""
+"""Human-readable sizes and durations."""
 
 
 def format_bytes(size: float) -> str:
-    """A number of bytes: 620 kB, 38.1 MB, 2.4 GB."""
+    """A number of bytes as 620 kB, 38.1 MB or 2.4 GB."""
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
         if round(size / unit, 1) >= 1:
             return f"{size / unit:.1f} {name}"
@@ -10,7 +10,7 @@ def format_bytes(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: 45 s, 3 min, 1 h 20 min."""
+    """A duration as 45 s, 3 min or 1 h 20 min."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,4 +1,4 @@
-"""Too little memory, noticed and met; and one step before the run, measured: how long it takes and what it needs."""
+"""Handle out-of-memory errors, and measure the time and memory of a training step before the run."""
 
 import time
 from collections.abc import Callable
@@ -12,56 +12,56 @@ from scumble.configs.exit_codes import UNAVAILABLE
 
 from .device import free_unused, is_out_of_memory, memory_mb, reset_peak_memory, synchronize
 
-PATIENCE_S, TRIALS = 10.0, 3  # so many that on a CPU the last of them runs what the others recorded
-T = TypeVar("Found")
+MAX_TRIALS_S, TRIALS = 10.0, 3  # on a CPU, the third trial is the first to replay what the others recorded
+T = TypeVar("T")
 
 
 class TooLarge(Refused):
-    """What was to be computed does not fit into memory, however it is cut."""
+    """A computation does not fit into memory, even when split into the smallest parts."""
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one forward and backward pass of the largest batch took."""
+    """Time and peak memory of one forward and backward pass of the largest batch."""
 
     seconds: float
     memory_mb: int
 
 
-def measure(trial: Callable[[], None], device: torch.device, need_less: Callable[[], bool], cure: str) -> StepCost:
-    """Run `trial`, a pass that leaves nothing behind, and time it; where it is quick, the quickest of some: the first
-    warms up, and another program may be in the way of one.
+def measure(trial: Callable[[], None], device: torch.device, need_less: Callable[[], bool], fix: str) -> StepCost:
+    """Time `trial`, a pass without side effects. Short trials are repeated and the fastest counts.
 
-    Where one does not fit into the device's memory, `need_less` takes the next way to need less, and all are tried
-    again. Raises `Refused` (69) with the `cure` where no way is left.
+    The first trial warms up, and other programs may slow down any of them. If a trial runs out of device memory,
+    `need_less` reduces memory use and all trials start again. Raises `Refused` (69) with the `fix` if `need_less`
+    returns False.
     """
     times: list[float] = []
-    while not times or (len(times) < TRIALS and sum(times) < PATIENCE_S):
+    while not times or (len(times) < TRIALS and sum(times) < MAX_TRIALS_S):
         if not times:
-            reset_peak_memory(device)  # once: a pass that was captured in the first takes no more memory in the others
+            reset_peak_memory(device)  # only once: later trials replay the captured pass, which allocates nothing
         seconds = unless_too_large(lambda: timed(trial, device))
         if seconds is not None:
             times.append(seconds)
         elif need_less():
             times.clear()
         else:
-            raise TooLarge(f"a step does not fit into the memory of the {device.type} device: {cure}", UNAVAILABLE)
+            raise TooLarge(f"a step does not fit into the memory of the {device.type} device: {fix}", UNAVAILABLE)
     return StepCost(min(times), memory_mb(device))
 
 
 def unless_too_large(compute: Callable[[], T]) -> T | None:
-    """What `compute` gives; None where it does not fit into memory, which is free again then."""
+    """Return the result of `compute`, or free its memory and return None if it does not fit."""
     try:
         return compute()
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-    free_unused()  # only here: inside `except` the traceback still holds every activation
+    free_unused()  # not inside `except`, where the traceback still holds every activation
     return None
 
 
 def timed(trial: Callable[[], None], device: torch.device) -> float:
-    """Seconds of a trial, all that it queued on the device included."""
+    """Duration of a trial in seconds, including the work that it queued on the device."""
     started = time.monotonic()
     trial()
     synchronize(device)

@@ -1,4 +1,4 @@
-"""Where a result may be written: asked before the work begins, which may take long."""
+"""Check output paths and free disk space before the work starts."""
 
 import errno
 import os
@@ -12,22 +12,23 @@ from .formatting import format_bytes
 
 
 def check_out(out: Path, suffix: str, force: bool, *sources: Path) -> None:
-    """Raises `Refused` for a place that would be refused after the work, and for one of the files that are read."""
+    """Raises `Refused` if `out` has the wrong suffix, exists without `force`, or fails `check_place`."""
     if out.suffix != suffix:
-        raise Refused(f"--out {out}: give a name that ends in {suffix}")
+        raise Refused(f"--out {out}: must end in {suffix}")
     check_place(out, *sources)
     if out.is_dir():
         raise Refused(f"--out {out}: is a folder; choose another name")
     if out.exists() and not force:
-        raise Refused(f"{out} exists: choose another --out, or --force to write over it")
+        raise Refused(f"--out {out}: file exists; choose another name, or use --force to overwrite it")
 
 
 def check_place(out: Path, *sources: Path) -> None:
-    """Raises `Refused` where `out` is or holds a source, and (73) where it cannot be written."""
+    """Raises `Refused` if `out` is or contains a source, and (73) if it cannot be written."""
     place = out.resolve()
     for source in sources:
         if source.resolve().is_relative_to(place):
-            raise Refused(f"--out {out}: {'is' if source.resolve() == place else 'holds'} what is read; choose another")
+            relation = "is" if source.resolve() == place else "contains"
+            raise Refused(f"--out {out}: {relation} an input of this command; choose another path")
     folder = next(parent for parent in place.parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         reason = os.strerror(errno.EACCES if folder.is_dir() else errno.ENOTDIR)
@@ -35,17 +36,17 @@ def check_place(out: Path, *sources: Path) -> None:
 
 
 def free_bytes(place: Path) -> int:
-    """Of the disk where a file or folder is or is to be."""
+    """Free bytes on the disk of a file or folder, which need not exist."""
     place = place.resolve()
     return shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
 
 
 def check_room(out: Path, needed: int) -> None:
-    """Raises `Refused` (73) where `needed` bytes are more than are free where `out` is to be."""
+    """Raises `Refused` (73) if the disk of `out` has fewer than `needed` bytes free."""
     free = free_bytes(out)
     if needed > free:
         raise Refused(
-            f"--out {out}: {format_bytes(needed)} are written and {format_bytes(free)} are free; make room, or choose another "
-            "disk",
-            73,
+            f"--out {out}: needs {format_bytes(needed)}, but only {format_bytes(free)} is free; free up space or use "
+            "another disk",
+            CANNOT_WRITE,
         )

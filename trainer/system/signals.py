@@ -1,4 +1,4 @@
-"""Signals that stop a run, and the exit codes that they ask for."""
+"""Signals that stop a run, and their exit codes."""
 
 import os
 import signal
@@ -10,30 +10,30 @@ from typing import Any, Self
 from scumble.configs.exit_codes import INTERRUPTED, RESUMABLE
 
 SIGNALS = {signal.SIGINT: ("Ctrl-C", INTERRUPTED), signal.SIGTERM: ("SIGTERM", RESUMABLE)}
-if hasattr(signal, "SIGHUP"):  # which Windows has not
-    SIGNALS[signal.SIGHUP] = ("the closed terminal", RESUMABLE)
+if hasattr(signal, "SIGHUP"):  # not available on Windows
+    SIGNALS[signal.SIGHUP] = ("SIGHUP (terminal closed)", RESUMABLE)
 
 
 class Interrupts:
-    """Ctrl-C, SIGTERM and SIGHUP while a run lasts: at once (`Interrupted`) until `is_deferred` is set, then noted; a second one is
-    at once again.
+    """Handles Ctrl-C, SIGTERM and SIGHUP within the block.
 
-    True once one came that was noted; `by` and `code` are its name and the exit code that it asks for.
+    A signal raises `Interrupted` immediately. While `is_deferred` is set, the first one is only recorded: the object
+    becomes true, and `by` and `code` hold the name of the signal and its exit code.
     """
 
     def __init__(self) -> None:
         self.is_deferred, self.by, self.code = False, "", 0
-        self.before: dict[signal.Signals, Any] = {}
+        self.old_handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
+        if threading.current_thread() is threading.main_thread():  # Python handles signals only there
             for number, (by, _) in SIGNALS.items():
-                if by != "the closed terminal" or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                    self.before[number] = signal.signal(number, self._note)
+                if not by.startswith("SIGHUP") or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+                    self.old_handlers[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *trouble: object) -> None:
-        for number, handler in self.before.items():
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.old_handlers.items():
             signal.signal(number, handler)
 
     def __bool__(self) -> bool:
@@ -44,12 +44,12 @@ class Interrupts:
         if not self.is_deferred or self.code:
             raise Interrupted(by, code)
         self.by, self.code = by, code
-        with suppress(OSError):  # the terminal may be gone, and print might be at work
-            os.write(2, b"scumble: stops after this step and saves; once more stops at once\n")
+        with suppress(OSError):  # the terminal may be closed, and print is not reentrant
+            os.write(2, b"scumble: will save and stop after this step; interrupt again to stop immediately\n")
 
 
 class Interrupted(BaseException):
-    """A signal that stops a run at once: `by` what, and the exit code that it asks for."""
+    """Stops a run immediately. `by` is the name of the signal, `code` the exit code."""
 
     def __init__(self, by: str, code: int):
         super().__init__(by)

@@ -1,6 +1,6 @@
-"""The folders of the public bases hold real tokenizers and describe models of the published sizes.
+"""The config folders of the public bases contain the original tokenizers and describe models of the published sizes.
 
-Sizes are counted on the meta device, which holds shapes and no numbers.
+Parameters are counted on the meta device, without allocating weights.
 """
 
 import hashlib
@@ -41,8 +41,8 @@ def layers(model: nn.Module) -> list[str]:
     return [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
 
 
-def empty(folder: Path) -> nn.Module:
-    """The model that a folder's config.json describes, on the meta device."""
+def model_without_weights(folder: Path) -> nn.Module:
+    """The model described by config.json in a folder, on the meta device."""
     with torch.device("meta"):
         if folder.name in ENCODERS:
             return ENCODERS[folder.name](CLIPTextConfig.from_pretrained(folder))
@@ -60,17 +60,17 @@ def tokenizer(request: pytest.FixtureRequest) -> tuple[str, CLIPTokenizer]:
     return request.param, CLIPTokenizer.from_pretrained(BASES / request.param, local_files_only=True)
 
 
-def test_every_tokenizer_gives_the_published_ids(tokenizer: tuple[str, CLIPTokenizer]):
+def test_every_tokenizer_returns_the_published_ids(tokenizer: tuple[str, CLIPTokenizer]):
     _, tokenize = tokenizer
     assert len(tokenize) == 49408
     assert tokenize("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, END]
     assert tokenize("A  Photo\nof a CAT").input_ids == tokenize("a photo of a cat").input_ids
-    # as OpenAI's own tokenizer has it: letters outside ASCII as bytes, digits one by one
+    # as in OpenAI's tokenizer: non-ASCII letters as bytes, digits one by one
     mixed = [3459, 21259, 39121, 19277, 361, 267, 585, 568, 275, 273]
     assert tokenize("Éà 日本, it's 42").input_ids[1:-1] == mixed
 
 
-def test_every_tokenizer_pads_to_77_with_the_token_its_encoder_learned(
+def test_every_tokenizer_pads_to_77_with_the_padding_token_of_its_encoder(
     tokenizer: tuple[str, CLIPTokenizer],
 ):
     name, tokenize = tokenizer
@@ -81,14 +81,14 @@ def test_every_tokenizer_pads_to_77_with_the_token_its_encoder_learned(
     assert tokenize("cat " * 100, padding="max_length", truncation=True).input_ids[-2:] == [2368, END]
 
 
-def test_an_exclamation_mark_in_a_prompt_becomes_padding_where_padding_is_an_exclamation_mark(
+def test_an_exclamation_mark_becomes_padding_if_the_padding_token_is_an_exclamation_mark(
     tokenizer: tuple[str, CLIPTokenizer],
 ):
-    name, tokenize = tokenizer  # the published tokenizers do the same; the word as CLIP learned it is 256
+    name, tokenize = tokenizer  # like the published tokenizers; the regular token is 256
     assert tokenize("wow!").input_ids == [49406, 2781, 256 if PADDING[name] == END else 0, END]
 
 
-def test_the_vocabulary_is_one_file_repeated():
+def test_all_tokenizers_have_the_same_vocabulary():
     for file in ("vocab.json", "merges.txt"):
         assert len({(BASES / name / file).read_bytes() for name in PADDING}) == 1
     vocabulary = read(BASES / "sd15/tokenizer/vocab.json")
@@ -118,20 +118,20 @@ def test_the_vocabulary_is_one_file_repeated():
         ("sdxl/vae", 83_653_863),
     ],
 )
-def test_every_part_has_the_published_number_of_parameters(part: str, size: int):
-    assert parameters(empty(BASES / part)) == size
+def test_every_component_has_the_published_number_of_parameters(part: str, size: int):
+    assert parameters(model_without_weights(BASES / part)) == size
 
 
 @pytest.mark.parametrize(
     ("base", "attention", "with_convolutions"),
     [("sd15", 192, 278), ("sd21", 192, 278), ("sd21-v", 192, 278), ("sdxl", 722, 788)],
 )
-def test_the_unets_have_the_layers_that_a_lora_reaches(base: str, attention: int, with_convolutions: int):
-    """Attention: each Linear or Conv2d inside an `attentions` block (to_q, to_k, to_v, to_out.0, both of ff,
-    proj_in, proj_out). With convolutions: each one inside the down, middle and up blocks, so also the conv1,
-    conv2, conv_shortcut and time_emb_proj of resnets and the conv of samplers, but not conv_in, conv_out,
-    time_embedding and add_embedding."""
-    names = layers(empty(BASES / base / "unet"))
+def test_the_unets_have_the_expected_number_of_lora_targets(base: str, attention: int, with_convolutions: int):
+    """Attention: each Linear or Conv2d inside an `attentions` block (to_q, to_k, to_v, to_out.0, both ff layers,
+    proj_in, proj_out). With convolutions: all layers of the down, middle and up blocks, including conv1, conv2,
+    conv_shortcut and time_emb_proj of resnets and conv of samplers, but not conv_in, conv_out, time_embedding and
+    add_embedding."""
+    names = layers(model_without_weights(BASES / base / "unet"))
     assert sum(".attentions." in name for name in names) == attention
     blocks = ("down_blocks.", "mid_block.", "up_blocks.")
     assert sum(name.startswith(blocks) for name in names) == with_convolutions
@@ -147,12 +147,12 @@ def test_the_unets_have_the_layers_that_a_lora_reaches(base: str, attention: int
         ("sdxl/text_encoder_2", 192),
     ],
 )
-def test_the_text_encoders_have_six_layers_a_block_that_a_lora_reaches(part: str, count: int):
-    names = [name for name in layers(empty(BASES / part)) if ".layers." in f".{name}"]
+def test_the_text_encoders_have_six_lora_targets_per_block(part: str, count: int):
+    names = [name for name in layers(model_without_weights(BASES / part)) if ".layers." in f".{name}"]
     assert len(names) == count == 6 * read(BASES / part / "config.json")["num_hidden_layers"]
 
 
-# --- the settings that sizes do not show
+# --- settings
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_the_text_encoders_have_six_layers_a_block_that_a_lora_reaches(part: str
         ("sdxl", "EulerDiscreteScheduler", "epsilon", 128, 0.13025),
     ],
 )
-def test_every_base_has_its_noise_schedule_resolution_and_latent_scale(
+def test_every_base_has_its_noise_schedule_resolution_and_scaling_factor(
     base: str, kind: str, prediction: str, latent_px: int, scaling: float
 ):
     schedule = read(BASES / base / "scheduler/scheduler_config.json")
@@ -179,7 +179,7 @@ def test_every_base_has_its_noise_schedule_resolution_and_latent_scale(
     assert read(BASES / base / "vae/config.json")["scaling_factor"] == scaling
 
 
-def test_the_sdxl_index_and_unet_are_the_published_files_byte_for_byte():
+def test_the_sdxl_index_and_unet_config_match_the_published_files_byte_for_byte():
     digests = {
         "model_index.json": "a40ca00944bb33ea9281580f50d009d1e23a434173c0e4e234bb90bd75178874",
         "unet/config.json": "30ebc70750223e59006f7f2b4e1e6c102570aa19a9c4ae3e1fbe7591332dbae6",
@@ -189,7 +189,7 @@ def test_the_sdxl_index_and_unet_are_the_published_files_byte_for_byte():
 
 
 @pytest.mark.parametrize("base", ["sd15", "sd21", "sd21-v", "sdxl"])
-def test_diffusers_reads_every_index_and_finds_a_file_for_each_part(base: str):
+def test_diffusers_reads_every_index_and_finds_a_config_for_each_component(base: str):
     index = DiffusionPipeline.load_config(str(BASES / base), local_files_only=True)
     assert isinstance(index, dict)
     listed = {name for name, part in index.items() if isinstance(part, list | tuple) and part[0]}

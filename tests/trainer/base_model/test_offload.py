@@ -1,6 +1,7 @@
-"""Modules wait while a step does not need them: a run in which none may compute while it waits, as on a CUDA device.
+"""Modules are offloaded while a step does not need them, as on a CUDA device.
 
-The CPU stands for both places here: what waits is marked, and refuses to compute as torch does across devices.
+The tests simulate two devices on the CPU: offloaded modules are marked and fail to compute, as torch does across
+devices.
 """
 
 from pathlib import Path
@@ -21,55 +22,55 @@ from scumble.trainer.base_model.offload import fetch, on_device
 from scumble.trainer.training import objective
 from scumble.trainer.training.objective import Batch, Objectives
 
-ELSEWHERE = torch.device("meta")  # no more than a name of another place
+OFFLOADED = torch.device("meta")  # only a marker
 
 
-class Places:
-    """Which modules wait, and what waited in each pass."""
+class Offloading:
+    """Which modules are offloaded now, and which were in each pass."""
 
     def __init__(self) -> None:
-        self.waiting: dict[torch.nn.Module, bool] = {}
+        self.is_offloaded: dict[torch.nn.Module, bool] = {}
         self.in_passes: list[dict[str, bool]] = []
 
-    def send(self, module: torch.nn.Module, place: torch.device) -> None:
-        if module not in self.waiting:
+    def move(self, module: torch.nn.Module, device: torch.device) -> None:
+        if module not in self.is_offloaded:
             for inner in module.modules():
                 inner.register_forward_pre_hook(lambda *_: self.check(module))
-        self.waiting[module] = place == ELSEWHERE
+        self.is_offloaded[module] = device == OFFLOADED
 
     def check(self, module: torch.nn.Module) -> None:
-        if self.waiting[module]:
+        if self.is_offloaded[module]:
             raise RuntimeError("Expected all tensors to be on the same device")
 
 
 @pytest.fixture
-def places(monkeypatch: pytest.MonkeyPatch) -> Places:
-    places = Places()
+def offloading(monkeypatch: pytest.MonkeyPatch) -> Offloading:
+    offloading = Offloading()
 
     def loaded(model: Model, source: DetectedBase, device: torch.device, dtype: torch.dtype) -> Base:
         base = load_offloaded(model, source, device, dtype)
         for module in (base.unet, base.vae, *base.text_encoders):
-            places.send(module, ELSEWHERE)
+            offloading.move(module, OFFLOADED)
         return base
 
     def placed(base: Base, model: Model, bits: int) -> torch.nn.Module:
-        places.send(base.unet, base.device)
+        offloading.move(base.unet, base.device)
         return place_unet(base, model, bits)
 
     def watched(self: Objectives, batch: Batch) -> torch.Tensor:
         modules = {"unet": self.base.unet, "vae": self.base.vae, "text": self.base.text_encoders[0]}
-        places.in_passes.append({name: places.waiting[module] for name, module in modules.items()})
+        offloading.in_passes.append({name: offloading.is_offloaded[module] for name, module in modules.items()})
         return losses(self, batch)
 
     losses = Objectives.losses_of
-    monkeypatch.setattr(offload, "send", places.send)
-    monkeypatch.setattr(offload, "waits", lambda base, module: places.waiting[module])
+    monkeypatch.setattr(offload, "move", offloading.move)
+    monkeypatch.setattr(offload, "is_offloaded", lambda base, module: offloading.is_offloaded[module])
     for module in (offload, recipe):
-        monkeypatch.setattr(module, "resting_place", lambda device: ELSEWHERE)
+        monkeypatch.setattr(module, "offload_device", lambda device: OFFLOADED)
     monkeypatch.setattr(recipe, "load_offloaded", loaded)
     monkeypatch.setattr(recipe, "place_unet", placed)
     monkeypatch.setattr(Objectives, "losses_of", watched)
-    return places
+    return offloading
 
 
 def options(folder: Path, kind: str, **tables: Any) -> dict[str, Any]:
@@ -84,40 +85,40 @@ def options(folder: Path, kind: str, **tables: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_only_the_unet_is_there_in_a_step_and_the_adapter_is_the_same(
+def test_steps_run_with_only_the_unet_on_the_device_and_train_the_same_adapter(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ):
     tables = options(tmp_path, kind)
-    usual = ran(tmp_path / "usual", **tables)
-    places: Places = request.getfixturevalue("places")
-    run = ran(tmp_path / "parked", **tables)
-    assert run.losses == usual.losses
-    found, wanted = (read_tensors(one.folder / "clay.safetensors")[0] for one in (run, usual))
-    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
-    found, wanted = ((one.folder / "previews/step000003-01.png").read_bytes() for one in (run, usual))
-    assert found == wanted
-    assert len(places.in_passes) > 3
-    assert all(seen == {"unet": False, "vae": True, "text": True} for seen in places.in_passes)
+    plain = ran(tmp_path / "plain", **tables)
+    offloading: Offloading = request.getfixturevalue("offloading")
+    run = ran(tmp_path / "offloaded", **tables)
+    assert run.losses == plain.losses
+    ours, expected = (read_tensors(one.folder / "clay.safetensors")[0] for one in (run, plain))
+    assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in expected)
+    ours, expected = ((one.folder / "previews/step000003-01.png").read_bytes() for one in (run, plain))
+    assert ours == expected
+    assert len(offloading.in_passes) > 3
+    assert all(offloaded == {"unet": False, "vae": True, "text": True} for offloaded in offloading.in_passes)
 
 
-def test_a_text_encoder_that_learns_stays(tmp_path: Path, places: Places):
+def test_a_trained_text_encoder_stays_on_the_device(tmp_path: Path, offloading: Offloading):
     ran(tmp_path, **options(tmp_path, "sd1", network={"text_encoder_rank": 4}))
-    assert all(seen == {"unet": False, "vae": True, "text": False} for seen in places.in_passes)
+    assert all(offloaded == {"unet": False, "vae": True, "text": False} for offloaded in offloading.in_passes)
 
 
-def test_text_encoders_stay_where_there_are_more_captions_than_are_kept(
-    tmp_path: Path, places: Places, monkeypatch: pytest.MonkeyPatch
+def test_text_encoders_stay_on_the_device_if_the_captions_exceed_the_encoding_cache(
+    tmp_path: Path, offloading: Offloading, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(objective, "MAX_ENCODINGS", 2)
     ran(tmp_path, **options(tmp_path, "sd1"))
-    assert all(seen == {"unet": False, "vae": True, "text": False} for seen in places.in_passes)
+    assert all(offloaded == {"unet": False, "vae": True, "text": False} for offloaded in offloading.in_passes)
 
 
-def test_what_was_at_hand_before_stays_and_what_waited_waits_again_even_after_an_error(tmp_path: Path, places: Places):
+def test_on_device_restores_the_placement_of_modules_even_after_an_error(tmp_path: Path, offloading: Offloading):
     tiny = Model(base=str(tiny_base("sd1", tmp_path / "base")))
     base = recipe.load_offloaded(tiny, detect_base(tiny), torch.device("cpu"), torch.float32)
     fetch(base, base.vae)
     with pytest.raises(ZeroDivisionError), on_device(base, base.vae, base.text_encoders[0]):
-        assert not places.waiting[base.vae] and not places.waiting[base.text_encoders[0]]
+        assert not offloading.is_offloaded[base.vae] and not offloading.is_offloaded[base.text_encoders[0]]
         raise ZeroDivisionError
-    assert not places.waiting[base.vae] and places.waiting[base.text_encoders[0]]
+    assert not offloading.is_offloaded[base.vae] and offloading.is_offloaded[base.text_encoders[0]]

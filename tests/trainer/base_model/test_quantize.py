@@ -1,4 +1,4 @@
-"""A frozen base in 8 or 4 bits: as bitsandbytes and PEFT compute it, under every adapter, and only where it must be."""
+"""A frozen base in 8 or 4 bits matches bitsandbytes and PEFT, supports all adapters, and is used only when needed."""
 
 import json
 import weakref
@@ -52,7 +52,7 @@ def weights_of(base: Base) -> dict[str, torch.Tensor]:
     return {path.removesuffix(".base_layer"): module.weight for path, module in frozen.items()}
 
 
-def test_8_bits_are_those_of_bitsandbytes():
+def test_8_bit_weights_match_bitsandbytes():
     layer = linear(torch.float16)
     theirs, largest, _ = int8_vectorwise_quant(layer.weight)
     ours = QuantizedLinear(layer, 8, CPU)
@@ -61,54 +61,58 @@ def test_8_bits_are_those_of_bitsandbytes():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_4_bits_under_an_adapter_compute_as_pefts_layer_of_bitsandbytes(dtype: torch.dtype):
+def test_an_adapter_on_4_bits_computes_the_same_as_peft_with_bitsandbytes(dtype: torch.dtype):
     dense = linear(dtype)
-    theirs_below = Linear4bit(64, 96, compute_dtype=dtype, quant_type="nf4")
-    theirs_below.weight.data = dense.weight.clone()
-    theirs_below.bias = dense.bias
+    their_base = Linear4bit(64, 96, compute_dtype=dtype, quant_type="nf4")
+    their_base.weight.data = dense.weight.clone()
+    their_base.bias = dense.bias
     config: dict[str, Any] = {"r": 4, "lora_alpha": 8, "config": LoraConfig(r=4, lora_alpha=8)}
-    layers = PeftLora(QuantizedLinear(dense, 4, CPU), "a", **config), PeftLora4bit(theirs_below.to(CPU), "a", **config)
+    layers = PeftLora(QuantizedLinear(dense, 4, CPU), "a", **config), PeftLora4bit(their_base.to(CPU), "a", **config)
     inputs, numbers = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1)).to(dtype), []
     for layer in layers:
         torch.manual_seed(2)
         for factor in (*layer.lora_A.parameters(), *layer.lora_B.parameters()):
             torch.nn.init.normal_(factor, std=0.1)
-        given = inputs.clone().requires_grad_()
-        output = layer(given)
+        layer_input = inputs.clone().requires_grad_()
+        output = layer(layer_input)
         output.float().pow(2).sum().backward()
-        numbers.append([output, given.grad, layer.lora_A["a"].weight.grad, layer.lora_B["a"].weight.grad])
+        numbers.append([output, layer_input.grad, layer.lora_A["a"].weight.grad, layer.lora_B["a"].weight.grad])
     for ours, theirs in zip(*numbers, strict=True):
         assert (ours - theirs).norm() < {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype] * theirs.norm()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_neither_input_nor_dense_weight_is_kept_for_the_backward_pass(bits: int):
-    layer, kept = QuantizedLinear(linear(), bits, CPU), []
-    given = torch.randn(3, 64, requires_grad=True) * 2
-    alive = weakref.ref(given)
-    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda one: one):
-        output = layer(given)
-    del given
-    assert output.requires_grad and kept == [] and alive() is None
+def test_neither_input_nor_dense_weight_is_saved_for_the_backward_pass(bits: int):
+    layer, saved = QuantizedLinear(linear(), bits, CPU), []
+    layer_input = torch.randn(3, 64, requires_grad=True) * 2
+    alive = weakref.ref(layer_input)
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda one: one):
+        output = layer(layer_input)
+    del layer_input
+    assert output.requires_grad and saved == [] and alive() is None
 
 
 @pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (4, 0.15)])
-def test_a_quantised_base_predicts_nearly_what_the_base_does(bits: int, error: float):
+def test_a_quantized_base_predicts_nearly_the_same_as_the_dense_base(bits: int, error: float):
     with torch.no_grad():
         torch.manual_seed(0)
         noisy, timesteps, hidden = torch.randn(2, 4, 16, 16), torch.tensor([100, 800]), torch.randn(2, 77, 192)
-        dense, few = (base.unet(noisy, timesteps, hidden).sample for base in (loaded(SKETCH, 16), loaded(SKETCH, bits)))
-    assert 0 < (few - dense).norm() / dense.norm() < error
+        dense, quantized = (
+            base.unet(noisy, timesteps, hidden).sample for base in (loaded(SKETCH, 16), loaded(SKETCH, bits))
+        )
+    assert 0 < (quantized - dense).norm() / dense.norm() < error
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("network", ["lora", "dora", "loha", "lokr"])
-def test_every_adapter_learns_on_it_as_on_a_dense_base_of_its_weights(network: Any, bits: int, tiny: Model):
-    few, dense = loaded(tiny, bits), loaded(tiny, 16)
-    for path, weight in weights_of(few).items():
+def test_every_adapter_gets_the_same_gradients_as_on_a_dense_base_with_the_dequantized_weights(
+    network: Any, bits: int, tiny: Model
+):
+    quantized, dense = loaded(tiny, bits), loaded(tiny, 16)
+    for path, weight in weights_of(quantized).items():
         dense.unet.get_submodule(path).weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
     gradients = []
-    for base in (few, dense):
+    for base in (quantized, dense):
         trained = attach(base, Network(algorithm=network), PARTS, seed=0)
         loss_of(base).backward()
         gradients.append([p.grad for module in trained for p in module.tensors.values() if p.grad is not None])
@@ -117,7 +121,7 @@ def test_every_adapter_learns_on_it_as_on_a_dense_base_of_its_weights(network: A
         torch.testing.assert_close(one, two)
 
 
-def test_weights_come_out_the_same_whether_bits_were_asked_for_or_taken_step_by_step(tiny: Model):
+def test_weights_are_the_same_whether_quantized_directly_or_step_by_step(tiny: Model):
     base = loaded(tiny, 16, torch.bfloat16)
     attach(base, Network(), PARTS, seed=0)
     for bits in (8, 4):
@@ -129,27 +133,27 @@ def test_weights_come_out_the_same_whether_bits_were_asked_for_or_taken_step_by_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_a_run_on_a_quantised_base_previews_exports_and_goes_on_bit_for_bit(kind: str, tmp_path: Path):
+def test_a_run_on_a_quantized_base_renders_previews_exports_and_resumes_bit_for_bit(kind: str, tmp_path: Path):
     tables: dict[str, Any] = {
         "machine": {"base_quantization": kind}, "optimization": {"steps": 4},
         "output": {"preview_every": 2, "save_every": 2},
     }  # fmt: skip
-    whole = ran(tmp_path / "whole", **tables)
-    cut = begun(tmp_path / "cut", 2, **tables)
-    go_on(cut)
-    assert_same(adapter_of(cut), adapter_of(whole.folder))
+    uninterrupted = ran(tmp_path / "uninterrupted", **tables)
+    interrupted = begun(tmp_path / "interrupted", 2, **tables)
+    go_on(interrupted)
+    assert_same(adapter_of(interrupted), adapter_of(uninterrupted.folder))
     dense = ran(tmp_path / "dense", optimization={"steps": 4}, output={"preview_every": 0})
-    assert whole.losses != dense.losses and whole.losses == pytest.approx(dense.losses, rel=0.1)
-    assert len(list((cut / "previews").glob("step*.png"))) == 6
-    (measured,) = whole.of("measured")
-    assert measured["bits"] == {"int8": 8, "nf4": 4}[kind] and f"a base of {measured['bits']} bits" in measured["text"]
-    state = newest_state(cut, pytest.fail)
+    assert uninterrupted.losses != dense.losses and uninterrupted.losses == pytest.approx(dense.losses, rel=0.1)
+    assert len(list((interrupted / "previews").glob("step*.png"))) == 6
+    (measured,) = uninterrupted.of("measured")
+    assert measured["bits"] == {"int8": 8, "nf4": 4}[kind] and f"base in {measured['bits']} bits" in measured["text"]
+    state = newest_state(interrupted, pytest.fail)
     assert state and state.state.bits == measured["bits"]
 
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int, int]]:
-    """A device on which only passes that recompute, of one picture, on a base of 4 bits fit; what was tried on it."""
+    """A device that fits only one image with gradient checkpointing on a 4-bit base, and the attempts made on it."""
     tried: list[tuple[bool, int, int]] = []
     losses = Objectives.losses_of
 
@@ -163,36 +167,36 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int, int]]:
     return tried
 
 
-def test_auto_takes_what_costs_least_speed_first_and_a_resumed_run_what_was_taken(
+def test_auto_saves_memory_in_order_of_cost_and_a_resumed_run_keeps_the_settings(
     tmp_path: Path, memory: list[tuple[bool, int, int]]
 ):
     tables: dict[str, Any] = {"optimization": {"steps": 3}, "output": {"preview_every": 0}}
     run = begun(tmp_path, 1, **tables)
-    begins = list(dict.fromkeys(memory))
-    assert begins == [(False, 4, 16), (True, 4, 16), (True, 2, 16), (True, 1, 16), (True, 1, 8), (True, 1, 4)]
+    attempts = list(dict.fromkeys(memory))
+    assert attempts == [(False, 4, 16), (True, 4, 16), (True, 2, 16), (True, 1, 16), (True, 1, 8), (True, 1, 4)]
     memory.clear()
     resumed = go_on(run)
     assert set(memory) == {(True, 1, 4)}
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    said = [event["text"] for event in events if event["kind"] == "note" and "out of memory" in event["text"]]
-    assert [line.split("out of memory: ")[1].split(" from here")[0] for line in said] == [
-        "some activations are recomputed", "more activations are recomputed", "2 pictures at once",
-        "1 picture at once", "the base has 8 bits", "the base has 4 bits",
+    notes = [event["text"] for event in events if event["kind"] == "note" and "out of memory" in event["text"]]
+    assert [line.split("out of memory: ")[1].split(" from now")[0] for line in notes] == [
+        "gradient checkpointing for some blocks", "gradient checkpointing for more blocks", "2 images per pass",
+        "1 image per pass", "the base is kept in 8 bits", "the base is kept in 4 bits",
     ]  # fmt: skip
     text = resumed.of("measured")[0]["text"]
-    assert "activations recomputed, 1 picture at once, a base of 4 bits: 2 steps in about" in text
+    assert "gradient checkpointing, 1 image per pass, base in 4 bits: 2 steps in about" in text
 
 
-@pytest.mark.parametrize("quantize_", ["off", "int8"])
-def test_what_was_asked_for_stays_and_a_step_that_does_not_fit_is_refused(
-    quantize_: str, tmp_path: Path, memory: list[tuple[bool, int, int]]
+@pytest.mark.parametrize("quantization", ["off", "int8"])
+def test_an_explicit_bit_width_is_kept_and_a_step_that_does_not_fit_is_refused(
+    quantization: str, tmp_path: Path, memory: list[tuple[bool, int, int]]
 ):
-    with pytest.raises(Refused, match=r"the memory of the cpu device: 4 pictures of .* lower --batch-size"):
-        ran(tmp_path, machine={"base_quantization": quantize_})
-    assert {bits for _, _, bits in memory} == {{"off": 16, "int8": 8}[quantize_]}
+    with pytest.raises(Refused, match=r"the memory of the cpu device: 4 images of .* lower --batch-size"):
+        ran(tmp_path, machine={"base_quantization": quantization})
+    assert {bits for _, _, bits in memory} == {{"off": 16, "int8": 8}[quantization]}
 
 
-def test_a_base_that_does_not_fit_is_loaded_in_fewer_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_base_that_does_not_fit_is_quantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from scumble.trainer import train
 
     def small(base: Base, model: Model, bits: int) -> torch.nn.Module:
@@ -208,25 +212,25 @@ def test_a_base_that_does_not_fit_is_loaded_in_fewer_bits(tmp_path: Path, monkey
     assert error.value.exit_code == 69
 
 
-def test_nf4_without_bitsandbytes_is_refused_with_the_cure_and_auto_ends_at_8_bits(monkeypatch: pytest.MonkeyPatch):
+def test_nf4_without_bitsandbytes_is_refused_with_a_fix_and_auto_stops_at_8_bits(monkeypatch: pytest.MonkeyPatch):
     assert [fewer_bits(bits, "cuda") for bits in (16, 8, 4)] == [8, 4, 0]
     assert [fewer_bits(bits, "mps") for bits in (16, 8)] == [8, 0]
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     assert [fewer_bits(bits, "cuda") for bits in (16, 8)] == [8, 0]
     with pytest.raises(
-        Refused, match=r'--base-quantization nf4 needs bitsandbytes: pip install "scumble\[quantize\]"'
+        Refused, match=r'--base-quantization nf4: requires bitsandbytes; pip install "scumble\[quantize\]"'
     ) as error:
         check_bits(4, "cuda")
     assert error.value.exit_code == 69
 
 
-def test_other_bits_in_the_middle_of_a_run_are_named(tmp_path: Path):
+def test_a_resumed_run_reports_a_changed_bit_width(tmp_path: Path):
     run = begun(tmp_path, 1, optimization={"steps": 3}, output={"preview_every": 0})
     (plan,) = go_on(run, machine={"base_quantization": "int8"}).of("plan")
     assert "changed: --base-quantization int8 instead of auto" in plan["reasons"]
 
 
-def test_4_bits_are_packed_by_bitsandbytes():
+def test_4_bit_weights_match_bitsandbytes():
     layer = linear(torch.bfloat16)
     packed, state = quantize_4bit(layer.weight, quant_type="nf4", compress_statistics=True)
     ours = QuantizedLinear(layer, 4, CPU)

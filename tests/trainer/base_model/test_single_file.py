@@ -1,7 +1,7 @@
-"""One-file checkpoints, as people download them, load with the folders of `configs/bases` and no network.
+"""Single-file checkpoints load offline with the folders in `configs/bases`.
 
-The checkpoints are made here: random weights under the names of the original code (LDM, OpenCLIP), for models
-that keep every layer of the real ones and a twentieth of their width.
+The checkpoints are generated: random weights under the names of the original code (LDM, OpenCLIP), for models with all
+layers of the published ones at a twentieth of their width.
 """
 
 from pathlib import Path
@@ -11,11 +11,9 @@ import torch
 from safetensors.torch import save_file
 from single_files import PIPELINES, narrow, one_file, parameters_of, random_parts
 
-# Where each text encoder lies in the file, and whether under OpenCLIP's names (else under transformers').
-
 
 @pytest.mark.parametrize("base", PIPELINES)
-def test_a_one_file_checkpoint_loads_with_the_folder_of_its_base_and_nothing_else(base: str, tmp_path: Path):
+def test_a_single_file_checkpoint_loads_with_only_the_config_folder_of_its_base(base: str, tmp_path: Path):
     folder = narrow(base, tmp_path / base)
     parts = random_parts(base, folder)
     save_file(one_file(base, parts), tmp_path / "checkpoint.safetensors")

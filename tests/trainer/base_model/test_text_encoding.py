@@ -1,4 +1,4 @@
-"""Text encodings and SDXL's size numbers are those of diffusers' pipelines."""
+"""Text encodings and the time ids of SDXL match the diffusers pipelines."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ PROMPTS = ["a photo of a cat", "", "a " + "very " * 100 + "long prompt"]
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
-def test_encodings_are_those_of_the_pipeline(kind: str, tmp_path: Path):
+def test_encodings_match_the_pipeline(kind: str, tmp_path: Path):
     model = Model(base=str(tiny_base(kind, tmp_path / kind)))
     base = load(model, detect_base(model), torch.device("cpu"), torch.float32)
     with torch.no_grad():
@@ -35,7 +35,7 @@ def test_encodings_are_those_of_the_pipeline(kind: str, tmp_path: Path):
         assert ours.pooled is None
 
 
-def test_size_numbers_are_those_of_the_sdxl_pipeline(tmp_path: Path):
+def test_time_ids_match_the_sdxl_pipeline(tmp_path: Path):
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_base("sdxl", tmp_path))
     crop = center_crop(Size(1500, 1000), Size(1216, 832))
     assert (crop.resized, crop.left, crop.top) == (Size(1248, 832), 16, 0)
