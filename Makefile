@@ -1,17 +1,19 @@
 # make demo           install into .venv, then train the sample style on the embedded base and show it
-# make test           install into .venv, then lint, types and all tests
+# make test           install into .venv, then lint, types and all tests but the long ones
+# make test-long      the same with the long tests
 # make gpu            install into .venv, then run the tests and the benchmarks that need a CUDA device
 # make simulated-card install into .venv, then run the CUDA path on a simulated GPU (needs torch 2.11 for CUDA 13)
-# make sketch         go on training the embedded base (hours on a CPU, minutes on a GPU; needs npm)
+# make sketch         continue training the embedded base (hours on a CPU, minutes on a GPU; needs npm)
 
 PYTHON ?= python3
 TORCH ?= torch
 VENV ?= .venv
 BIN := $(VENV)/bin
+TWO := -n 2 --dist loadscope  # processes, each with one thread; the tests of a file stay together
 
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test gpu simulated-card sketch clean
+.PHONY: demo test test-long gpu simulated-card sketch clean
 
 demo: $(VENV)/.demo
 	$(BIN)/scumble train datasets/samples/clay-style --base sketch --preset sketch-demo --output-dir demo
@@ -20,7 +22,13 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check --python $(VENV)
-	$(BIN)/pytest
+	$(BIN)/pytest $(TWO)
+
+test-long: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/ty check --python $(VENV)
+	$(BIN)/pytest $(TWO) -m ""
 
 gpu: $(VENV)/.test
 	$(BIN)/pytest -m gpu

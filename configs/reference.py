@@ -20,7 +20,7 @@ def reference() -> str:
             section = Options.model_fields[table].annotation
             assert section is not None
             lines += [f"\n## [{table}]\n\n{section.__doc__}\n"]
-            lines += ["| key | flag | default | takes | what it is |", "|---|---|---|---|---|"]
+            lines += ["| key | flag | default | values | description |", "|---|---|---|---|---|"]
         lines.append(_row(entry))
     return "\n".join(lines) + "\n"
 
@@ -28,6 +28,6 @@ def reference() -> str:
 def _row(entry: Declared) -> str:
     default = "none" if entry.default in ("", ()) else str(entry.default)
     default = default.lower() if isinstance(entry.default, bool) else default
-    takes = entry.allowed.replace("|", "\\|") + (f" ({entry.unit})" if entry.unit else "")
+    values = entry.allowed.replace("|", "\\|") + (f" ({entry.unit})" if entry.unit else "")
     description = entry.help.replace("|", "\\|")
-    return f"| `{entry.key}` | `{entry.flag}` | {default} | {takes} | {description} |"
+    return f"| `{entry.key}` | `{entry.flag}` | {default} | {values} | {description} |"

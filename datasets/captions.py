@@ -38,6 +38,7 @@ def caption_at_step(lines: Sequence[str], rules: Captions, *, seed: int, step: i
     With probability `caption_dropout` it is empty, for classifier-free guidance (Ho and Salimans 2022). Otherwise, in
     this order: pick a line or join all of them, expand wildcards, add the trigger unless it is there, shuffle and drop
     tags after the first `keep_tags`, and add the prefix and suffix. A tag that contains the trigger is never dropped.
+    With `trigger_position` "end", the trigger is added after shuffling.
     """
     rng = random.Random(f"{seed}/{step}/{index}/caption")
     if rng.random() < rules.caption_dropout:
@@ -46,10 +47,12 @@ def caption_at_step(lines: Sequence[str], rules: Captions, *, seed: int, step: i
     if rules.wildcards:
         text = expand_wildcards(text, rng)
     around = f"{rules.caption_prefix} {rules.caption_suffix}".lower()
-    if rules.trigger and rules.trigger.lower() not in around:
-        text = with_trigger(text, rules.trigger, rules.trigger_position)
+    trigger = "" if rules.trigger.lower() in around else rules.trigger
+    if rules.trigger_position == "front":
+        text = with_trigger(text, trigger)
     if rules.shuffle_tags or rules.tag_dropout:
         text = ", ".join(_shuffled_and_dropped(tags_of(text), rules, rng))
+    text = with_trigger(text, trigger, rules.trigger_position)  # at the end it is not shuffled
     return framed(text, rules.caption_prefix, rules.caption_suffix)
 
 

@@ -1,4 +1,4 @@
-"""Single-file checkpoints with random weights, written as people download them."""
+"""Single-file checkpoints with random weights, in the layout in which they are distributed."""
 
 import json
 import re
@@ -32,7 +32,7 @@ TEXT_PREFIXES = {
 
 
 def renamed(weights: dict[str, Tensor], prefix: str, names: dict[str, str]) -> dict[str, Tensor]:
-    """The weights, with the parts of their names that `names` lists replaced in its order, after a prefix."""
+    """Replace parts of the weights' names according to `names`, in order, and add a prefix."""
     theirs = {}
     for name, weight in weights.items():
         for ours, other in names.items():
@@ -58,7 +58,7 @@ def ldm_unet(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     names |= {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
     resnet = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1"}
     resnet |= {"norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
-    # The transformers have a norm1 and norm2 of their own, so only the other names are replaced inside them.
+    # Transformer blocks also contain norm1 and norm2, so resnet names are replaced only outside attention.
     attention = {name: weight for name, weight in weights.items() if ".attentions." in name}
     others = {name: weight for name, weight in weights.items() if ".attentions." not in name}
     prefix = "model.diffusion_model."
@@ -66,14 +66,14 @@ def ldm_unet(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def ldm_vae(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = {f"up_blocks.{i}": f"up.{3 - i}" for i in range(4)}  # the decoder counts its blocks backwards
+    names = {f"up_blocks.{i}": f"up.{3 - i}" for i in range(4)}  # the decoder numbers its blocks in reverse
     names |= {f"down_blocks.{i}": f"down.{i}" for i in range(4)}
     names |= {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2"}
     names |= {"mid_block.attentions.0": "mid.attn_1", "resnets": "block", "downsamplers.0": "downsample"}
     names |= {"upsamplers.0": "upsample", "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut"}
     names |= {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
     theirs = renamed(weights, "first_stage_model.", names)
-    attention = re.compile(r"\.(q|k|v|proj_out)\.weight$")  # 1x1 convolutions there
+    attention = re.compile(r"\.(q|k|v|proj_out)\.weight$")  # 1x1 convolutions in LDM
     for name in filter(attention.search, theirs):
         theirs[name] = theirs[name][:, :, None, None]
     return theirs
@@ -81,7 +81,7 @@ def ldm_vae(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def open_clip(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     weights = dict(weights)
-    for query in [name for name in weights if ".q_proj." in name]:  # one matrix there
+    for query in [name for name in weights if ".q_proj." in name]:  # fused into one matrix in OpenCLIP
         parts = [weights.pop(query.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
         weights[query.replace("q_proj.", "in_proj_")] = torch.cat(parts)
     if "text_projection.weight" in weights:
@@ -93,28 +93,28 @@ def open_clip(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def narrow(base: str, folder: Path) -> Path:
-    """A copy of a base's folder whose models are small enough to fill: as deep, a twentieth as wide."""
+    """Copy a base's config folder with the same depth and a twentieth of the width, small enough for random weights."""
     shutil.copytree(BASES / base, folder)
 
     def change(part: str, **settings: object) -> None:
         path = folder / part / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
-    hidden = {"text_encoder": 32, "text_encoder_2": 64}  # told apart by width
+    hidden = {"text_encoder": 32, "text_encoder_2": 64}  # text encoders are identified by width
     hidden = {name: width for name, width in hidden.items() if (folder / name).is_dir()}
     for name, width in hidden.items():
         change(name, hidden_size=width, intermediate_size=96, num_attention_heads=2, projection_dim=width)
     widths = [16, 32, 64] if base == "sdxl" else [16, 32, 64, 64]
     change("unet", block_out_channels=widths, norm_num_groups=16, cross_attention_dim=sum(hidden.values()))
     change("unet", attention_head_dim=4)
-    if base == "sdxl":  # pooled text and six time ids
+    if base == "sdxl":  # pooled text embedding and six time ids
         change("unet", projection_class_embeddings_input_dim=hidden["text_encoder_2"] + 6 * 256)
     change("vae", block_out_channels=[16, 16, 32, 32], norm_num_groups=16)
     return folder
 
 
 def random_parts(base: str, folder: Path) -> dict[str, dict[str, Tensor]]:
-    """The weights of every part of a base, by part, under diffusers' and transformers' names."""
+    """Random weights of every part of a base, by part, under diffusers and transformers names."""
     torch.manual_seed(0)
     parts = {}
     for name, kind in {"unet": UNet2DConditionModel, "vae": AutoencoderKL}.items():
@@ -128,7 +128,7 @@ def random_parts(base: str, folder: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def parameters_of(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Weights by name, all without `text_model.`, which transformers since 5.6 leaves out of some."""
+    """Weights by name, without the prefix `text_model.`, which transformers >= 5.6 omits in some models."""
     return {name.removeprefix("text_model."): weight.detach() for name, weight in model.named_parameters()}
 
 

@@ -1,4 +1,4 @@
-"""Small modules and adapters that several tests use."""
+"""Small modules and adapters shared by several tests."""
 
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,6 @@ def loss_of(base: Base) -> torch.Tensor:
 
 
 def recorded(run: Replay) -> Replay:
-    """What a CUDA graph does, on any device: a warm-up, then the same work on the same tensors each time."""
+    """Stand-in for a CUDA graph on any device: one warm-up, then the same work on the same tensors each time."""
     run()
     return run

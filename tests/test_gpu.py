@@ -1,4 +1,4 @@
-"""All that needs a CUDA device, in one command: `pytest -m gpu`. Skipped, with the reason, where there is none."""
+"""All tests that need a CUDA device: `pytest -m gpu`. They are skipped if there is none."""
 
 import gc
 from pathlib import Path
@@ -24,7 +24,7 @@ from scumble.trainer.previews.prompts import PreviewPrompt
 from scumble.trainer.previews.sampling import SAMPLERS, render
 from scumble.trainer.training.flat_parameters import Flat
 from scumble.trainer.training.objective import Batch, Objectives
-from scumble.trainer.training.optimizer_step import Update
+from scumble.trainer.training.optimizer_step import OptimizerStep
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 
-def on_cuda(folder: Path, precision: str, checkpointing: bool | str = "auto") -> list[float]:
+def losses_on_cuda(folder: Path, precision: str, checkpointing: bool | str = "auto") -> list[float]:
     machine = {"device": "cuda", "mixed_precision": precision, "gradient_checkpointing": checkpointing}
     run = ran(folder, machine=machine, optimization={"steps": 20}, output={"preview_every": 10})
     tensors, _ = read_tensors(run.folder / "clay.safetensors")
@@ -42,74 +42,75 @@ def on_cuda(folder: Path, precision: str, checkpointing: bool | str = "auto") ->
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "auto"])
-def test_every_precision_trains_like_the_cpu_does(precision: str, tmp_path: Path):
+def test_every_precision_trains_like_the_cpu(precision: str, tmp_path: Path):
     cpu = ran(tmp_path / "cpu", optimization={"steps": 20}, output={"preview_every": 0}).losses
-    cuda = on_cuda(tmp_path / "cuda", precision)
+    cuda = losses_on_cuda(tmp_path / "cuda", precision)
     assert sum(cuda) == pytest.approx(sum(cpu), rel=0.01 if precision == "fp32" else 0.05)
 
 
-def test_recomputed_activations_change_nothing(tmp_path: Path):
-    plain = on_cuda(tmp_path / "a", "fp32", checkpointing=False)
-    again = on_cuda(tmp_path / "b", "fp32", checkpointing=True)
-    assert again == pytest.approx(plain, rel=1e-3)
+def test_gradient_checkpointing_does_not_change_the_losses(tmp_path: Path):
+    plain = losses_on_cuda(tmp_path / "a", "fp32", checkpointing=False)
+    checkpointed = losses_on_cuda(tmp_path / "b", "fp32", checkpointing=True)
+    assert checkpointed == pytest.approx(plain, rel=1e-3)
 
 
-def test_a_pass_that_does_not_fit_recomputes_or_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def little_is_left(*given: Any) -> None:
+def test_a_pass_that_does_not_fit_falls_back_or_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def with_little_memory(*args: Any) -> None:
         gc.collect()
         torch.cuda.empty_cache()
         _, total = torch.cuda.mem_get_info()
         torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 40 * 2**20) / total)
-        try_out(*given)
+        try_out(*args)
 
-    monkeypatch.setattr(recipe, "try_out", little_is_left)
+    monkeypatch.setattr(recipe, "try_out", with_little_memory)
     tables: Any = {"machine": {"device": "cuda"}, "data": {"resolution": 1024}}
     try:
         with pytest.raises(Refused, match=r"does not fit into the memory of the cuda device: .* lower --batch-size"):
             ran(tmp_path, optimization={"steps": 1, "batch_size": 16}, **tables)
-        told = (tmp_path / "runs/clay/events.jsonl").read_text()
-        assert "some activations are recomputed" in told and "1 picture at once" in told
+        events = (tmp_path / "runs/clay/events.jsonl").read_text()
+        assert "gradient checkpointing for some blocks" in events and "1 image per pass" in events
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_two_runs_on_one_device_have_the_same_losses(tmp_path: Path):
-    assert on_cuda(tmp_path / "a", "bf16") == pytest.approx(on_cuda(tmp_path / "b", "bf16"), rel=1e-3)
+    first, second = (losses_on_cuda(tmp_path / name, "bf16") for name in ("a", "b"))
+    assert first == pytest.approx(second, rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_captured_passes_have_the_losses_of_run_ones(
+def test_captured_passes_have_the_losses_of_eager_ones(
     precision: str, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     machine = {"device": "cuda", "mixed_precision": precision, "gradient_checkpointing": checkpointing}
     tables: Any = {"machine": machine, "optimization": {"steps": 20}, "output": {"preview_every": 10}}
     captured = ran(tmp_path / "captured", **tables)
     assert not [event for event in captured.of("note") if "CUDA graphs are off" in event["text"]]
-    monkeypatch.setattr(recipe, "capture_for", lambda *given: None)
-    run = ran(tmp_path / "run", **tables)
-    assert captured.losses == pytest.approx(run.losses, rel=1e-4 if precision == "fp32" else 1e-2)
+    monkeypatch.setattr(recipe, "capture_for", lambda *args: None)
+    eager = ran(tmp_path / "eager", **tables)
+    assert captured.losses == pytest.approx(eager.losses, rel=1e-4 if precision == "fp32" else 1e-2)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_card_that_is_a_step_ahead_trains_as_one_that_is_waited_for(
+def test_a_gpu_that_is_one_step_ahead_has_the_losses_of_one_that_is_waited_for(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    ahead: list[int] = []
-    take = Update.take
-    monkeypatch.setattr(Update, "take", lambda self, *given: ahead.append(self.ahead) or take(self, *given))
+    queued: list[int] = []
+    take = OptimizerStep.take
+    monkeypatch.setattr(OptimizerStep, "take", lambda self, *args: queued.append(self.max_queued) or take(self, *args))
     machine = {"device": "cuda", "mixed_precision": precision}
     tables: Any = {"machine": machine, "optimization": {"steps": 20, "ema_decay": 0.9}, "output": {"preview_every": 10}}
-    first = ran(tmp_path / "ahead", **tables)
-    assert ahead == [1] * 20
-    monkeypatch.setattr(Update, "ahead", property(lambda self: 0, lambda self, number: None), raising=False)
+    first = ran(tmp_path / "queued", **tables)
+    assert queued == [1] * 20
+    monkeypatch.setattr(OptimizerStep, "max_queued", property(lambda self: 0, lambda self, number: None), raising=False)
     waited = ran(tmp_path / "waited", **tables)
-    assert ahead[20:] == [0] * 20
+    assert queued[20:] == [0] * 20
     assert [event["step"] for event in first.of("step")] == list(range(1, 21))
     assert first.losses == pytest.approx(waited.losses, rel=1e-4 if precision == "fp32" else 1e-2)
 
 
-def test_a_step_that_the_card_finds_not_finite_is_left_out(tmp_path: Path):
+def test_a_step_that_is_not_finite_is_skipped_by_the_gpu(tmp_path: Path):
     wanted = {
         "steps": 60,
         "learning_rate": 100.0,
@@ -119,52 +120,52 @@ def test_a_step_that_the_card_finds_not_finite_is_left_out(tmp_path: Path):
         "max_grad_norm": 0.0,
     }
     output = {"preview_every": 0, "save_every": 1}
-    with pytest.raises(Refused, match=r"until step \d+ is in .*clay\.safetensors"):
+    with pytest.raises(Refused, match=r"as of step \d+ is .*clay\.safetensors"):
         ran(tmp_path, machine={"device": "cuda", "mixed_precision": "fp32"}, optimization=wanted, output=output)
     tensors, _ = read_tensors(tmp_path / "runs/clay/clay.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
-def test_nothing_waits_for_the_card_in_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_nothing_waits_for_the_gpu_in_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     taken: list[int] = []
-    take = Update.take
+    take = OptimizerStep.take
 
-    def watched(self: Update, *given: Any) -> None:
-        taken.append(given[0])
-        torch.cuda.set_sync_debug_mode("error" if given[0] >= 10 else "default")  # all shapes are captured by then
+    def take_without_sync(self: OptimizerStep, *args: Any) -> None:
+        taken.append(args[0])
+        torch.cuda.set_sync_debug_mode("error" if args[0] >= 10 else "default")  # all shapes are captured by then
         try:
-            take(self, *given)
+            take(self, *args)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(Update, "take", watched)
+    monkeypatch.setattr(OptimizerStep, "take", take_without_sync)
     ran(tmp_path, machine={"device": "cuda"}, optimization={"steps": 20}, output={"preview_every": 0, "save_every": 0})
     assert taken == list(range(20))
 
 
-def test_a_pass_that_cannot_be_captured_is_run_and_leaves_the_card_as_it_was(
+def test_a_pass_that_cannot_be_captured_runs_eagerly_and_leaves_the_gpu_state_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     losses_of = Objectives.losses_of
 
-    def waiting(self: Objectives, batch: Batch) -> torch.Tensor:
+    def losses_with_sync(self: Objectives, batch: Batch) -> torch.Tensor:
         losses = losses_of(self, batch)
         losses.sum().item()
         return losses
 
-    monkeypatch.setattr(Objectives, "losses_of", waiting)
+    monkeypatch.setattr(Objectives, "losses_of", losses_with_sync)
     before = torch.cuda.current_stream()
     run = ran(
         tmp_path, machine={"device": "cuda"}, network={"lora_dropout": 0.1}, optimization={"steps": 4},
         output={"preview_every": 2},
     )  # fmt: skip
-    assert "CUDA graphs are off, each kernel is launched by itself" in "".join(one["text"] for one in run.of("note"))
+    assert "CUDA graphs are off" in "".join(one["text"] for one in run.of("note"))
     assert len(run.losses) == 4 and torch.cuda.current_stream() == before
     gc.collect()
     torch.cuda.empty_cache()
     reserved = torch.cuda.memory_reserved()
     torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda")
-    torch.cuda.empty_cache()  # which does nothing while torch believes that a capture goes on
+    torch.cuda.empty_cache()  # does nothing if torch still assumes a capture is running
     assert torch.cuda.memory_reserved() == reserved
 
 
@@ -186,9 +187,9 @@ def test_a_second_shape_is_captured_in_the_memory_of_the_first():
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
-def test_gradients_of_factors_are_added_up_in_fp32(num_layers: int):
+def test_gradients_of_factors_are_accumulated_in_fp32(num_layers: int):
     if not _adds_to_fp32(torch.device("cuda"), torch.bfloat16):
-        pytest.skip("this torch, before 2.8, cannot")
+        pytest.skip("needs torch 2.8")
     left, right = (torch.randn(num_layers, 64, 64, device="cuda").bfloat16() for _ in range(2))
     if num_layers == 1:
         left, right = left[0], right[0]
@@ -196,17 +197,17 @@ def test_gradients_of_factors_are_added_up_in_fp32(num_layers: int):
     flat = Flat([parameters])
     flat.gradients[0].fill_(1)
     assert not any(one is not None for one in _given(parameters, left, right, 0.5))
-    wanted = 1 + 0.5 * (left.double() @ right.double())
-    torch.testing.assert_close(flat.gradients[0].double(), wanted.flatten(), rtol=1e-5, atol=1e-5)
+    expected = 1 + 0.5 * (left.double() @ right.double())
+    torch.testing.assert_close(flat.gradients[0].double(), expected.flatten(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_our_kernels_give_what_torchs_do(dtype: torch.dtype):
+def test_the_triton_kernels_match_those_of_torch(dtype: torch.dtype):
     pytest.importorskip("triton")
     assert fused_norms.why_not(torch.device("cuda:0"), dtype) == ""
 
 
-def test_fewer_bits_take_less_of_the_card():
+def test_fewer_bits_use_less_gpu_memory():
     layers = [torch.nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16) for _ in range(64)]
     unet: Any = torch.nn.ModuleDict({"block": torch.nn.ModuleDict({"attentions": torch.nn.ModuleList(layers)})})
     nothing: Any = None
@@ -214,16 +215,16 @@ def test_fewer_bits_take_less_of_the_card():
     base = Base(nothing, nothing, unet.requires_grad_(False), nothing, [], [], nothing, 0, device)
     gc.collect()
     torch.cuda.empty_cache()
-    before, taken = torch.cuda.memory_reserved(), []
+    before, used = torch.cuda.memory_reserved(), []
     for bits in (16, 8):
         place_unet(base, Model(), bits)
         torch.cuda.empty_cache()
-        taken.append(torch.cuda.memory_reserved() - before)
-    assert 128 * 2**20 <= taken[0] < 140 * 2**20 and taken[1] < 80 * 2**20
+        used.append(torch.cuda.memory_reserved() - before)
+    assert 128 * 2**20 <= used[0] < 140 * 2**20 and used[1] < 80 * 2**20
 
 
-def test_compiled_blocks_train_as_the_others_do(tmp_path: Path):
-    plain = on_cuda(tmp_path / "plain", "fp32")
+def test_compiled_blocks_have_the_losses_of_eager_ones(tmp_path: Path):
+    plain = losses_on_cuda(tmp_path / "plain", "fp32")
     compiled = ran(
         tmp_path / "compiled", machine={"device": "cuda", "mixed_precision": "fp32", "torch_compile": "on"},
         optimization={"steps": 20}, output={"preview_every": 10},
@@ -233,17 +234,17 @@ def test_compiled_blocks_train_as_the_others_do(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_captured_previews_are_those_of_run_passes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_captured_previews_match_eager_ones(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = Model(base=str(tiny_base(kind, tmp_path)))
     base = load(model, detect_base(model), torch.device("cuda"), torch.float32)
-    shots = [PreviewPrompt(word, "", 64, side, 3, 5, 4.0) for word, side in (("cat", 64), ("dog", 64), ("cat", 96))]
-    made: list[object] = []
+    prompts = [PreviewPrompt(word, "", 64, side, 3, 5, 4.0) for word, side in (("cat", 64), ("dog", 64), ("cat", 96))]
+    captures: list[object] = []
     capture = CudaGraphs.__call__
-    monkeypatch.setattr(CudaGraphs, "__call__", lambda self, run: made.append(run) or capture(self, run))
+    monkeypatch.setattr(CudaGraphs, "__call__", lambda self, run: captures.append(run) or capture(self, run))
     for sampler in SAMPLERS:
-        made.clear()
-        captured = render(base, shots, sampler, pytest.fail)
-        assert len(made) == 2
-        run = render(base, shots, sampler, capture=lambda run: run)
-        for one, other in zip(captured, run, strict=True):
+        captures.clear()
+        captured = render(base, prompts, sampler, pytest.fail)
+        assert len(captures) == 2
+        eager = render(base, prompts, sampler, capture=lambda run: run)
+        for one, other in zip(captured, eager, strict=True):
             assert np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() <= 2

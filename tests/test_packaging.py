@@ -1,4 +1,4 @@
-"""The house: what the wheel holds, that it works elsewhere, which way imports go, and the frozen command line."""
+"""The package: the contents of the wheel, that it works when installed, the import order, the frozen command line."""
 
 import ast
 import subprocess
@@ -17,7 +17,7 @@ from paths import CHECKOUT
 from scumble.trainer.cli import app
 
 FOLDERS = ["configs", "datasets", "captioning", "trainer"]
-ROOMS = {  # of each folder, lowest first: what may import what; "" is what is in the folder itself
+LAYERS = {  # subfolders, lowest first; a layer may import only lower ones; "" is the folder itself
     "datasets": [["reading"], [""], ["checkup"]],
     "trainer": [
         ["system"], ["base_model"], ["adapters"], ["kernels"], ["training"], ["run"], ["previews"], ["plan"],
@@ -26,7 +26,7 @@ ROOMS = {  # of each folder, lowest first: what may import what; "" is what is i
 }  # fmt: skip
 
 
-def files_of_rooms() -> list[Path]:
+def package_files() -> list[Path]:
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", *FOLDERS],
         cwd=CHECKOUT, capture_output=True, text=True, check=True,
@@ -42,19 +42,19 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(folder.glob("*.whl"))
 
 
-def test_the_wheel_holds_every_file_of_the_four_rooms_and_nothing_else(wheel: Path):
+def test_the_wheel_contains_every_file_of_the_four_folders_and_nothing_else(wheel: Path):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == {f"scumble/{path.as_posix()}" for path in files_of_rooms()}
+    assert names == {f"scumble/{path.as_posix()}" for path in package_files()}
     assert "scumble/configs/bases/sketch/unet/diffusion_pytorch_model.safetensors" in names
     assert "scumble/datasets/samples/clay-style/fox.txt" in names
 
 
-def test_the_wheel_carries_licence_and_notice(wheel: Path):
+def test_the_wheel_contains_license_and_notice(wheel: Path):
     names = zipfile.ZipFile(wheel).namelist()
     assert {Path(name).name for name in names if "/licenses/" in name} == {"LICENSE", "NOTICE"}
 
 
-def test_the_wheel_works_in_another_environment_away_from_the_checkout(wheel: Path, tmp_path: Path):
+def test_the_wheel_works_in_another_environment_outside_the_checkout(wheel: Path, tmp_path: Path):
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv/bin/python"
     site = next((tmp_path / "venv/lib").glob("python*/site-packages"))
@@ -75,7 +75,7 @@ def test_the_wheel_works_in_another_environment_away_from_the_checkout(wheel: Pa
     assert (tmp_path / "tiger.png").stat().st_size > 1000
 
 
-def test_import_datasets_is_never_ours(tmp_path: Path):
+def test_import_datasets_never_imports_the_folder_of_scumble(tmp_path: Path):
     assert not (CHECKOUT / "datasets/__init__.py").exists()
     (tmp_path / "datasets").mkdir()
     (tmp_path / "datasets/__init__.py").write_text("who = 'Hugging Face'\n")
@@ -85,7 +85,7 @@ def test_import_datasets_is_never_ours(tmp_path: Path):
 
 
 def imports(path: Path) -> set[str]:
-    """Our own modules that a file imports at its top or inside its functions, as `room.module`."""
+    """The modules of scumble that a file imports anywhere, as `folder.module`."""
     package = path.parent.as_posix().replace("/", ".").split(".")
     found = set()
     for node in ast.walk(ast.parse((CHECKOUT / path).read_text(encoding="utf-8"))):
@@ -93,11 +93,11 @@ def imports(path: Path) -> set[str]:
             module = (node.module or "").split(".") if node.module else []
             if node.level:
                 base = package[: len(package) - node.level + 1]
-                assert base, f"{path}: a relative import leaves its room"
+                assert base, f"{path}: a relative import leaves its folder"
                 target = base + module
             elif module[:1] == ["scumble"]:
                 target = module[1:]
-                assert target[:1] != package[:1], f"{path}: import your own room relatively"
+                assert target[:1] != package[:1], f"{path}: use relative imports within a folder"
             else:
                 continue
             stems = [".".join([*target, name.name]) for name in node.names]
@@ -113,32 +113,32 @@ def source(module: str) -> Path | None:
 
 
 def modules() -> dict[str, Path]:
-    paths = [path for path in files_of_rooms() if path.suffix == ".py"]
+    paths = [path for path in package_files() if path.suffix == ".py"]
     return {path.with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__"): path for path in paths}
 
 
-def test_imports_go_one_way_from_trainer_down_to_configs():
+def test_folders_import_only_lower_folders():
     for name, path in modules().items():
         for target in imports(path):
             upper, lower = FOLDERS.index(name.split(".")[0]), FOLDERS.index(target.split(".")[0])
             assert lower <= upper, f"{path} imports {target}"
 
 
-def floor(module: str) -> int:
-    """How high a module is in its folder; 0 where its folder has no order."""
+def layer_of(module: str) -> int:
+    """The index of a module's layer in its folder; 0 if the folder has no layers."""
     folder, *rest = module.split(".")
-    floors = ROOMS.get(folder, [])
-    found = [number for number, rooms in enumerate(floors) if rest and rest[0] in rooms]
-    return found[0] if found else next((number for number, rooms in enumerate(floors) if "" in rooms), 0)
+    layers = LAYERS.get(folder, [])
+    found = [index for index, names in enumerate(layers) if rest and rest[0] in names]
+    return found[0] if found else next((index for index, names in enumerate(layers) if "" in names), 0)
 
 
-def test_imports_between_rooms_go_one_way():
+def test_subfolders_import_only_lower_layers():
     found = {name.split(".")[1] for name in modules() if name.startswith("trainer.")}
-    assert found == {room for rooms in ROOMS["trainer"] for room in rooms}
+    assert found == {name for names in LAYERS["trainer"] for name in names}
     for name, path in modules().items():
         for target in imports(path):
             if name.split(".")[0] == target.split(".")[0] and target != "trainer":
-                assert floor(target) <= floor(name), f"{path} imports {target}"
+                assert layer_of(target) <= layer_of(name), f"{path} imports {target}"
 
 
 def test_there_are_no_import_cycles():
@@ -151,7 +151,7 @@ def test_no_module_hides_imports_behind_type_checking():
 
 
 def commands(group: App, before: str = "") -> Iterator[tuple[str, App]]:
-    """Every command under its whole name, those of a group after its name."""
+    """Every command with its full name, which begins with those of its groups."""
     for name in sorted(name for name in group if not name.startswith("-")):
         if group[name].default_command is None:
             yield from commands(group[name], f"{before}{name} ")
@@ -159,7 +159,7 @@ def commands(group: App, before: str = "") -> Iterator[tuple[str, App]]:
             yield before + name, group[name]
 
 
-def test_the_command_line_is_the_frozen_one():
+def test_the_command_line_has_not_changed():
     lines = [
         f"{name} {flag}"
         for name, command in commands(app)
@@ -168,15 +168,17 @@ def test_the_command_line_is_the_frozen_one():
         if flag != "*"
     ]
     frozen = (Path(__file__).parent / "command_line.txt").read_text().splitlines()
-    assert sorted(set(lines)) == frozen, "the command line changed: if it was meant, update tests/command_line.txt"
+    assert sorted(set(lines)) == frozen, "the command line changed; if that is intended, update tests/command_line.txt"
 
 
 @pytest.mark.parametrize(
-    "command", [["check", "--no-page"], ["caption", "--dry-run"], ["captions", "list"]], ids=lambda words: words[0]
+    "command",
+    [["check", "--no-page"], ["caption", "--dry-run"], ["captions", "list"]],
+    ids=lambda words: words[0],
 )
-def test_pictures_and_captions_are_looked_at_without_torch(command: list[str], tmp_path: Path):
+def test_images_and_captions_are_checked_without_torch(command: list[str], tmp_path: Path):
     script = "import sys; sys.modules['torch'] = None; from scumble.trainer.cli import main; main()"
     samples = CHECKOUT / "datasets/samples/clay-style"
-    words = [sys.executable, "-c", script, *command, str(samples)]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "20 pictures" in done.stdout or "20 kept" in done.stdout
+    arguments = [sys.executable, "-c", script, *command, str(samples)]
+    done = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "20 images" in done.stdout or "20 existing captions kept" in done.stdout

@@ -1,4 +1,4 @@
-"""Tiny bases with random weights in the real layouts of SD 1, SD 2 and SDXL, with CLIP's real tokenizer."""
+"""Tiny bases with random weights in the layouts of SD 1, SD 2 and SDXL, with the real CLIP tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def text_config(width: int, layers: int = 2) -> CLIPTextConfig:
 
 
 def tiny_base(kind: str, folder: Path) -> Path:
-    """Write a pipeline of `kind` sd1, sd2, sd2-v or sdxl into `folder`: three UNet levels, pictures of 64 px."""
+    """Write a pipeline of `kind` sd1, sd2, sd2-v or sdxl into `folder`: three UNet levels, images of 64 px."""
     torch.manual_seed(0)
     xl = kind == "sdxl"
     width = 1024 if kind.startswith("sd2") else 32

@@ -1,4 +1,4 @@
-"""The command line. Nothing slow is imported before a command needs it, so that `scumble --help` answers at once."""
+"""The command line. Slow imports wait until a command needs them, so that `scumble --help` answers at once."""
 
 import atexit
 import gc
@@ -18,6 +18,7 @@ from scumble.captioning.commands import caption
 from scumble.captioning.commands_edit import captions
 from scumble.configs import files, reference
 from scumble.configs.errors import Refused, did_you_mean, printable
+from scumble.configs.exit_codes import FAULT, INTERRUPTED, REFUSED
 from scumble.configs.foreign_names import hint
 from scumble.configs.options import Model, Options, Previews, section
 
@@ -31,7 +32,7 @@ from .system.output_paths import check_out
 
 app = App(
     name="scumble",
-    help="Train a LoRA of a style or a character from a folder of pictures.",
+    help="Train a LoRA of a style or a character from a folder of images.",
     help_format="plaintext",
     version=version("scumble"),
     suppress_keyboard_interrupt=False,
@@ -44,58 +45,58 @@ app.command(cache)
 app["--help"].group = app["--version"].group = "Other"
 
 DEFAULTS = Options()
-OBJECTS_BETWEEN_COLLECTIONS = 10_000  # with Python's own 700, imports are searched for garbage for a second
+OBJECTS_BETWEEN_COLLECTIONS = 10_000  # with Python's default of 700, garbage collection takes a second of the imports
 PresetFlag = Annotated[str, Parameter(help="Preset to start from; `scumble presets` lists them")]
 
 
 @app.command
 def train(
     source: Annotated[
-        str, Parameter(help="Folder of pictures, folder of a run, or a TOML file: of options or a list of folders")
+        str, Parameter(help="Folder of images, folder of a run, or a TOML file: of options or a list of folders")
     ] = "",
     /,
     *,
     options: Annotated[Options, Parameter(name="*")] = DEFAULTS,
     preset: PresetFlag = "",
     resume: Annotated[
-        bool, Parameter(help="Go on with runs/NAME where it is there, else begin it: safe to repeat", negative="")
+        bool, Parameter(help="Resume runs/NAME if it exists, else start it; safe to repeat", negative="")
     ] = False,
     force: Annotated[
-        bool, Parameter(help="Go on though base or pictures changed, or another process owns the run", negative="")
+        bool, Parameter(help="Resume although base or images changed, or another process owns the run", negative="")
     ] = False,
     json: Annotated[bool, Parameter(help="Print events as JSON lines, for programs", negative="")] = False,
     dry_run: Annotated[
         bool, Parameter(help="Check everything, print the plan and its reasons, and stop", negative="")
     ] = False,
     measure: Annotated[
-        bool, Parameter(help="With --dry-run: also try one step, for its time and memory", negative="")
+        bool, Parameter(help="With --dry-run: also run one step to measure time and memory", negative="")
     ] = False,
 ) -> None:
-    """Train an adapter on a folder of pictures, or go on with a run that was cut: `scumble train runs/NAME`."""
+    """Train an adapter on a folder of images, or resume an interrupted run: `scumble train runs/NAME`."""
     flags = options.model_dump(exclude_unset=True)
     if measure and not dry_run:
-        raise Refused("--measure: goes with --dry-run; a run itself always measures a step first")
-    go_on = None
+        raise Refused("--measure: only with --dry-run; a run always measures a step first")
+    run_folder = None
     if is_run(Path(source)):
-        go_on = Path(source)
+        run_folder = Path(source)
     elif source and (not source.endswith(".toml") or _lists_folders(Path(source))):
         flags.setdefault("data", {})["images"] = source
         source = ""
-    if resume and go_on is None:
+    if resume and run_folder is None:
         named = files.resolve(Path(source) if source.endswith(".toml") else None, preset, flags)
         name = named.output.output_name or name_of_set(named.data.images)
-        flags.setdefault("output", {})["name"] = name
-        go_on = Path(named.output.output_dir) / name
+        flags.setdefault("output", {})["output_name"] = name
+        run_folder = Path(named.output.output_dir) / name
     wanted = flags.get("optimization", {})
-    extends = "epochs" in wanted or "steps" in wanted
-    if go_on and is_run(go_on):
-        check_format(go_on)
+    is_extended = "epochs" in wanted or "steps" in wanted
+    if run_folder and is_run(run_folder):
+        check_format(run_folder)
         if "epochs" in wanted:
             wanted.setdefault("steps", "auto")
-        if not extends and status_of(go_on).state == "done":
-            print(f"{go_on} is finished; more --epochs or --steps than it has go on with it")
+        if not is_extended and status_of(run_folder).state == "done":
+            print(f"{run_folder} is finished; to continue it, give more --epochs or --steps")
             return
-        resolved = files.resolve(go_on / OPTIONS, preset, flags)
+        resolved = files.resolve(run_folder / OPTIONS, preset, flags)
     else:
         resolved = files.resolve(Path(source) if source.endswith(".toml") else None, preset, flags)
     with quick_imports():
@@ -104,28 +105,29 @@ def train(
         from .train import train as run
 
     with nullcontext(json_reader) if json else Terminal() as reader:
-        result = run(resolved, [while_it_lasts(reader)], go_on=go_on, force=force, dry_run=dry_run, measured=measure)
+        readers = [while_it_lasts(reader)]
+        result = run(resolved, readers, resume=run_folder, force=force, dry_run=dry_run, measured=measure)
     if result and result.code:
         raise SystemExit(result.code)
 
 
 @app.command
 def preview(
-    *adapters: Annotated[Path, Parameter(name="ADAPTERS", help="Adapter files to compare, a row for each strength")],
+    *adapters: Annotated[Path, Parameter(name="ADAPTERS", help="Adapter files to compare, one row per strength")],
     model: Annotated[Model, section("Model")] = DEFAULTS.model,
     previews: Annotated[Previews, section("Previews")] = DEFAULTS.previews,
     strengths: Annotated[
         list[str] | None,
         Parameter(
-            help="Strengths of the adapters, behind the files; none: 0 0.5 0.8 1 1.2",
+            help="Strengths of the adapters, after the files; default: 0 0.5 0.8 1 1.2",
             consume_multiple=1,
             negative="",
         ),
     ] = None,
-    out: Annotated[Path, Parameter(help="Picture to write")] = Path("preview.png"),
-    force: Annotated[bool, Parameter(help="Write over a picture that is there", negative="")] = False,
+    out: Annotated[Path, Parameter(help="Image file to write")] = Path("preview.png"),
+    force: Annotated[bool, Parameter(help="Overwrite an existing file", negative="")] = False,
 ) -> None:
-    """Paint prompts with a base model, or with adapters on it at several strengths, as one labelled grid."""
+    """Render prompts with a base model, or with adapters at several strengths, as one labeled grid."""
     flags = {
         "model": model.model_dump(exclude_unset=True),
         "previews": previews.model_dump(exclude_unset=True),
@@ -133,10 +135,10 @@ def preview(
     options = files.resolve(flags=flags)
     check_out(out, ".png", force, *adapters)
     if strengths and not adapters:
-        raise Refused("--strengths: name adapter files, before it")
+        raise Refused("--strengths: only with adapter files, which come before it")
     for prompt in options.previews.prompts:
         if prompt.endswith(".safetensors"):
-            raise Refused(f"--prompts {prompt}: is a file, not a prompt; name adapter files before --prompts")
+            raise Refused(f"--prompts {prompt}: is a file, not a prompt; adapter files come before --prompts")
     with quick_imports():
         from .previews.compare import STRENGTHS, compare, strengths_of
         from .previews.gallery import preview_base
@@ -145,7 +147,7 @@ def preview(
         compare(adapters, options.model, options.previews, strengths_of(strengths or STRENGTHS), out)
     else:
         preview_base(options.model, options.previews, out)
-    print(f"painted {out}")
+    print(f"wrote {out}")
 
 
 @app.command(name="options")
@@ -164,8 +166,8 @@ def print_presets() -> None:
 
 
 def process() -> None:
-    """`main` in a process of its own, which at its end does not take apart what torch made: that takes 0.15 s."""
-    code: object = 1  # that of an error which nobody caught
+    """Run `main` as a process that exits without tearing down torch, which would take 0.15 s."""
+    code: object = FAULT  # of an exception that nobody catches
 
     def leave() -> None:
         lost = False
@@ -174,15 +176,15 @@ def process() -> None:
                 continue
             try:
                 stream.flush()
-            except BrokenPipeError:  # whoever read it wants no more
+            except BrokenPipeError:  # nobody reads it any more
                 pass
             except (OSError, ValueError) as error:
                 lost = True
                 with suppress(OSError, ValueError):
-                    print(f"scumble: what was printed is lost: {error}", file=sys.stderr, flush=True)
+                    print(f"scumble: the output is incomplete: {error}", file=sys.stderr, flush=True)
         os._exit(120 if lost and not code else code if isinstance(code, int) else bool(code))  # 120 is Python's own
 
-    atexit.register(leave)  # what is registered first is called last
+    atexit.register(leave)  # registered first, called last
     try:
         main()
         code = 0
@@ -192,25 +194,25 @@ def process() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; what a person can mend is one line on stderr and exit code 2 (or the refusal's own)."""
+    """Run a command. What a person can fix is one line on stderr and exit code 2 (or the refusal's own)."""
     gc.set_threshold(OBJECTS_BETWEEN_COLLECTIONS, 10, 10)
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")  # read when the library is imported
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of what is no trouble here
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its warnings do not concern this use
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except Refused as error:
         _stop(str(error), error.exit_code)
     except KeyboardInterrupt:
-        _stop("stopped by Ctrl-C", 130)
+        _stop("stopped by Ctrl-C", INTERRUPTED)
     except CycloptsError as error:
-        _stop(_one_line(error), 2)
+        _stop(_one_line(error), REFUSED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def flags_of(group: App) -> list[str]:
-    """Every flag of every command, those of groups too."""
+    """Every flag of every command, including those of command groups."""
     found: list[str] = []
     for name in (name for name in group if not name.startswith("-")):
         command = group[name]
@@ -223,14 +225,14 @@ def flags_of(group: App) -> list[str]:
 
 
 def _lists_folders(path: Path) -> bool:
-    """Whether a TOML file lists folders of pictures rather than options; imported here, since it needs Pillow."""
+    """Whether a TOML file lists image folders rather than options. Imported here because it needs Pillow."""
     from scumble.datasets.reading.dataset_toml import is_list_of_folders
 
     return is_list_of_folders(path)
 
 
 def _one_line(error: CycloptsError) -> str:
-    """What the parser refused, in our words."""
+    """The parser's refusal as one line."""
     if isinstance(error, UnknownOptionError):
         flag = str(error.token.keyword or error.token.value)
         key = flag.lstrip("-").replace("-", "_")
@@ -238,12 +240,12 @@ def _one_line(error: CycloptsError) -> str:
             return f"{flag}: {elsewhere}"
         known = [name.removeprefix("--").replace("-", "_") for name in flags_of(app)]
         close = "" if key in known else did_you_mean(key, known).replace("_", "-").replace("mean ", "mean --")
-        return f"{flag}: no such option of this command{close}; --help lists its own, `scumble options` all"
+        return f"{flag}: no such option of this command{close}; see --help, or `scumble options` for all of them"
     if isinstance(error, UnusedCliTokensError):
-        return f"{' '.join(error.unused_tokens or ())}: too much; --help shows what the command takes"
+        return f"{' '.join(error.unused_tokens or ())}: unexpected argument; see --help"
     if isinstance(error, ConsumeMultipleError) and error.argument:
         flag = error.argument.name
-        return f"{flag}: give at least one value; where the first begins with a minus, write {flag}=-0.5,1"
+        return f"{flag}: give at least one value; if the first one starts with a minus sign, write {flag}=-0.5,1"
     if isinstance(error, ValidationError) and isinstance(error.__cause__, PydanticError):
         return str(files.refusal(error.__cause__, files.as_flag))
     return " ".join(str(error).split())

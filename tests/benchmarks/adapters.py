@@ -1,10 +1,10 @@
-"""How long do inspecting, resizing, merging, baking and verifying take at SDXL's real size, and in how much memory?
+"""Time and memory of inspect, resize, merge, bake and verify at the real size of SDXL.
 
-`python tests/benchmarks/adapters.py` draws LoRAs of rank 64 in fp16 for all 722 attention, feed-forward and projection
-layers of SDXL's UNet, and a checkpoint in fp16 to bake into (UNet, text encoders and VAE, 6.9 GB of random weights; the
-middle block alone with `--bake reduced`, or where the disk is too full), runs each tool in a process of its own, and
-times the SVD through the factors against the dense one on one layer of each shape. Writes results/adapters.md.
-`--base FILE` bakes into that checkpoint instead.
+`python tests/benchmarks/adapters.py` writes random LoRAs of rank 64 in fp16 for all 722 attention, feed-forward and
+projection layers of SDXL's UNet, and an fp16 checkpoint to bake into (UNet, text encoders and VAE, 6.9 GB of random
+weights; only the middle block with `--bake reduced` or if the disk is too full). It runs each tool in a separate
+process, and times the SVD through the factors against a dense SVD on one layer of each shape. Writes
+results/adapters.md. `--base FILE` bakes into that checkpoint instead.
 """
 
 import argparse
@@ -44,14 +44,14 @@ HERE = Path(__file__).parent
 CONFIGS = HERE.parent.parent / "configs/bases/sdxl"
 RANK = 64
 TASKS = {
-    "read": "only read it",
-    "inspect": "inspect it",
+    "read": "read only",
+    "inspect": "inspect",
     "resize-rank": "resize to rank 16",
     "resize-energy": "resize, 90 % of the energy",
     "merge-linear": "merge two, exact (rank 128)",
     "merge-svd": "merge two, svd to rank 64",
     "bake": "bake into {base}",
-    "verify": "verify it on that checkpoint, layer by layer",
+    "verify": "verify on that checkpoint, layer by layer",
     "resize-dora": "resize a DoRA to a LoRA of rank 16",
     "merge-dora": "merge a DoRA with a LoRA, svd to rank 64",
     "bake-dora": "bake a DoRA into that checkpoint",
@@ -63,14 +63,14 @@ def config(part: str) -> dict[str, Any]:
 
 
 def shapes() -> dict[str, torch.Size]:
-    """Shapes of all weights of SDXL's UNet; nothing is allocated."""
+    """Shapes of all weights of SDXL's UNet, without allocating them."""
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(config("unet"))
     return {name: tensor.shape for name, tensor in unet.state_dict().items()}
 
 
 def other_shapes() -> dict[str, torch.Size]:
-    """Shapes of the weights of SDXL's text encoders and its VAE, which are copied, under prefixes of a checkpoint."""
+    """Shapes of the weights of SDXL's text encoders and VAE, which baking only copies, under checkpoint prefixes."""
     with torch.device("meta"):
         parts: dict[str, Any] = {
             "conditioner.embedders.0.transformer": CLIPTextModel(
@@ -88,32 +88,32 @@ def layers(known: dict[str, torch.Size]) -> dict[ModulePath, torch.Size]:
 
 
 def draw_adapter(known: dict[str, torch.Size], path: Path, seed: int, dora_base: Weights | None = None) -> None:
-    """A LoRA whose singular values fall like those of a trained one, by a factor e^-3 over its ranks.
+    """Write a LoRA whose singular values decay like those of a trained one, by a factor of e^-3 over its ranks.
 
-    With a base it is a DoRA, whose magnitudes are about 2 % off the lengths of the base's columns.
+    With a base, write a DoRA whose magnitudes differ by about 2 % from the norms of the base's columns.
     """
     generator = torch.Generator().manual_seed(seed)
-    fall = torch.linspace(0, -3, RANK).exp()[:, None]
+    decay = torch.linspace(0, -3, RANK).exp()[:, None]
     modules = {}
-    for place, (out, inputs) in layers(known).items():
-        down = torch.randn(RANK, inputs, generator=generator) * fall
+    for layer, (out, inputs) in layers(known).items():
+        down = torch.randn(RANK, inputs, generator=generator) * decay
         up = 0.01 * torch.randn(out, RANK, generator=generator)
         tensors = {"lora_down": down.half(), "lora_up": up.half()}
         if dora_base:
-            lengths = dora_base.read(place).float().norm(dim=0, keepdim=True)
-            tensors["dora_scale"] = lengths * (1 + 0.02 * torch.randn(1, inputs, generator=generator))
-        modules[place] = Module("lora", tensors, float(RANK))
+            norms = dora_base.read(layer).float().norm(dim=0, keepdim=True)
+            tensors["dora_scale"] = norms * (1 + 0.02 * torch.randn(1, inputs, generator=generator))
+        modules[layer] = Module("lora", tensors, float(RANK))
     write_adapter(to_tensors(Adapter(modules, {}, "sdxl")), {"ss_base_model_version": "sdxl_base_v1-0"}, path)
 
 
 def draw_base(known: dict[str, torch.Size], path: Path, whole: bool) -> None:
-    """A checkpoint in fp16 under LDM's names, streamed; where it is not `whole`, the UNet's middle block alone."""
-    wanted = layers(known)
+    """Stream an fp16 checkpoint with LDM names to disk: the whole model, or only the UNet's middle block."""
+    adapted = layers(known)
     named = {}
     for name, shape in known.items():
         stem = name.removesuffix(".weight")
         if whole or name.startswith("mid_block"):
-            theirs = sgm_path(stem) + ".weight" if ModulePath("unet", stem) in wanted else name
+            theirs = sgm_path(stem) + ".weight" if ModulePath("unet", stem) in adapted else name
             named[f"model.diffusion_model.{theirs}"] = shape
     entries, position = {}, 0
     for name, shape in (named | (other_shapes() if whole else {})).items():
@@ -128,7 +128,7 @@ def draw_base(known: dict[str, torch.Size], path: Path, whole: bool) -> None:
 
 
 def run_task(task: str, folder: Path, base: Path) -> None:
-    """One tool from file to file, in this process; prints seconds and the peak of its memory in MiB."""
+    """Run one tool from file to file in this process, and print its seconds and peak memory in MiB as JSON."""
     start = time.perf_counter()
     out = folder / "out.safetensors"
     tool, _, how = task.partition("-")
@@ -139,13 +139,12 @@ def run_task(task: str, folder: Path, base: Path) -> None:
         adapter = read_adapter(file)
     weights = find_weights(base) if how == "dora" else None
     if tool == "bake":
-        in_it = {
-            p: m for p, m in adapter.modules.items() if base.name != "reduced.safetensors" or p.block == "mid_block"
-        }
-        bake(base, out, [BakedAdapter("a", Adapter(in_it, {}, "sdxl"), 0.8)])
+        is_reduced = base.name == "reduced.safetensors"
+        fitting = {p: m for p, m in adapter.modules.items() if not is_reduced or p.block == "mid_block"}
+        bake(base, out, [BakedAdapter("a", Adapter(fitting, {}, "sdxl"), 0.8)])
     elif tool == "verify":
-        trials = list(checked_by_layer(detect_base(Model(base=str(base))), find_weights(base), adapter, file))
-        assert len(trials) == len(adapter.modules) and all(trial.agrees for trial in trials)
+        checks = list(checked_by_layer(detect_base(Model(base=str(base))), find_weights(base), adapter, file))
+        assert len(checks) == len(adapter.modules) and all(check.agrees for check in checks)
     elif tool == "resize":
         result = resize(adapter, Rule(energy=0.9) if how == "energy" else Rule(16), "a", weights)
     elif tool == "merge":
@@ -158,7 +157,7 @@ def run_task(task: str, folder: Path, base: Path) -> None:
 
 
 def peak_mib() -> int:
-    """The most memory this process had (Linux); getrusage would begin with the peak of the process that started it."""
+    """Peak memory of this process (Linux). getrusage would include the peak of the parent process."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) // 1024
 
@@ -168,7 +167,7 @@ def size_mib(path: Path) -> int:
 
 
 def svd_rows(known: dict[str, torch.Size]) -> list[str]:
-    """For one layer of each shape: seconds of either SVD, their ratio, and how far the singular values are apart."""
+    """For one layer of each shape: seconds of both SVDs, their ratio, and the difference of the singular values."""
     rows, counts = [], {}
     for shape in layers(known).values():
         counts[shape] = counts.get(shape, 0) + 1
@@ -177,14 +176,14 @@ def svd_rows(known: dict[str, torch.Size]) -> list[str]:
         up, down = torch.randn(out, RANK, generator=generator), torch.randn(RANK, inputs, generator=generator)
         svd_of_factors(up, down)
         start = time.perf_counter()
-        quick = svd_of_factors(up, down).s
+        factored = svd_of_factors(up, down).s
         middle = time.perf_counter()
         dense = torch.linalg.svd(up @ down, full_matrices=False).S
         end = time.perf_counter()
-        apart = float((quick - dense[:RANK]).abs().max() / dense[0])
+        difference = float((factored - dense[:RANK]).abs().max() / dense[0])
         rows.append(
             f"| {out} x {inputs} | {count} | {middle - start:.3f} | {end - middle:.2f} "
-            f"| {(end - middle) / (middle - start):.0f} | {apart:.0e} |"
+            f"| {(end - middle) / (middle - start):.0f} | {difference:.0e} |"
         )
     return rows
 
@@ -192,7 +191,7 @@ def svd_rows(known: dict[str, torch.Size]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bake", choices=["whole", "reduced"], default="whole")
-    parser.add_argument("--base", type=Path, help="bake into this checkpoint of SDXL")
+    parser.add_argument("--base", type=Path, help="bake into this SDXL checkpoint")
     parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -206,7 +205,7 @@ def main() -> None:
         folder = Path(name)
         whole = options.bake == "whole" and shutil.disk_usage(folder).free > 20 * 2**30
         base = options.base or folder / ("whole.safetensors" if whole else "reduced.safetensors")
-        told = options.base.name if options.base else "a whole checkpoint, fp16" if whole else "the middle block, fp16"
+        label = options.base.name if options.base else "a full checkpoint, fp16" if whole else "the middle block, fp16"
         for seed, letter in enumerate("ab"):
             draw_adapter(known, folder / f"{letter}.safetensors", seed)
         if not options.base:
@@ -215,32 +214,32 @@ def main() -> None:
             draw_adapter(known, folder / "dora.safetensors", 2, find_weights(base))
         lines = [
             f"LoRA of rank {RANK} for {len(layers(known))} layers of SDXL's UNet, fp16, "
-            f"{size_mib(folder / 'a.safetensors')} MiB; one thread of a CPU that other work shares.",
+            f"{size_mib(folder / 'a.safetensors')} MiB; one thread of a shared CPU.",
             "",
-            "| from file to file | seconds | peak memory, MiB | result, MiB |",
+            "| task, including file I/O | seconds | peak memory, MiB | result, MiB |",
             "|---|---|---|---|",
         ]
-        for task, words in TASKS.items():
+        for task, text in TASKS.items():
             if base.name == "reduced.safetensors" and (task == "verify" or task.endswith("-dora")):
                 continue  # they need the whole UNet
             command = [sys.executable, __file__, "--task", task, "--folder", folder, "--base", base]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found = json.loads(done.stdout.splitlines()[-1])
+            result = json.loads(done.stdout.splitlines()[-1])
             (folder / "out.safetensors").unlink(missing_ok=True)
-            what = words.format(base=f"{told} ({size_mib(base):,} MiB)")
-            lines.append(f"| {what} | {found['seconds']:.1f} | {found['peak_mib']:,} | {found['out_mib']:,} |")
+            title = text.format(base=f"{label} ({size_mib(base):,} MiB)")
+            lines.append(f"| {title} | {result['seconds']:.1f} | {result['peak_mib']:,} | {result['out_mib']:,} |")
             print(lines[-1], flush=True)
     lines += [
         "",
-        f"SVD of one layer's product of rank {RANK}, fp32: through the factors, and dense.",
+        f"SVD of one layer's product of rank {RANK} in fp32: through the factors, and dense.",
         "",
-        "| layer | such layers | by factors, s | dense, s | ratio | values apart |",
+        "| layer | number of layers | by factors, s | dense, s | ratio | difference of values |",
         "|---|---|---|---|---|---|",
         *svd_rows(known),
     ]
     report = HERE / "results/adapters.md"
     report.parent.mkdir(exist_ok=True)
-    report.write_text("# Tools for adapters at SDXL's size\n\n" + "\n".join(lines) + "\n")
+    report.write_text("# Adapter tools at the size of SDXL\n\n" + "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

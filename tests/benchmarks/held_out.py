@@ -1,9 +1,9 @@
-"""How much nearer does an adapter come to pictures that it never saw? And how does a plain loop do on the same?
+"""Denoising loss on held-out images, of adapters trained with scumble and with a plain diffusers and PEFT loop.
 
-`python tests/benchmarks/held_out.py` trains `clay-style` on `sketch` with scumble and with a plain loop over diffusers
-and PEFT (the same pictures, steps, batch, rank, rate and weighting; UNet attention alone), then measures the denoising
-loss of stock diffusers with each saved file on the held-out pictures of the style: fixed noise, fixed timesteps, every
-picture alike. Needs npm once, for the held-out pictures. Writes results/held_out.md.
+`python tests/benchmarks/held_out.py` trains `clay-style` on `sketch` with both (same images, steps, batch size, rank,
+learning rate and loss weighting; UNet attention only). Then it loads each saved file into unmodified diffusers and
+measures the loss on held-out images of the style, with fixed noise and timesteps. Needs npm once, to download the
+held-out images. Writes results/held_out.md.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
-from plain_loop import Pictures, Timed, train_plainly
+from plain_loop import ImageFolder, RunTimes, train_plainly
 
 from scumble.configs import files
 from scumble.datasets.samples.fetch_held_out import fetch, prepare, write
@@ -25,14 +25,14 @@ from scumble.trainer.train import train
 
 HERE = Path(__file__).parent
 SAMPLES = HERE.parent.parent / "datasets/samples/clay-style"
-SIZE_PX, BATCH, RANK, RATE, GAMMA, SEED = 64, 4, 16, 2e-3, 5.0, 0
+SIZE_PX, BATCH_SIZE, RANK, LEARNING_RATE, GAMMA, SEED = 64, 4, 16, 2e-3, 5.0, 0
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @torch.no_grad()
-def losses_of(pipeline: Pipeline, pictures: Pictures, draws: int) -> torch.Tensor:
-    """Squared error on epsilon of each picture (N,), the mean over `draws` timesteps spread over the schedule."""
-    pixels, captions = zip(*(pictures[index] for index in range(len(pictures))), strict=True)
+def losses_of(pipeline: Pipeline, images: ImageFolder, draws: int) -> torch.Tensor:
+    """Mean squared error of epsilon for each image (N,), over `draws` timesteps spread across the noise schedule."""
+    pixels, captions = zip(*(images[index] for index in range(len(images))), strict=True)
     scale = pipeline.vae.config["scaling_factor"]
     latents = (
         torch.cat([pipeline.vae.encode(part).latent_dist.mode() for part in torch.stack(pixels).split(32)]) * scale
@@ -55,7 +55,7 @@ def losses_of(pipeline: Pipeline, pictures: Pictures, draws: int) -> torch.Tenso
 
 
 def row(name: str, losses: torch.Tensor, base: torch.Tensor) -> str:
-    """Mean loss, its change against the base with the standard error of the paired differences, and who gained."""
+    """A table row: mean loss, paired change from the base with its standard error, and the share of improved images."""
     change = losses - base
     error = float(change.std() / len(change) ** 0.5)
     return (
@@ -67,82 +67,86 @@ def row(name: str, losses: torch.Tensor, base: torch.Tensor) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=160)
-    parser.add_argument("--draws", type=int, default=4, help="timesteps a picture")
-    parser.add_argument("--turns", type=int, default=3, help="timed runs of each loop, in turn")
+    parser.add_argument("--draws", type=int, default=4, help="timesteps per image")
+    parser.add_argument("--turns", type=int, default=3, help="timed runs of each loop, in turns")
     parser.add_argument("--precision", choices=DTYPES, default="bf16")
-    parser.add_argument("--pictures", type=Path, default=Path("build/held-out"), help="held-out pictures, fetched once")
-    chosen = parser.parse_args()
-    if not chosen.pictures.is_dir():
-        prepare(chosen.pictures)
+    parser.add_argument(
+        "--pictures", type=Path, default=Path("build/held-out"), help="folder of held-out images, downloaded if missing"
+    )
+    args = parser.parse_args()
+    if not args.pictures.is_dir():
+        prepare(args.pictures)
         with TemporaryDirectory() as work:
-            write(fetch(Path(work)), chosen.pictures)
-    pictures = Pictures(chosen.pictures, SIZE_PX)
+            write(fetch(Path(work)), args.pictures)
+    images = ImageFolder(args.pictures, SIZE_PX)
 
-    def ours(folder: Path) -> tuple[Timed, Path]:
+    def ours(folder: Path) -> tuple[RunTimes, Path]:
         started = time.monotonic()
         flags = {
             "data": {"images": str(SAMPLES), "resolution": SIZE_PX},
             "network": {"rank": RANK, "text_encoder_rank": 0},
             "objective": {"loss_weighting": "min_snr", "min_snr_gamma": GAMMA},
-            "optimization": {"steps": chosen.steps, "batch_size": BATCH, "learning_rate": RATE},
-            "machine": {"device": "cpu", "mixed_precision": chosen.precision},
+            "optimization": {"steps": args.steps, "batch_size": BATCH_SIZE, "learning_rate": LEARNING_RATE},
+            "machine": {"device": "cpu", "mixed_precision": args.precision},
             "output": {"output_dir": str(folder), "output_name": "clay", "preview_every": 0,
-                       "save_every": chosen.steps // 8,
+                       "save_every": args.steps // 8,
                        "seed": SEED},
         }  # fmt: skip
-        steps: list[float] = []
-        result = train(files.resolve(flags=flags), [lambda e: steps.append(e["t"]) if e["kind"] == "step" else None])
+        step_ends: list[float] = []
+        result = train(
+            files.resolve(flags=flags), [lambda e: step_ends.append(e["t"]) if e["kind"] == "step" else None]
+        )
         assert result
-        mean = statistics.fmean(b - a for a, b in pairwise(steps))
-        return Timed(mean * chosen.steps, time.monotonic() - started), result.adapter
+        mean = statistics.fmean(b - a for a, b in pairwise(step_ends))
+        return RunTimes(mean * args.steps, time.monotonic() - started), result.adapter
 
-    def plain(folder: Path) -> tuple[Timed, Path]:
+    def plain(folder: Path) -> tuple[RunTimes, Path]:
         timed = train_plainly(
-            EMBEDDED, SAMPLES, folder, size_px=SIZE_PX, steps=chosen.steps, batch=BATCH, rank=RANK, rate=RATE,
-            min_snr_gamma=GAMMA, seed=SEED, dtype=DTYPES[chosen.precision],
+            EMBEDDED, SAMPLES, folder, size_px=SIZE_PX, steps=args.steps, batch_size=BATCH_SIZE, rank=RANK,
+            learning_rate=LEARNING_RATE, min_snr_gamma=GAMMA, seed=SEED, dtype=DTYPES[args.precision],
         )  # fmt: skip
         return timed, folder / "pytorch_lora_weights.safetensors"
 
     with TemporaryDirectory() as work:
-        times: dict[str, list[Timed]] = {"ours": [], "plain": []}
-        for turn in range(chosen.turns):
+        times: dict[str, list[RunTimes]] = {"ours": [], "plain": []}
+        for turn in range(args.turns):
             timed, adapter = ours(Path(work) / f"ours{turn}")
             times["ours"].append(timed)
-            timed, plainly = plain(Path(work) / f"plain{turn}")
+            timed, plain_adapter = plain(Path(work) / f"plain{turn}")
             times["plain"].append(timed)
         pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED)
-        base = losses_of(pipeline, pictures, chosen.draws)
+        base = losses_of(pipeline, images, args.draws)
         lines = [
-            f"{len(pictures)} pictures that no run saw, {chosen.draws} timesteps each; {chosen.steps} steps of "
-            f"{BATCH}, rank {RANK} on the UNet's attention, {chosen.precision}, two threads.",
+            f"{len(images)} held-out images, {args.draws} timesteps each; {args.steps} steps at batch size "
+            f"{BATCH_SIZE}, rank {RANK} on the UNet's attention, {args.precision}, two threads.",
             "",
-            "| after | loss | change, paired | pictures that gained |",
+            "| adapter | loss | change (paired) | images that improved |",
             "|---|---|---|---|",
             row("base", base, base),
         ]
-        saved = [*sorted((adapter.parent / "checkpoints").glob("*.safetensors")), adapter, plainly]
+        saved = [*sorted((adapter.parent / "checkpoints").glob("*.safetensors")), adapter, plain_adapter]
         for path in saved:
             pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
-            name = "plain loop" if path == plainly else f"step {chosen.steps}" if path == adapter else path.stem
-            lines.append(row(name.replace("clay-", "step "), losses_of(pipeline, pictures, chosen.draws), base))
+            name = "plain loop" if path == plain_adapter else f"step {args.steps}" if path == adapter else path.stem
+            lines.append(row(name.replace("clay-", "step "), losses_of(pipeline, images, args.draws), base))
             pipeline.unload_lora_weights()
     ratios = [b.loop_s / a.loop_s for a, b in zip(times["ours"], times["plain"], strict=True)]
     whole = [b.whole_s / a.whole_s for a, b in zip(times["ours"], times["plain"], strict=True)]
     lines += [
         "",
-        "| | steps a second, median | loop against ours | whole run against ours |",
+        "| | steps per second, median | relative time of the loop | relative time of the whole run |",
         "|---|---|---|---|",
         *(
-            f"| {name} | {chosen.steps / statistics.median(t.loop_s for t in times[key]):.2f} | {loop} | {all_of_it} |"
-            for name, key, loop, all_of_it in (
+            f"| {name} | {args.steps / statistics.median(t.loop_s for t in times[key]):.2f} | {loop} | {total} |"
+            for name, key, loop, total in (
                 ("scumble", "ours", "1", "1"),
                 ("plain loop", "plain", f"{statistics.median(ratios):.2f} ×", f"{statistics.median(whole):.2f} ×"),
             )
         ),
         "",
-        f"Medians of {chosen.turns} runs of each in turn, on one machine.",
+        f"Medians of {args.turns} runs each, in turns on one machine.",
     ]
-    text = "# Held-out pictures\n\n" + "\n".join(lines) + "\n"
+    text = "# Held-out images\n\n" + "\n".join(lines) + "\n"
     (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results" / "held_out.md").write_text(text, encoding="utf-8")
     print(text)

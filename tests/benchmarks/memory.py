@@ -1,13 +1,13 @@
-"""How much memory does a training step take on a device, with fewer activations kept, and fewer bits?
+"""Memory of a training step, with gradient checkpointing and with a quantized base.
 
-`python tests/benchmarks/memory.py` counts it without a device, on fake tensors, which have shapes and no numbers: our
-UNet, adapter and products run forward and backward, and the storages alive at once are added up, each in blocks of
-512 bytes as CUDA's allocator has them. Workspaces of libraries, fragmentation and the context of CUDA itself come on
-top, 0.5 to 1 GB together. Writes results/memory.md.
+`python tests/benchmarks/memory.py` computes it without a GPU, on fake tensors, which have shapes but no values: the
+UNet and the adapter with scumble's LoRA products run forward and backward, and the sizes of all live storages are added
+up, each rounded up to 512 bytes as in torch's CUDA allocator. Library workspaces, fragmentation and the CUDA context
+are not included; they add 0.5 to 1 GB. Writes results/memory.md.
 
-`--device cuda` measures the same on a GPU, with steps captured and optimised as in a run: the memory that torch's
-allocator handed out, and the memory that it took from the GPU. Writes results/memory-cuda.md; on a simulated GPU
-(tests/benchmarks/simulated_card), where cuDNN has no workspaces, results/memory-simulated.md.
+`--device cuda` measures it on a GPU, with the captures and optimizations of a run: the memory that torch's allocator
+has allocated to tensors, and the memory that it has reserved on the GPU. Writes results/memory-cuda.md, or on a
+simulated GPU (tests/benchmarks/simulated_card), where cuDNN has no workspaces, results/memory-simulated.md.
 """
 
 import argparse
@@ -42,12 +42,12 @@ from scumble.trainer.training.lora import ADAPTER
 
 BLOCK, STEPS = 512, 4
 CPU = torch.device("cpu")
-RECOMPUTED = {"kept": (), "some recomputed": (True,), "all recomputed": (False,)}
-MOMENT_BYTES = {"AdamW": 8, "8-bit AdamW": 2 + 8 / 256}  # of a parameter; 8 bits have a scale for each 256
+CHECKPOINTING = {"off": (), "shallow blocks": (True,), "all blocks": (False,)}
+MOMENT_BYTES = {"AdamW": 8, "8-bit AdamW": 2 + 8 / 256}  # per parameter; 8 bits have a scale per 256 values
 
 
-class Alive(TorchDispatchMode):
-    """Adds up the storages of tensors that operators give, while they are alive; the most at once is `peak`."""
+class LiveStorages(TorchDispatchMode):
+    """Adds up the sizes of the live storages that operators return; `peak` is the maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,23 +71,23 @@ class Alive(TorchDispatchMode):
         return tree_map_only(torch.Tensor, self.add, func(*args, **(kwargs or {})))
 
 
-def as_large_as_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Two weights a byte and a byte of scale for each 64, without numbers, which bitsandbytes would look at."""
+def pack_like_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """A tensor of the size of nf4: two weights per byte and a scale byte per 64. bitsandbytes would read values."""
     return torch.empty(weight.numel() // 2 + weight.numel() // 64, dtype=torch.uint8), weight.shape
 
 
 @dataclass(frozen=True)
 class Counted:
-    """Bytes of all weights and of the most that is there at once, trained parameters, FLOP where they were counted."""
+    """Bytes of all weights, peak bytes, number of trained parameters, and FLOP if they were counted."""
 
     weights: int
     peak: int
-    trained: int
+    num_trained: int
     flops: float
 
 
-def step(layout: Layout, recompute: tuple[bool, ...], bits: int, counts_flops: bool = False) -> Counted:
-    """A pass at batch 1, forward and backward."""
+def count_step(layout: Layout, recompute: tuple[bool, ...], bits: int, counts_flops: bool = False) -> Counted:
+    """One forward and backward pass at batch 1."""
     config = json.loads((BASES / layout.config / "unet/config.json").read_text(encoding="utf-8"))
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"):
@@ -95,53 +95,53 @@ def step(layout: Layout, recompute: tuple[bool, ...], bits: int, counts_flops: b
         unet.requires_grad_(False).train()
         inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=ATTENTION), unet, ADAPTER)
     torch.set_default_dtype(torch.float32)
-    alive = Alive()
+    live = LiveStorages()
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in unet.modules():
             for name, weight in module.named_parameters(recurse=False):
-                trained = "lora_" in name or weight.requires_grad
-                dtype = torch.float32 if trained else torch.bfloat16
-                module.register_parameter(name, torch.nn.Parameter(torch.empty(weight.shape, dtype=dtype), trained))
+                is_trained = "lora_" in name or weight.requires_grad
+                dtype = torch.float32 if is_trained else torch.bfloat16
+                module.register_parameter(name, torch.nn.Parameter(torch.empty(weight.shape, dtype=dtype), is_trained))
         if bits < 16:
             with patch.dict(
-                PACKINGS, {4: (as_large_as_nf4, lambda packed, shape, dtype: torch.empty(shape, dtype=dtype))}
+                PACKINGS, {4: (pack_like_nf4, lambda packed, shape, dtype: torch.empty(shape, dtype=dtype))}
             ):
                 quantize(unet, bits, CPU, unet)
         for only_shallow in recompute:
             recompute_unet(unet, only_shallow)
         side, width = layout.side_px // layout.latent_px, config["cross_attention_dim"]
         parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-        with alive:
+        with live:
             for tensor in [*unet.parameters(), *unet.buffers()]:
-                alive.add(tensor)
+                live.add(tensor)
             flat = Flat([parameters], torch.bfloat16)
             use_fast_lora([module for module in unet.modules() if hasattr(module, "lora_A")], ADAPTER, flat.lowered)
-            weights = alive.now
+            weights = live.now
             added = {"text_embeds": torch.empty(1, 1280, dtype=torch.bfloat16), "time_ids": torch.empty(1, 6)}
             noisy = torch.empty(1, 4, side, side, dtype=torch.bfloat16)
             hidden = torch.empty(1, 77, width, dtype=torch.bfloat16)
             timesteps = torch.zeros(1, dtype=torch.long)
-            counter = FlopCounterMode(display=False)  # holds on to tensors, so memory is counted without it
+            counter = FlopCounterMode(display=False)  # keeps tensors alive, so memory is counted without it
             if counts_flops:
                 counter.__enter__()
             loss = unet(noisy, timesteps, hidden, added_cond_kwargs=added).sample.float().square().mean()
             loss.backward()
             if counts_flops:
                 counter.__exit__(None, None, None)
-    trained = sum(parameter.numel() for parameter in parameters)
-    return Counted(weights, alive.peak, trained, float(counter.get_total_flops()))
+    num_trained = sum(parameter.numel() for parameter in parameters)
+    return Counted(weights, live.peak, num_trained, float(counter.get_total_flops()))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The most MiB that torch's allocator handed out, and took from the GPU, in some steps."""
+    """Peak MiB that torch's allocator allocated to tensors, and reserved on the GPU."""
 
     allocated: int
     reserved: int
 
 
-def measured(layout: Layout, recompute: tuple[bool, ...], bits: int, optimizer: str) -> Measured:
-    """Of a run that has only UNet, adapter and the benchmark's latents on the GPU."""
+def measure_step(layout: Layout, recompute: tuple[bool, ...], bits: int, optimizer: str) -> Measured:
+    """Measure `STEPS` steps with only the UNet, the adapter and the benchmark's latents on the GPU."""
     device = torch.device("cuda")
     config = json.loads((BASES / layout.config / "unet/config.json").read_text(encoding="utf-8"))
     torch.set_default_dtype(torch.bfloat16)
@@ -164,25 +164,26 @@ def measured(layout: Layout, recompute: tuple[bool, ...], bits: int, optimizer: 
 
 
 def measure(layouts: Sequence[str]) -> None:
-    """A table of what is measured."""
+    """Measure all variants and write the table."""
     gpu = torch.cuda.get_device_name()
     lines = [
         "# Memory of a training step, measured", "",
-        f"{gpu}, torch {torch.__version__}. UNet LoRA of rank {RANK}, batch 1, bf16, frozen text encoders and VAE",
-        f"waiting: the most in {STEPS} steps, the first of them captured. Taken is what torch's allocator has of it.",
-        "CUDA's own context comes on top, and on a simulated GPU cuDNN's workspaces.", "",
-        "| layout | activations | base, bits | optimiser | given away, MiB | taken, MiB |", "|---|---|---|---|---|---|",
+        f"{gpu}, torch {torch.__version__}. UNet LoRA of rank {RANK}, batch 1, bf16; text encoders and VAE are in CPU",
+        f"memory. Peak of {STEPS} steps, the first of which is captured: allocated to tensors, and reserved by torch's",
+        "allocator. The CUDA context is not included, nor are cuDNN's workspaces on a simulated GPU.", "",
+        "| layout | gradient checkpointing | base, bits | optimizer | allocated, MiB | reserved, MiB |",
+        "|---|---|---|---|---|---|",
     ]  # fmt: skip
     has_bitsandbytes = find_spec("bitsandbytes") is not None
     for name in layouts:
         for bits, optimizer in ((16, "adamw"), (16, "adamw8bit"), (8, "adamw"), (4, "adamw")):
             if (bits == 4 or optimizer == "adamw8bit") and not has_bitsandbytes:
                 continue
-            for label, recompute in RECOMPUTED.items():
-                found = measured(LAYOUTS[name], recompute, bits, optimizer)
+            for label, recompute in CHECKPOINTING.items():
+                memory = measure_step(LAYOUTS[name], recompute, bits, optimizer)
                 lines.append(
-                    f"| {name}, {LAYOUTS[name].side_px} px | {label} | {bits} | {optimizer} | {found.allocated:,} "
-                    f"| {found.reserved:,} |"
+                    f"| {name}, {LAYOUTS[name].side_px} px | {label} | {bits} | {optimizer} | {memory.allocated:,} "
+                    f"| {memory.reserved:,} |"
                 )
                 print(lines[-1], flush=True)
                 gc.collect()
@@ -195,24 +196,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["sd15", "sdxl"])
     parser.add_argument("--device", choices=["fake", "cuda"], default="fake")
-    chosen = parser.parse_args()
-    if chosen.device == "cuda":
-        measure(chosen.layouts)
+    args = parser.parse_args()
+    if args.device == "cuda":
+        measure(args.layouts)
         return
     lines = [
         "# Memory of a training step", "",
-        f"UNet LoRA of rank {RANK}, batch 1, bf16, frozen text encoders and VAE waiting; counted on fake tensors by",
-        "`tests/benchmarks/memory.py`, so without workspaces, fragmentation and CUDA's own 0.5 to 1 GiB.", "",
-        "| layout | activations | base, bits | weights, MiB | with AdamW, MiB | with 8-bit AdamW, MiB | TFLOP a step |",
+        f"UNet LoRA of rank {RANK}, batch 1, bf16; text encoders and VAE are in CPU memory. Counted on fake tensors by",
+        "`tests/benchmarks/memory.py`, without scumble's fused norm and GEGLU kernels, and without library workspaces,",
+        "fragmentation and the CUDA context, which add 0.5 to 1 GB.", "",
+        "| layout | gradient checkpointing | base, bits | weights, MiB | with AdamW, MiB | with 8-bit AdamW, MiB "
+        "| TFLOP per step |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for name in chosen.layouts:
+    for name in args.layouts:
         layout = LAYOUTS[name]
         for bits in (16, 8, 4):
-            for label, recompute in RECOMPUTED.items():
-                counted = step(layout, recompute, bits)
-                flops = f"{step(layout, recompute, bits, True).flops / 1e12:.2f}" if bits == 16 else "as above"
-                totals = [f"{(counted.peak + counted.trained * each) / 2**20:,.0f}" for each in MOMENT_BYTES.values()]
+            for label, recompute in CHECKPOINTING.items():
+                counted = count_step(layout, recompute, bits)
+                flops = f"{count_step(layout, recompute, bits, True).flops / 1e12:.2f}" if bits == 16 else "as above"
+                totals = [
+                    f"{(counted.peak + counted.num_trained * each) / 2**20:,.0f}" for each in MOMENT_BYTES.values()
+                ]
                 lines.append(
                     f"| {name}, {layout.side_px} px | {label} | {bits} | {counted.weights / 2**20:,.0f} "
                     f"| {' | '.join(totals)} | {flops} |"

@@ -1,9 +1,9 @@
-"""The comparison: a plain LoRA loop over diffusers and PEFT, arranged as the public text-to-image LoRA example is.
+"""The baseline: a plain LoRA training loop with diffusers and PEFT, like the text-to-image LoRA example of diffusers.
 
-Pictures come through a DataLoader, every step encodes them with the VAE and the captions with the text encoder, LoRA is
-on the UNet's attention, AdamW moves it. Nothing of scumble is used here but the pictures.
+A DataLoader loads the images, every step encodes them with the VAE and the captions with the text encoder, and AdamW
+trains a LoRA on the UNet's attention. Uses no code of scumble, only its sample images.
 
-`python plain_loop.py BASE PICTURES OUT THREADS` trains as `speed.py --whole` compares it.
+`python plain_loop.py BASE IMAGES OUT THREADS` trains with the settings that `speed.py --whole` compares.
 """
 
 import random
@@ -24,15 +24,15 @@ from torch.utils.data import DataLoader, Dataset
 
 
 @dataclass(frozen=True)
-class Timed:
-    """Seconds of the loop alone, and with loading and saving."""
+class RunTimes:
+    """Seconds of the loop alone, and including loading and saving."""
 
     loop_s: float
     whole_s: float
 
 
-class Pictures(Dataset[tuple[torch.Tensor, str]]):
-    """(pixels in [-1, 1] (3, P, P), caption) of a folder of .webp files on white."""
+class ImageFolder(Dataset[tuple[torch.Tensor, str]]):
+    """The .webp images of a folder on white: (pixels in [-1, 1] (3, P, P), caption)."""
 
     def __init__(self, folder: Path, size_px: int):
         self.paths, self.size_px = sorted(folder.glob("*.webp")), size_px
@@ -42,18 +42,18 @@ class Pictures(Dataset[tuple[torch.Tensor, str]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, str]:
         path = self.paths[index]
-        picture = Image.open(path).convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-        picture = picture.resize((self.size_px, self.size_px), Image.Resampling.LANCZOS)
-        pixels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1).float() / 127.5 - 1
+        image = Image.open(path).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        image = image.resize((self.size_px, self.size_px), Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 127.5 - 1
         return pixels, path.with_suffix(".txt").read_text(encoding="utf-8").strip()
 
 
 def train_plainly(
-    base: Path, folder: Path, out: Path, *, size_px: int, steps: int, batch: int, rank: int, rate: float,
+    base: Path, folder: Path, out: Path, *, size_px: int, steps: int, batch_size: int, rank: int, learning_rate: float,
     min_snr_gamma: float, seed: int, dtype: torch.dtype,
-) -> Timed:  # fmt: skip
-    """Train on `folder` and write `out`/pytorch_lora_weights.safetensors as diffusers does; returns the times."""
+) -> RunTimes:  # fmt: skip
+    """Train on `folder`, write `out`/pytorch_lora_weights.safetensors as diffusers does, and return the times."""
     started = time.monotonic()
     torch.manual_seed(seed)
     random.seed(seed)
@@ -68,9 +68,9 @@ def train_plainly(
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.999), weight_decay=1e-2)
-    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
-    loader = DataLoader(Pictures(folder, size_px), batch_size=batch, shuffle=True)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-2)
+    lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
+    loader = DataLoader(ImageFolder(folder, size_px), batch_size=batch_size, shuffle=True)
     scheduler, done, loop_started = pipeline.scheduler, 0, time.monotonic()
     while done < steps:
         for pixels, captions in loader:
@@ -93,19 +93,19 @@ def train_plainly(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            schedule.step()
+            lr_scheduler.step()
             optimizer.zero_grad()
             done += 1
             if done == steps:
                 break
     loop_s = time.monotonic() - loop_started
     StableDiffusionPipeline.save_lora_weights(out, unet_lora_layers=get_peft_model_state_dict(unet))
-    return Timed(loop_s, time.monotonic() - started)
+    return RunTimes(loop_s, time.monotonic() - started)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[4]))
     train_plainly(
-        Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), size_px=64, steps=160, batch=4, rank=16, rate=2e-3,
-        min_snr_gamma=5.0, seed=0, dtype=torch.bfloat16,
+        Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), size_px=64, steps=160, batch_size=4, rank=16,
+        learning_rate=2e-3, min_snr_gamma=5.0, seed=0, dtype=torch.bfloat16,
     )  # fmt: skip

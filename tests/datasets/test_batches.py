@@ -119,6 +119,9 @@ def test_the_trigger_is_in_every_caption_exactly_once():
     assert with_trigger("a cat", "zwx style") == "zwx style, a cat"
     assert with_trigger("a cat, ZWX style", "zwx style") == "a cat, ZWX style"
     assert with_trigger("", "zwx style") == "zwx style" and with_trigger("a cat", "") == "a cat"
+    assert with_trigger("a cat,", "zwx style", "end") == "a cat, zwx style"
+    assert with_trigger("ZWX style, a cat", "zwx style", "end") == "ZWX style, a cat"
+    assert with_trigger("", "zwx style", "end") == "zwx style"
 
 
 def test_tags_after_the_kept_ones_are_shuffled_and_captions_are_dropped_with_the_given_probability():

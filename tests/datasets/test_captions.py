@@ -108,6 +108,13 @@ def test_prefix_and_suffix_are_never_shuffled_or_dropped():
         assert caption.startswith("p, q,") and caption.endswith(", s")
 
 
+def test_a_trigger_at_the_end_stays_there_when_tags_are_shuffled():
+    draws = set(texts_of(["a, b, c"], 200, trigger="zwx", trigger_position="end", shuffle_tags=True, keep_tags=0))
+    assert len(draws) == 6 and all(caption.endswith(", zwx") for caption in draws)
+    (framed,) = set(texts_of(["a"], 5, trigger="zwx", trigger_position="end", caption_suffix=", on white"))
+    assert framed == "a, zwx, on white"
+
+
 def test_tags_after_the_kept_ones_are_dropped_independently_with_the_given_probability():
     draws = texts_of(["zwx, a, b, c"], tag_dropout=0.3, keep_tags=1)
     assert all(caption.split(", ")[0] == "zwx" for caption in draws)

@@ -1,4 +1,4 @@
-"""The recipe from end to end, on the embedded base."""
+"""Training from end to end, on the embedded base."""
 
 import json
 import signal
@@ -6,6 +6,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return ran(tmp_path_factory.mktemp("run"), optimization={"steps": 7}, output={"preview_every": 5, "save_every": 5})
 
 
-def test_a_run_leaves_what_the_readme_says(run: Run):
+def test_a_run_writes_the_files_that_the_readme_lists(run: Run):
     names = {str(path.relative_to(run.folder)) for path in run.folder.rglob("*") if path.is_file()}
     assert names == {
         "clay.safetensors", "clay.png", "loss.png", "options.toml", "events.jsonl", "previews/grid.png",
@@ -54,7 +56,7 @@ def test_a_run_leaves_what_the_readme_says(run: Run):
     }  # fmt: skip
 
 
-def test_events_are_strict_json_lines_and_the_same_that_readers_get(run: Run):
+def test_events_are_strict_json_lines_and_equal_those_that_readers_receive(run: Run):
     lines = (run.folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
     read = [json.loads(line) for line in lines]
     assert [event["kind"] for event in read] == [event["kind"] for event in run.events]
@@ -65,7 +67,7 @@ def test_events_are_strict_json_lines_and_the_same_that_readers_get(run: Run):
             assert keys <= event.keys() and (run.folder / event["file"]).is_file()
 
 
-def test_written_options_repeat_the_run_bit_for_bit(run: Run, tmp_path: Path):
+def test_the_saved_options_reproduce_the_run_bit_for_bit(run: Run, tmp_path: Path):
     again = files.resolve(
         run.folder / "options.toml",
         flags={"output": {"output_dir": str(tmp_path), "preview_every": 0, "save_every": 0}},
@@ -79,12 +81,12 @@ def test_written_options_repeat_the_run_bit_for_bit(run: Run, tmp_path: Path):
     assert first[start[0] :] == second[start[1] :]
 
 
-def test_previews_carry_their_settings(run: Run):
-    with Image.open(run.folder / "previews/step000005-01.png") as picture:
-        assert picture.info["parameters"].startswith("red apple, flat style\nSteps: 2, Sampler: ddim, CFG scale: 5.0")
+def test_previews_embed_their_settings(run: Run):
+    with Image.open(run.folder / "previews/step000005-01.png") as image:
+        assert image.info["parameters"].startswith("red apple, flat style\nSteps: 2, Sampler: ddim, CFG scale: 5.0")
 
 
-def test_a_file_tells_its_uis_what_it_is_and_no_path(run: Run):
+def test_the_metadata_identifies_the_file_and_contains_no_path(run: Run):
     header = (run.folder / "clay.safetensors").read_bytes()
     metadata = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])["__metadata__"]
     assert metadata["ss_base_model_version"] == "sd_v1" and metadata["ss_v2"] == "False"
@@ -97,31 +99,30 @@ def test_a_file_tells_its_uis_what_it_is_and_no_path(run: Run):
     assert str(SAMPLES.parent) not in str(metadata)
 
 
-def test_a_second_run_of_one_name_gets_a_folder_of_its_own(run: Run):
+def test_a_second_run_with_the_same_name_gets_its_own_folder(run: Run):
     second = ran(run.folder.parent.parent, optimization={"steps": 1}, output={"preview_every": 0})
     assert second.folder.name == "clay-2" and (second.folder / "clay-2.safetensors").is_file()
 
 
-def test_a_dry_run_writes_nothing_and_says_what_would_happen(tmp_path: Path):
+def test_a_dry_run_reports_the_plan_and_writes_nothing(tmp_path: Path):
     plan = ran(tmp_path, dry_run=True, optimization={"steps": "auto"}).of("plan")[0]
     assert plan["steps"] == 160 and plan["epochs"] == 32
-    assert any("20 pictures" in line for line in plan["reasons"]) and any(
-        "embedded base" in line for line in plan["reasons"]
-    )
+    for fact in ("20 images", "embedded base"):
+        assert any(fact in line for line in plan["reasons"])
     assert not list(tmp_path.iterdir())
 
 
-def test_previews_leave_training_untouched(run: Run, tmp_path: Path):
+def test_previews_do_not_affect_training(run: Run, tmp_path: Path):
     without = ran(tmp_path, optimization={"steps": 7}, output={"preview_every": 0})
-    assert ", previews " in run.events[-1]["text"] and ", previews " not in without.events[-1]["text"]
+    assert "previews: " in run.events[-1]["text"] and "previews: " not in without.events[-1]["text"]
     assert without.losses == run.losses
 
 
-def test_accumulated_small_batches_are_one_large_batch(tmp_path: Path):
-    def seen(batch: int, seed: int) -> list[int]:
-        return [index for one in epoch_batches([0] * 20, [1] * 20, batch, seed, 0) for index in one]
+def test_accumulated_small_batches_equal_one_large_batch(tmp_path: Path):
+    def order(batch_size: int, seed: int) -> list[int]:
+        return [index for batch in epoch_batches([0] * 20, [1] * 20, batch_size, seed, 0) for index in batch]
 
-    seed = next(seed for seed in range(100) if seen(20, seed) == seen(10, seed))  # the same looks in the same slots
+    seed = next(seed for seed in range(100) if order(20, seed) == order(10, seed))  # each sample at the same position
     output = {"preview_every": 0, "seed": seed, "save_precision": "fp32"}
     large = ran(tmp_path / "a", optimization={"steps": 1, "batch_size": 20}, output=output)
     small = ran(
@@ -131,48 +132,48 @@ def test_accumulated_small_batches_are_one_large_batch(tmp_path: Path):
     (one, _), (two, _) = (read_tensors(run.folder / "clay.safetensors") for run in (large, small))
     ups = [name for name in one if name.endswith("lora_up.weight")]
     assert any(one[name].abs().max() > 0 for name in ups)
-    # Adam's first step is the sign of the gradient: only where that is about 0 may two sums of it differ
+    # Adam's first step is the sign of the gradient, so the two sums may differ only where that is about 0
     agree = torch.cat([(one[name] - two[name]).abs().flatten() < 1e-4 for name in ups])
     assert float(agree.float().mean()) > 0.99
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
-def test_training_lowers_the_loss_on_the_very_looks_that_an_idle_run_has(optimizer: str, tmp_path: Path):
-    def losses(rate: float) -> list[float]:
+def test_training_lowers_the_loss_compared_with_an_idle_run_on_the_same_samples(optimizer: str, tmp_path: Path):
+    def losses(learning_rate: float) -> list[float]:
         options = {
             "steps": 20,
             "optimizer": optimizer,
             "lr_scheduler": "constant",
-            "learning_rate": rate,
-            "text_encoder_lr": rate,
+            "learning_rate": learning_rate,
+            "text_encoder_lr": learning_rate,
         }
         return ran(tmp_path, optimization=options, output={"preview_every": 0}).losses
 
     assert sum(losses(2e-3)[10:]) < sum(losses(1e-12)[10:])
 
 
-def test_our_loss_is_that_of_a_plain_loop_over_diffusers_and_peft():
+def test_the_loss_equals_that_of_a_plain_loop_with_diffusers_and_peft():
     model = Model()
     base = load(model, detect_base(model), CPU, torch.float32)
     examples = read_set(SAMPLES).examples[:4]
     crops = [[center_crop(read_size(example.image), Size(64, 64))] for example in examples]
     latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)])
-    trained = attach(base, Options().network, [Part("unet", 4, 4.0), Part("text", 2, 2.0)], seed=0)
+    layers = attach(base, Options().network, [Part("unet", 4, 4.0), Part("text", 2, 2.0)], seed=0)
     data = Options().data.model_copy(update={"caption_dropout": 0.0})
     objectives = Objectives(base, examples, crops, latents, data, Objective(), seed=3, text_is_trained=True)
-    looks = [Sample(index, step=11, position=index) for index in range(4)]
-    losses = objectives.losses(looks)
+    samples = [Sample(index, step=11, position=index) for index in range(4)]
+    losses = objectives.losses(samples)
     losses.mean().backward()
-    ups = [module.tensors["lora_up"] for module in trained]
+    ups = [layer.tensors["lora_up"] for layer in layers]
     ours = [up.grad.clone() for up in ups if up.grad is not None]
 
-    for module in trained:
-        for parameter in module.tensors.values():
+    for layer in layers:
+        for parameter in layer.tensors.values():
             parameter.grad = None
     scheduler, vae = base.pipeline.scheduler, base.vae
     drawn = []
-    for look in looks:
-        generator = generator_for(3, look.step, look.position)
+    for sample in samples:
+        generator = generator_for(3, sample.step, sample.position)
         posterior, noise = torch.randn(2, 4, 16, 16, generator=generator)
         drawn.append((posterior, noise, torch.randint(0, 1000, (), generator=generator)))
     posterior, noise, timesteps = (torch.stack(part) for part in zip(*drawn, strict=True))
@@ -190,7 +191,7 @@ def test_our_loss_is_that_of_a_plain_loop_over_diffusers_and_peft():
     torch.testing.assert_close(losses, plain)
     plain.mean().backward()
     theirs = [up.grad for up in ups if up.grad is not None]
-    assert len(ours) == len(theirs) == len(trained)
+    assert len(ours) == len(theirs) == len(layers)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
@@ -209,36 +210,36 @@ def test_every_family_trains_and_writes_its_label(kind: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("network", "times", "module", "arguments", "note"),
+    ("algorithm", "times", "module", "arguments", "note"),
     [
         ("dora", 1, "networks.lora", {"dora_wd": True}, "DoRA: its file is exact in ComfyUI, A1111 and InvokeAI"),
         ("loha", 4, "lycoris.kohya", {"algo": "loha"}, "LoHa: its file loads in ComfyUI, A1111 and Forge"),
         ("lokr", 8, "lycoris.kohya", {"algo": "lokr", "factor": 8}, "LoKr: its file loads in ComfyUI, A1111 and Forge"),
     ],
 )
-def test_every_kind_of_adapter_trains_and_says_who_reads_its_file(
-    network: str, times: int, module: str, arguments: dict, note: str, tmp_path: Path
+def test_every_algorithm_trains_and_reports_which_programs_load_its_file(
+    algorithm: str, times: int, module: str, arguments: dict, note: str, tmp_path: Path
 ):
     run = ran(
-        tmp_path, network={"algorithm": network}, optimization={"steps": 4, "ema_decay": 0.5},
+        tmp_path, network={"algorithm": algorithm}, optimization={"steps": 4, "ema_decay": 0.5},
         machine={"mixed_precision": "bf16", "gradient_checkpointing": True}, output={"preview_every": 4},
     )  # fmt: skip
     (plan,) = run.of("plan")
     assert any(line.startswith(note) and "diffusers" in line for line in plan["reasons"])
     adapter = read_adapter(run.folder / "clay.safetensors")
-    assert adapter.kinds == {"lora" if network == "dora" else network}
+    assert adapter.kinds == {"lora" if algorithm == "dora" else algorithm}
     assert any(part.delta().abs().max() > 0 for part in adapter.modules.values())
     assert adapter.metadata["ss_network_module"] == module
     assert json.loads(adapter.metadata["ss_network_args"]) == arguments
-    own = DEFAULTS["sketch"]
-    rates = [float(adapter.metadata[name]) for name in ("ss_unet_lr", "ss_text_encoder_lr")]
-    assert rates == [times * own.learning_rate, times * own.text_encoder_lr]
+    defaults = DEFAULTS["sketch"]
+    learning_rates = [float(adapter.metadata[name]) for name in ("ss_unet_lr", "ss_text_encoder_lr")]
+    assert learning_rates == [times * defaults.learning_rate, times * defaults.text_encoder_lr]
     assert (f"the learning rate is {times} times LoRA's: {note[:4]} then learns as fast" in plan["reasons"]) == (
         times > 1
     )
 
 
-def test_regularisation_pictures_are_as_many_as_pictures_and_weighted(tmp_path: Path):
+def test_regularization_images_are_repeated_to_match_the_training_images(tmp_path: Path):
     for name in ("a.png", "b.png", "c.png", "d.png"):
         Image.new("RGB", (64, 64), "red").save(tmp_path / name)
     (tmp_path / "reg").mkdir()
@@ -252,25 +253,29 @@ def test_regularisation_pictures_are_as_many_as_pictures_and_weighted(tmp_path: 
     assert plan.of("plan")[0]["steps"] == 8
 
 
-def test_steps_go_through_epochs_and_the_last_of_an_epoch_may_be_short():
-    steps = list(steps_of(5, ["a"] * 5, [1] * 5, batch=2, accumulate=2, seed=0))
+def test_the_last_step_of_an_epoch_may_have_fewer_batches():
+    options = Options.model_validate({"optimization": {"gradient_accumulation_steps": 2}, "output": {"seed": 0}})
+    plan = SimpleNamespace(batch_size=2)
+    job: Any = SimpleNamespace(options=options, plan=plan, buckets=["a"] * 5, repeats=[1] * 5)
+    steps = list(steps_of(job, 5))
     assert [(step, epoch) for step, epoch, _ in steps] == [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2)]
     assert [len(batches) for _, _, batches in steps] == [2, 1, 2, 1, 2]
     for epoch in (0, 1):
-        seen = [index for _, at, batches in steps if at == epoch for batch in batches for index in batch]
-        assert sorted(seen) == list(range(5))
+        batches_of_epoch = [batches for _, one, batches in steps if one == epoch]
+        indices = [index for batches in batches_of_epoch for batch in batches for index in batch]
+        assert sorted(indices) == list(range(5))
 
 
 @pytest.mark.parametrize(
     ("tables", "line"),
     [
-        ({"data": {"images": ""}}, "train: name a folder of pictures"),
-        ({"data": {"images": "/nowhere"}}, "/nowhere: no such folder of pictures"),
+        ({"data": {"images": ""}}, "train: no images given; name a folder"),
+        ({"data": {"images": "/nowhere"}}, "/nowhere: no such folder or TOML file"),
         ({"optimization": {"steps": 3, "epochs": 2}}, "--steps 3 and --epochs 2: give only one of them"),
         ({"network": {"text_encoder_2_rank": 4}}, "--text-encoder-2-rank 4: Stable Diffusion 1 has one text encoder"),
         (
             {"machine": {"device": "cpu", "mixed_precision": "fp16"}},
-            "--mixed-precision fp16: the cpu device trains in bf16",
+            "--mixed-precision fp16: not supported on the cpu device",
         ),
         (
             {"objective": {"min_timestep": 900, "max_timestep": 100}},
@@ -280,7 +285,7 @@ def test_steps_go_through_epochs_and_the_last_of_an_epoch_may_be_short():
             {"optimization": {"optimizer": "prodigy", "learning_rate": 0.5, "text_encoder_lr": 1.0}},
             "--text-encoder-lr 1: prodigy uses one learning rate for all parts",
         ),
-        ({"machine": {"attention": "xformers"}}, "--attention xformers: computes on cuda devices only"),
+        ({"machine": {"attention": "xformers"}}, "--attention xformers: supports only cuda devices"),
         (
             {"network": {"algorithm": "loha", "lora_dropout": 0.1}},
             "--lora-dropout 0.1: not available with --algorithm loha; use lora or dora",
@@ -289,33 +294,33 @@ def test_steps_go_through_epochs_and_the_last_of_an_epoch_may_be_short():
             {"network": {"algorithm": "lokr", "rslora": True}},
             "--rslora: not available with --algorithm lokr; use lora or dora",
         ),
-        ({"model": {"base": "model.ckpt"}}, "a pickle can run any program"),
+        ({"model": {"base": "model.ckpt"}}, "a pickle can execute arbitrary code"),
         ({"model": {"base": "none.safetensors"}}, "--base none.safetensors: no such file"),
     ],
 )
-def test_what_cannot_work_is_refused_before_a_weight_is_loaded(tables: dict, line: str, tmp_path: Path):
+def test_invalid_options_are_refused_before_weights_are_loaded(tables: dict, line: str, tmp_path: Path):
     with pytest.raises(Refused, match=line):
         ran(tmp_path, **tables)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_a_weight_is_loaded(tmp_path: Path):
+def test_an_output_folder_that_cannot_be_created_is_refused_before_weights_are_loaded(tmp_path: Path):
     (tmp_path / "file").touch()
-    with pytest.raises(Refused, match=r"--output-dir .*file: .* cannot be made \(Not a directory\)") as error:
+    with pytest.raises(Refused, match=r"--output-dir .*file: .* cannot be created \(Not a directory\)") as error:
         ran(tmp_path, output={"output_dir": str(tmp_path / "file")})
     assert error.value.exit_code == 73
 
 
-def test_the_command_trains_and_says_where_the_adapter_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_command_trains_and_prints_the_path_of_the_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     cli.main([
         "train", str(SAMPLES), "--steps", "1", "--preview-every", "0", "--output-dir", str(tmp_path),
         "--output-name", "it",
     ])  # fmt: skip
     out = capsys.readouterr().out.replace("\n", "")
-    assert "20 pictures" in out and "trainable parameters" in out and "it.safetensors" in out
+    assert "20 images" in out and "trainable parameters" in out and "it.safetensors" in out
 
 
-def test_steps_are_those_of_peft_and_torchs_adamw(tmp_path: Path):
+def test_steps_equal_those_of_peft_and_the_adamw_of_torch(tmp_path: Path):
     wanted = {
         "steps": 5,
         "lr_scheduler": "constant",
@@ -348,19 +353,19 @@ def test_steps_are_those_of_peft_and_torchs_adamw(tmp_path: Path):
     for name, parameter in stems.items():
         parameter.data.copy_(start[name])
         parameter.requires_grad_(True)
-    groups = [{"params": [p for name, p in stems.items() if name.startswith(prefix)], "lr": rate}
-              for prefix, rate in (("lora_unet", 2e-3), ("lora_te", 1e-3))]  # fmt: skip
+    groups = [{"params": [p for name, p in stems.items() if name.startswith(prefix)], "lr": learning_rate}
+              for prefix, learning_rate in (("lora_unet", 2e-3), ("lora_te", 1e-3))]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     examples = read_set(SAMPLES).examples
     posteriors = []
     for example in examples:
-        picture = cropped(example.image, center_crop(read_size(example.image), Size(64, 64)))[None]
-        posteriors.append(pipeline.vae.encode(picture).latent_dist)
+        pixels = cropped(example.image, center_crop(read_size(example.image), Size(64, 64)))[None]
+        posteriors.append(pipeline.vae.encode(pixels).latent_dist)
     losses = []
     for step, batch in enumerate(epoch_batches([0] * 20, [1] * 20, 4, 4, 0)[:5]):
         clean, noise, timesteps = [], [], []
-        for slot, index in enumerate(batch):
-            generator = generator_for(4, step, slot)
+        for position, index in enumerate(batch):
+            generator = generator_for(4, step, position)
             posterior, eps = torch.randn(2, 4, 16, 16, generator=generator)
             clean.append((posteriors[index].mean + posteriors[index].std * posterior)[0])
             noise.append(eps)
@@ -381,12 +386,12 @@ def test_steps_are_those_of_peft_and_torchs_adamw(tmp_path: Path):
         losses.append(float(loss.detach()))
     assert run.losses == pytest.approx(losses, rel=1e-4)
     assert stems.keys() == {name for name in ours if not name.endswith(".alpha")}
-    for name, parameter in stems.items():  # Adam moves an element by its rate a step, whatever the gradient's size
+    for name, parameter in stems.items():  # Adam's steps have the size of the learning rate, whatever the gradient
         close = (ours[name] - parameter.detach()).abs() < 2e-5
         assert float(close.float().mean()) > 0.99, name
 
 
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path):
+def test_ctrl_c_finishes_the_step_saves_and_prints_how_to_resume(tmp_path: Path):
     command = [
         sys.executable, "-m", "scumble.trainer.cli", "train", str(SAMPLES), "--steps", "5000", "--preview-every", "0",
         "--save-every", "0", "--output-dir", str(tmp_path), "--output-name", "cut", "--json",
@@ -401,12 +406,12 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path):
     assert process.returncode == 130
     done = events[-1]
     assert done["kind"] == "done" and done["stopped"] and 3 <= done["step"] < 5000
-    assert f"stopped after step {done['step']} of 5000; `scumble train {tmp_path / 'cut'}` goes on" in done["text"]
+    assert f"stopped after step {done['step']} of 5000; resume with `scumble train {tmp_path / 'cut'}`" in done["text"]
     _, metadata = read_tensors(tmp_path / "cut" / "cut.safetensors")
     assert metadata["ss_steps"] == str(done["step"])
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_finite(tmp_path: Path):
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_finite_weights(tmp_path: Path):
     wanted = {
         "steps": 50,
         "learning_rate": 100.0,
@@ -416,7 +421,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_finite(tmp_pa
     }
     with pytest.raises(
         Refused,
-        match=r"step \d+: the (loss|gradient) is not finite, as in the 11 steps before; try a lower --learning-rate.*clay",
+        match=r"step \d+: the (loss|gradient) is not finite, as in the 11 steps before; try a lower --learning.*clay",
     ):
         ran(tmp_path, optimization=wanted, output={"preview_every": 0})
     tensors, _ = read_tensors(tmp_path / "runs/clay/clay.safetensors")
@@ -424,27 +429,28 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_finite(tmp_pa
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "lion", "prodigy", "schedule_free"])
-def test_every_optimiser_of_the_extra_trains_and_saves_the_weights_that_it_found(optimizer: str, tmp_path: Path):
+def test_every_optimizer_of_the_extra_trains_and_saves_its_weights(optimizer: str, tmp_path: Path):
     run = ran(tmp_path, optimization={"optimizer": optimizer, "steps": 8}, output={"preview_every": 4})
     assert len(run.losses) == 8
     tensors, metadata = read_tensors(run.folder / "clay.safetensors")
     assert metadata["ss_optimizer"] == optimizer
     assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if name.endswith("lora_up.weight"))
-    why = " ".join(run.of("plan")[0]["reasons"])
-    told = {"prodigy": "times the rate that it finds", "schedule_free": "schedule_free, constant, learning rate"}
-    assert told.get(optimizer, f"{optimizer}, cosine, learning rate") in why
+    reasons = " ".join(run.of("plan")[0]["reasons"])
+    expected = {"prodigy": "times the rate that it finds", "schedule_free": "schedule_free, constant, learning rate"}
+    assert expected.get(optimizer, f"{optimizer}, cosine, learning rate") in reasons
 
 
-def test_dropout_is_drawn_from_the_step_so_that_previews_leave_it_alone(tmp_path: Path):
+def test_dropout_depends_on_the_step_only_so_that_previews_do_not_change_it(tmp_path: Path):
     network = {"lora_dropout": 0.3}
     with_previews = ran(tmp_path / "a", network=network, optimization={"steps": 4}, output={"preview_every": 1})
     without = ran(tmp_path / "b", network=network, optimization={"steps": 4}, output={"preview_every": 0})
     assert with_previews.losses == without.losses
     plain = ran(tmp_path / "c", optimization={"steps": 4}, output={"preview_every": 0})
-    assert plain.losses[0] == without.losses[0] and plain.losses[3] != without.losses[3]  # up = 0 hides the first
+    assert plain.losses[0] == without.losses[0]  # up is still 0, so dropout has no effect
+    assert plain.losses[3] != without.losses[3]
 
 
-def test_the_plan_is_followed_by_a_measured_pass(run: Run):
+def test_a_measured_pass_follows_the_plan(run: Run):
     (measured,) = run.of("measured")
     assert measured["seconds"] > 0 and measured["memory_mb"] > 0 and measured["gradient_checkpointing"] is False
     assert "7 steps in about" in measured["text"]
@@ -452,7 +458,7 @@ def test_the_plan_is_followed_by_a_measured_pass(run: Run):
     assert kinds.index("plan") < kinds.index("measured") < kinds.index("step")
 
 
-def test_the_last_preview_is_what_stock_diffusers_paints_from_the_exported_file(run: Run):
+def test_the_last_preview_matches_stock_diffusers_with_the_exported_file(run: Run):
     stock = StableDiffusionPipeline.from_pretrained(EMBEDDED)
     stock.set_progress_bar_config(disable=True)
     stock.load_lora_weights(str(run.folder / "clay.safetensors"))
@@ -461,12 +467,12 @@ def test_the_last_preview_is_what_stock_diffusers_paints_from_the_exported_file(
             event["prompt"], num_inference_steps=2, guidance_scale=5.0,
             generator=torch.Generator().manual_seed(event["seed"]),
         ).images[0]  # fmt: skip
-        painted = Image.open(run.folder / event["file"])
-        difference = np.abs(np.asarray(painted, dtype=int) - np.asarray(expected, dtype=int))
-        assert difference.max() <= 3, index  # the file holds fp16
+        preview = Image.open(run.folder / event["file"])
+        difference = np.abs(np.asarray(preview, dtype=int) - np.asarray(expected, dtype=int))
+        assert difference.max() <= 3, index  # the file is in fp16
 
 
-def test_the_moving_average_is_what_is_saved_and_training_goes_on_from_the_live_weights(tmp_path: Path):
+def test_the_moving_average_is_saved_and_training_continues_from_the_live_weights(tmp_path: Path):
     optimization, output = {"steps": 4, "lr_scheduler": "constant"}, {"preview_every": 2, "save_precision": "fp32"}
     live = ran(tmp_path / "a", optimization=optimization, output=output | {"save_every": 1})
     averaged = ran(tmp_path / "b", optimization=optimization | {"ema_decay": 0.5}, output=output)
@@ -481,7 +487,7 @@ def test_the_moving_average_is_what_is_saved_and_training_goes_on_from_the_live_
         torch.testing.assert_close(saved[name], mean, rtol=1e-5, atol=1e-8)
 
 
-def test_weights_of_regularisation_pictures_and_mirroring_reach_the_loss():
+def test_the_loss_depends_on_prior_loss_weight_and_mirrored_crops():
     base = load(Model(), detect_base(Model()), CPU, torch.float32)
     examples = [
         replace(example, is_regularization=index == 1) for index, example in enumerate(read_set(SAMPLES).examples[:2])
@@ -489,13 +495,13 @@ def test_weights_of_regularisation_pictures_and_mirroring_reach_the_loss():
     upright = [center_crop(read_size(example.image), Size(64, 64)) for example in examples]
     crops = [[crop, replace(crop, mirrored=True)] for crop in upright]
     latents = encode_set(base, [(e.image, c) for e, c in zip(examples, crops, strict=True)])
-    looks = [Sample(0, 0, 0), Sample(1, 0, 1)]
+    samples = [Sample(0, 0, 0), Sample(1, 0, 1)]
 
     def losses(**changes: object) -> list[float]:
         data = Options().data.model_copy(update={"caption_dropout": 0.0} | changes)
         objectives = Objectives(base, examples, crops, latents, data, Objective(), seed=1, text_is_trained=False)
         with torch.no_grad():
-            return objectives.losses(looks).tolist()
+            return objectives.losses(samples).tolist()
 
     plain, weighted = losses(), losses(prior_loss_weight=0.25)
     assert weighted == pytest.approx([plain[0], 0.25 * plain[1]])
@@ -504,13 +510,13 @@ def test_weights_of_regularisation_pictures_and_mirroring_reach_the_loss():
         torch.testing.assert_close(mean[1], mirrored, rtol=1e-4, atol=1e-4)
 
 
-def test_previews_above_their_share_of_the_time_are_left_out_but_for_the_first_and_the_last(tmp_path: Path):
+def test_previews_above_preview_share_are_skipped_except_the_first_and_the_last(tmp_path: Path):
     output = {"preview_every": 1, "save_every": 0}
     previews = {"prompts": ("owl",), "num_inference_steps": 2, "preview_share": 0.0}
     run = ran(tmp_path, optimization={"steps": 3}, output=output, previews=previews)
     assert [event["step"] for event in run.of("preview")] == [0, 3]
     assert [event["text"] for event in run.of("note") if "--preview-share" in event["text"]] == [
-        "  no preview at step 1, for --preview-share", "  no preview at step 2, for --preview-share",
+        "  preview at step 1 skipped (--preview-share)", "  preview at step 2 skipped (--preview-share)",
     ]  # fmt: skip
-    assert "previews took " in run.of("done")[0]["text"]
+    assert "% of run time" in run.of("done")[0]["text"]
     assert share_of_previews([], 5.0) == 0 and share_of_previews([1.0, 3.0], 6.0) == 0.5

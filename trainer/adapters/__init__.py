@@ -1,1 +1,1 @@
-"""Finished adapter files: their names, metadata, reading and writing. Needs no diffusers."""
+"""Finished adapter files: keys, metadata, I/O, arithmetic. Only `applied`, `forward_check`, `verify` need diffusers."""

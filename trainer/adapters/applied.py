@@ -1,4 +1,4 @@
-"""An adapter of any kind on a loaded base for a while: its layers' weights changed, and given back afterwards."""
+"""Temporarily apply an adapter of any kind to a loaded base by changing its weights."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -14,25 +14,25 @@ from .keys import ModulePath
 @contextmanager
 @torch.no_grad()
 def applied(base: Base, adapter: Adapter, strength: float = 1.0) -> Generator[None]:
-    """The base computes as with the adapter at that strength; its own weights come back bit for bit.
+    """Apply the adapter at the given strength inside the block; the original weights are restored bit for bit.
 
-    The adapter must fit, see `check_fit`.
+    The adapter must fit the base, see `check_fit`.
     """
-    weights = {place: weight_at(base, place) for place in adapter.modules}
-    own = {place: weight.clone() for place, weight in weights.items()}
+    weights = {layer: weight_at(base, layer) for layer in adapter.modules}
+    original = {layer: weight.clone() for layer, weight in weights.items()}
     try:
-        for place, module in adapter.modules.items():
-            beside = {slot: tensor.to(own[place].device) for slot, tensor in module.tensors.items()}
-            weights[place].copy_(replace(module, tensors=beside).on(own[place].float(), strength))
+        for layer, module in adapter.modules.items():
+            on_device = {slot: tensor.to(original[layer].device) for slot, tensor in module.tensors.items()}
+            weights[layer].copy_(replace(module, tensors=on_device).on(original[layer].float(), strength))
         yield
     finally:
-        for place, weight in weights.items():
-            weight.copy_(own[place])
+        for layer, weight in weights.items():
+            weight.copy_(original[layer])
 
 
-def weight_at(base: Base, place: ModulePath) -> torch.nn.Parameter:
-    """The layer's weight; in front of a text encoder's path transformers may have `text_model.`."""
-    component = base.unet if place.component == "unet" else base.text_encoders[place.component == "text2"]
+def weight_at(base: Base, layer: ModulePath) -> torch.nn.Parameter:
+    """Return the layer's weight. Some transformers versions prefix text encoder paths with `text_model.`."""
+    component = base.unet if layer.component == "unet" else base.text_encoders[layer.component == "text2"]
     parameters = dict(component.named_parameters())
-    path = f"{place.path}.weight"
+    path = f"{layer.path}.weight"
     return parameters[path] if path in parameters else parameters[f"text_model.{path}"]

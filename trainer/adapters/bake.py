@@ -1,6 +1,6 @@
-"""Adapters added into a base for good: the same pictures with no adapter to load; or taken out again.
+"""Merge adapters into a base permanently, so that no adapter needs to be loaded, or subtract them again.
 
-Several adapters go one by one, each on what the one before it made.
+Several adapters are applied in order, each to the result of the previous one.
 """
 
 import json
@@ -22,80 +22,79 @@ from .adapter import Adapter
 from .compatibility import check_fit
 from .factors import check_biases, check_finite
 from .keys import ModulePath
-from .privacy import without_paths, words_for_cut
+from .privacy import describe_removed_paths, without_paths
 from .rewrite import Change, rewrite
-from .weights import FOLDERS, PICKLES, Weights, find_weights, places_of, rows, weight_files
+from .weights import FOLDERS, PICKLES, Weights, find_weights, layers_of, rows, weight_files
 
-NAME_OR_PATH = "name_or_path"  # libraries write there where a part was loaded from
+NAME_OR_PATH = "name_or_path"  # libraries store here where a model was loaded from
 
 
 @dataclass(frozen=True)
 class BakedAdapter:
-    """One adapter and how much of it; `name` is said in refusals and in the result's metadata."""
+    """An adapter and its strength. `name` appears in error messages and in the metadata of the result."""
 
     name: str
     adapter: Adapter
     strength: float = 1.0
 
 
-def bake(base: Path, out: Path, doses: Sequence[BakedAdapter], undo: bool = False, force: bool = False) -> list[str]:
-    """Write the base with the adapters in it: a folder from a folder, a file from a file, types as they were.
+def bake(base: Path, out: Path, adapters: Sequence[BakedAdapter], undo: bool = False, force: bool = False) -> list[str]:
+    """Write the base with the adapters merged: a folder for a folder, a file for a file, with unchanged dtypes.
 
-    `undo` takes them out, exactly but for the rounding of the type. Raises `Refused` before anything is written where
-    an adapter has a layer that the base has not, where shapes differ, where `out` exists and `force` is false, or (73)
-    where the disk has too little room.
-    Returns what to say of paths that were cut out of its metadata.
+    `undo` subtracts the adapters; the result is exact up to rounding in the stored dtype. Returns lines to print about
+    file paths removed from the metadata. Raises `Refused` before anything is written if an adapter has a layer that the
+    base lacks, if shapes differ, if `out` exists and `force` is false, or (73) if the disk has too little free space.
     """
     weights = find_weights(base)
-    check_bake(weights, doses, undo)
+    check_bake(weights, adapters, undo)
     if out.exists() and not force:
-        raise Refused(f"{out} exists: choose another name, or --force to write over it")
+        raise Refused(f"--out {out}: already exists; choose another name, or use --force to overwrite it")
     if base.resolve().is_relative_to(out.resolve()):
-        raise Refused(f"{out} is the base itself, or holds it: choose another name")
-    doses = [BakedAdapter(dose.name, dose.adapter, -dose.strength if undo else dose.strength) for dose in doses]
+        raise Refused(f"--out {out}: is the base itself or contains it; choose another name")
+    adapters = [BakedAdapter(item.name, item.adapter, -item.strength if undo else item.strength) for item in adapters]
     if base.is_dir():
         if out.suffix == ".safetensors":
             raise Refused(
-                f"--out {out}: the base is a folder, and so is what is written; give a name without .safetensors"
+                f"--out {out}: the base is a folder, so the result is one too; use a name without .safetensors"
             )
-        return words_for_cut(bake_folder(base, out, doses, note(doses)))
+        return describe_removed_paths(bake_folder(base, out, adapters, comment_for(adapters)))
     if out.suffix != ".safetensors":
-        raise Refused(f"{out}: the base is one file, so give a name that ends in .safetensors")
+        raise Refused(f"--out {out}: the base is a single file; use a name that ends in .safetensors")
     check_room(out, base.stat().st_size)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(out, error) from None
-    return words_for_cut(bake_file(base, out, None, doses, note(doses)))
+    return describe_removed_paths(bake_file(base, out, None, adapters, comment_for(adapters)))
 
 
-def bake_folder(base: Path, out: Path, doses: Sequence[BakedAdapter], comment: str) -> list[str]:
-    """A diffusers folder, built beside `out` and renamed; pickles of the base are left out, they would be unbaked."""
+def bake_folder(base: Path, out: Path, adapters: Sequence[BakedAdapter], comment: str) -> list[str]:
+    """Write a diffusers folder next to `out`, then rename it. Pickles are left out, since they stay unmerged."""
     if not (base / "model_index.json").is_file():
-        raise Refused(f"{base}: no model_index.json in it, so it is not a diffusers folder")
-    temporary, cut = temporary_name(out), []
+        raise Refused(f"{base}: not a diffusers folder, it has no model_index.json; use a folder that has one")
+    temporary, edited = temporary_name(out), []
     if out.exists() and not (out / "model_index.json").is_file():
-        raise Refused(f"{out}: is there and is no diffusers folder, so it is not replaced; choose another name")
-    check_room(out, sum(file.stat().st_size for name in part_folders(base) for file in kept_files(base / name)))
+        raise Refused(f"--out {out}: is not a diffusers folder, so --force does not replace it; choose another name")
+    check_room(out, sum(file.stat().st_size for name in subfolders(base) for file in kept_files(base / name)))
     try:
         temporary.mkdir(parents=True)
-        for name in part_folders(base):
-            copy_part(base / name, temporary / name, with_weights=name not in FOLDERS)
+        for name in subfolders(base):
+            copy_subfolder(base / name, temporary / name, with_weights=name not in FOLDERS)
         shutil.copy2(base / "model_index.json", temporary)
-        cut += cut_names(temporary)
-        for part, component in FOLDERS.items():
-            for file in weight_files(base / part, all_variants=True):
-                cut += bake_file(file, temporary / part / file.name, component, doses, comment)
+        edited += remove_paths(temporary)
+        for folder, component in FOLDERS.items():
+            for file in weight_files(base / folder, all_variants=True):
+                edited += bake_file(file, temporary / folder / file.name, component, adapters, comment)
         replace_folder(temporary, out)
     except OSError as error:
         raise cannot_write(out, error) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return list(dict.fromkeys(cut))
+    return list(dict.fromkeys(edited))
 
 
-def part_folders(base: Path) -> list[str]:
-    """Folders that model_index.json names, where they are there."""
+def subfolders(base: Path) -> list[str]:
+    """Return the existing subfolders that model_index.json names."""
     index = json.loads((base / "model_index.json").read_text(encoding="utf-8"))
     return [
         name
@@ -104,13 +103,13 @@ def part_folders(base: Path) -> list[str]:
     ]
 
 
-def kept_files(part: Path) -> list[Path]:
-    """The files of one part but for pickles."""
-    return [file for file in sorted(part.rglob("*")) if file.is_file() and file.suffix not in PICKLES]
+def kept_files(folder: Path) -> list[Path]:
+    """Return the files of a subfolder, except pickles."""
+    return [file for file in sorted(folder.rglob("*")) if file.is_file() and file.suffix not in PICKLES]
 
 
-def copy_part(old: Path, new: Path, with_weights: bool) -> None:
-    """The files of one part but for pickles, and for weights that are written anew."""
+def copy_subfolder(old: Path, new: Path, with_weights: bool) -> None:
+    """Copy the files of a subfolder, except pickles and, unless `with_weights`, safetensors files."""
     new.mkdir()
     for file in kept_files(old):
         if with_weights or file.suffix != ".safetensors":
@@ -119,70 +118,70 @@ def copy_part(old: Path, new: Path, with_weights: bool) -> None:
             shutil.copy2(file, target)
 
 
-def cut_names(folder: Path) -> list[str]:
-    """Cut paths of a disk out of the `_name_or_path` of a folder's configs; the names of the files that had one."""
-    cut = []
+def remove_paths(folder: Path) -> list[str]:
+    """Remove file paths from `_name_or_path` in a folder's configs and return the names of the edited files."""
+    edited = []
     for file in sorted(folder.rglob("*.json")):
         text = file.read_text(encoding="utf-8")
         if NAME_OR_PATH in text:
-            told = json.loads(text, object_hook=without_own_path)
-            if told != json.loads(text):
-                file.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-                cut.append(str(file.relative_to(folder)))
-    return cut
+            config = json.loads(text, object_hook=without_model_path)
+            if config != json.loads(text):
+                file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+                edited.append(str(file.relative_to(folder)))
+    return edited
 
 
-def without_own_path(told: dict[str, Any]) -> dict[str, Any]:
-    """A table of JSON whose `_name_or_path`, or that of a tokenizer, is no path of a disk; a hub id stays."""
-    names = {key: told[key] for key in told if key.endswith(NAME_OR_PATH) and isinstance(told[key], str)}
-    return told | without_paths(names)[0]
+def without_model_path(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON object without file paths in `_name_or_path` (also a tokenizer's). Hub ids are kept."""
+    names = {key: config[key] for key in config if key.endswith(NAME_OR_PATH) and isinstance(config[key], str)}
+    return config | without_paths(names)[0]
 
 
-def bake_file(old: Path, new: Path, component: str | None, doses: Sequence[BakedAdapter], comment: str) -> list[str]:
-    """One file of weights, streamed; `component` is None where it holds all. Returns metadata that was cut."""
+def bake_file(old: Path, new: Path, component: str | None, adapters: Sequence[BakedAdapter], comment: str) -> list[str]:
+    """Stream one weight file; `component` is None for a single-file base. Returns the edited metadata keys."""
     header = read_header(old)
     changes: dict[str, Change] = {}
     for name in header.entries:
         hits = [
-            (third, place)
-            for place, third in places_of(name, component)
-            if any(place in dose.adapter.modules for dose in doses)
+            (third, layer)
+            for layer, third in layers_of(name, component)
+            if any(layer in item.adapter.modules for item in adapters)
         ]
         if hits:
-            changes[name] = partial(with_adapters, hits=hits, doses=doses)
-    kept, cut = without_paths(header.metadata)
-    told = {name: value for name, value in kept.items() if not name.startswith("modelspec.hash")}
-    told["baked"] = f"{told['baked']}; {comment}" if told.get("baked") else comment
-    rewrite(old, new, changes, told)
-    return cut
+            changes[name] = partial(with_adapters, hits=hits, adapters=adapters)
+    clean, edited = without_paths(header.metadata)
+    metadata = {name: value for name, value in clean.items() if not name.startswith("modelspec.hash")}
+    metadata["baked"] = f"{metadata['baked']}; {comment}" if metadata.get("baked") else comment
+    rewrite(old, new, changes, metadata)
+    return edited
 
 
 def with_adapters(
-    tensor: torch.Tensor, hits: Sequence[tuple[int | None, ModulePath]], doses: Sequence[BakedAdapter]
+    tensor: torch.Tensor, hits: Sequence[tuple[int | None, ModulePath]], adapters: Sequence[BakedAdapter]
 ) -> torch.Tensor:
-    """A base's tensor (fp32), in place, with all that is added to the layers which lie in it."""
-    for third, place in hits:
-        part = rows(tensor, third)
-        for dose in doses:
-            if place in dose.adapter.modules:
-                part.copy_(dose.adapter.modules[place].on(part, dose.strength))
+    """Apply all adapters in place to the layers stored in a base tensor (fp32)."""
+    for third, layer in hits:
+        weight = rows(tensor, third)
+        for item in adapters:
+            if layer in item.adapter.modules:
+                weight.copy_(item.adapter.modules[layer].on(weight, item.strength))
     return tensor
 
 
-def check_bake(weights: Weights, doses: Sequence[BakedAdapter], undo: bool) -> None:
-    """Raises `Refused` where an adapter does not fit the base, or where what is to be undone cannot be."""
-    for dose in doses:
-        check_finite(dose.name, dose.adapter)
-        check_biases(dose.name, dose.adapter)
-        found = next((place for place, module in dose.adapter.modules.items() if module.is_dora), None)
+def check_bake(weights: Weights, adapters: Sequence[BakedAdapter], undo: bool) -> None:
+    """Raises `Refused` if an adapter does not fit the base, or if `undo` is impossible."""
+    for item in adapters:
+        check_finite(item.name, item.adapter)
+        check_biases(item.name, item.adapter)
+        found = next((layer for layer, module in item.adapter.modules.items() if module.is_dora), None)
         if undo and found:
             raise Refused(
-                f"--undo {dose.name}: {found} is DoRA, which sets lengths anew, and "
-                "those before are not in the baked base; keep the base itself"
+                f"--undo {item.name}: {found} is DoRA, which replaces weight norms, and the merged base no longer "
+                "has the original ones; use the original base"
             )
-        check_fit(dose.name, dose.adapter, weights)
+        check_fit(item.name, item.adapter, weights)
 
 
-def note(doses: Sequence[BakedAdapter]) -> str:
-    """What was added, for the file's metadata."""
-    return ", ".join(f"{dose.name} x {dose.strength:g}" for dose in doses)
+def comment_for(adapters: Sequence[BakedAdapter]) -> str:
+    """Describe the merged adapters for the file's metadata."""
+    return ", ".join(f"{item.name} x {item.strength:g}" for item in adapters)

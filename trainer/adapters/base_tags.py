@@ -1,13 +1,13 @@
-"""What an adapter file tells UIs of the kind of its base; A1111 hides a file that does not tell it."""
+"""Metadata that identifies the base model family of an adapter file. A1111 hides files without it."""
 
 from collections import Counter
 from collections.abc import Iterable
 
 from .module import Module
 
-VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # of a family: ss_base_model_version
+VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}  # family -> ss_base_model_version
 FAMILY_OF_VERSION = {version: family for family, version in VERSIONS.items()}
-FAMILY_OF_CONTEXT = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by the width of the text that cross-attention hears
+FAMILY_OF_CONTEXT = {768: "sd1", 1024: "sd2", 2048: "sdxl"}  # by cross_attention_dim
 ARCHITECTURES = {
     "sd1": "stable-diffusion-v1/lora",
     "sd2": "stable-diffusion-v2-512/lora",
@@ -19,7 +19,7 @@ NETWORK_MODULES = {"lora": "networks.lora", "loha": "lycoris.kohya", "lokr": "ly
 
 
 def detection(family: str, predicts_v: bool) -> dict[str, str]:
-    """Metadata by which programs tell the base: `family` is sd1, sd2 or sdxl."""
+    """Return the metadata by which programs detect the base; `family` is sd1, sd2 or sdxl."""
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": SD2_V if family == "sd2" and predicts_v else ARCHITECTURES[family],
@@ -30,12 +30,12 @@ def detection(family: str, predicts_v: bool) -> dict[str, str]:
 
 
 def network(modules: Iterable[Module]) -> dict[str, str]:
-    """kohya's settings of the network, those that most modules have."""
+    """Return kohya's network settings: the kind, rank and alpha that most modules have."""
     modules = list(modules)
     kind = Counter(module.kind for module in modules).most_common(1)[0][0]
-    told = {"ss_network_module": NETWORK_MODULES[kind]}
+    metadata = {"ss_network_module": NETWORK_MODULES[kind]}
     pairs = Counter((module.rank, module.scale * module.rank) for module in modules if module.rank)
     if pairs:
         (rank, alpha), _ = pairs.most_common(1)[0]
-        told |= {"ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
-    return told
+        metadata |= {"ss_network_dim": str(rank), "ss_network_alpha": f"{alpha:g}"}
+    return metadata

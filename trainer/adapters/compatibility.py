@@ -1,4 +1,4 @@
-"""Does an adapter fit a base: every layer is there and has its shape, DoRA's magnitudes are as many."""
+"""Check that an adapter fits a base: all layers exist, and their shapes and DoRA magnitudes match."""
 
 from collections.abc import Iterator
 
@@ -11,28 +11,28 @@ from .weights import Weights
 
 
 def misfits(adapter: Adapter, weights: Weights) -> Iterator[tuple[ModulePath, str]]:
-    """Each module that does not fit, and why, in words that follow its name."""
-    for place, module in adapter.modules.items():
-        if place not in weights.spots:
-            yield place, "is not in the base"
+    """Yield each module that does not fit, and the reason as a phrase that follows its name."""
+    for layer, module in adapter.modules.items():
+        if layer not in weights.layers:
+            yield layer, "is not in the base"
             continue
-        shape = weights.spots[place].shape
+        shape = weights.layers[layer].shape
         if module.shape != matrix_of(shape):
-            yield place, f"is {_times(module.shape)} and the base's layer {_times(matrix_of(shape))}"
+            yield layer, f"is {_times(module.shape)}, but the base's layer is {_times(matrix_of(shape))}"
         elif module.is_dora and not _has_magnitudes_for(module, shape):
             magnitude = tuple(module.tensors["dora_scale"].shape)
-            yield place, f"has DoRA magnitudes {magnitude}, neither one for each input nor for each output"
+            yield layer, f"has DoRA magnitudes of shape {magnitude}, expected one per input or one per output"
 
 
 def check_fit(name: str, adapter: Adapter, weights: Weights) -> None:
-    """Raises `Refused` where a module does not fit; `name` is the adapter's."""
+    """Raises `Refused` if a module does not fit. `name` is the adapter's name."""
     found = list(misfits(adapter, weights))
     if found:
-        place, why = found[0]
+        layer, reason = found[0]
         if adapter.family != weights.family:
-            raise Refused(f"{name}: is for {adapter.family}, but {weights.path} is {weights.family}")
-        more = f" ({len(found)} of {len(adapter.modules)} do not fit)" if len(found) > 1 else ""
-        raise Refused(f"{name}: {place} {why}{more}; it is for another base than {weights.path}")
+            raise Refused(f"{name}: made for {adapter.family}, but {weights.path} is {weights.family}")
+        more = f" ({len(found)} of {len(adapter.modules)} modules do not fit)" if len(found) > 1 else ""
+        raise Refused(f"{name}: {layer} {reason}{more}; this adapter was made for a different base than {weights.path}")
 
 
 def _has_magnitudes_for(module: Module, shape: tuple[int, ...]) -> bool:
@@ -41,4 +41,4 @@ def _has_magnitudes_for(module: Module, shape: tuple[int, ...]) -> bool:
 
 
 def _times(shape: tuple[int, int] | None) -> str:
-    return f"{shape[0]} x {shape[1]}" if shape else "of no shape"
+    return f"{shape[0]} x {shape[1]}" if shape else "of unknown shape"

@@ -1,6 +1,6 @@
-"""An adapter file -> the same adapter in another dialect or number format, with its metadata.
+"""Convert an adapter file to another key dialect or number format, keeping its metadata.
 
-kohya's is what every UI reads; PEFT's is what `diffusers` saves. All arithmetic is in fp32, rounded once at the end.
+Every UI reads kohya keys; diffusers saves PEFT keys. All arithmetic is in fp32 and rounded once at the end.
 """
 
 from dataclasses import replace
@@ -13,18 +13,18 @@ from scumble.configs.errors import Refused
 from .adapter import Adapter, read_adapter, to_tensors
 from .base_tags import detection, network
 from .files import write_adapter
-from .privacy import words_for_cut
+from .privacy import describe_removed_paths
 
 DIALECTS = ("kohya", "peft")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-STALE = ("sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata", "format")  # no longer true, or harmful
+STALE = ("sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata", "format")  # wrong or harmful after conversion
 
 
 def convert(path: Path, dialect: str, dtype: str, out: Path, force: bool = False) -> list[str]:
-    """Write `path`'s adapter into `out`; `dtype` fp16, bf16, fp32, or empty for the file's own.
+    """Convert the adapter in `path` and write it to `out`. `dtype` is fp16, bf16, fp32, or empty to keep the file's.
 
-    Returns what to say of paths that were cut out of its metadata. Raises `Refused` where a choice is unknown or
-    the adapter has no place in the dialect.
+    Returns lines to print about file paths removed from the metadata. Raises `Refused` if an option value is unknown
+    or the dialect cannot hold the adapter.
     """
     if dialect not in DIALECTS:
         raise Refused(f"--to {dialect}: must be {' | '.join(DIALECTS)}")
@@ -35,32 +35,32 @@ def convert(path: Path, dialect: str, dtype: str, out: Path, force: bool = False
         tensors = converted(adapter, dialect, DTYPES.get(dtype))
     except Refused as refused:
         raise Refused(f"{path}: {refused}") from None
-    halves = tensors if dtype == "fp16" else {}
-    overflown = [name for name, tensor in halves.items() if not torch.isfinite(tensor).all()]
-    if overflown:
-        raise Refused(f"{out} was not written: {overflown[0]} has numbers that fp16 cannot hold; use --dtype bf16")
-    return words_for_cut(write_adapter(tensors, metadata_for(adapter, dialect), out, force))
+    fp16_tensors = tensors if dtype == "fp16" else {}
+    overflowed = [name for name, tensor in fp16_tensors.items() if not torch.isfinite(tensor).all()]
+    if overflowed:
+        raise Refused(f"{out}: not written, {overflowed[0]} has values that overflow fp16; use --dtype bf16")
+    return describe_removed_paths(write_adapter(tensors, metadata_for(adapter, dialect), out, force))
 
 
 def converted(adapter: Adapter, dialect: str, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """The adapter's named tensors in a dialect; without `dtype` each has the type that its module had."""
+    """Return the adapter's named tensors in a dialect. Without `dtype`, the adapter's dtype is kept."""
     modules = {
-        place: replace(module, tensors={slot: tensor.float() for slot, tensor in module.tensors.items()})
-        for place, module in adapter.modules.items()
+        layer: replace(module, tensors={slot: tensor.float() for slot, tensor in module.tensors.items()})
+        for layer, module in adapter.modules.items()
     }
     tensors = to_tensors(replace(adapter, modules=modules), dialect)
-    own = next((tensor.dtype for module in adapter.modules.values() for tensor in module.tensors.values()), None)
+    own_dtype = next((tensor.dtype for module in adapter.modules.values() for tensor in module.tensors.values()), None)
     return {
-        name: tensor if name.endswith(".alpha") else tensor.to(dtype or own)  # an alpha is a setting, kept whole
+        name: tensor if name.endswith(".alpha") else tensor.to(dtype or own_dtype)  # alpha is a setting, always fp32
         for name, tensor in tensors.items()
     }
 
 
 def metadata_for(adapter: Adapter, dialect: str) -> dict[str, str]:
-    """The file's metadata without what is no longer true; kohya's gets what UIs need to tell its base.
+    """Return the metadata without stale entries. For kohya, add the entries by which UIs detect the base.
 
-    `lora_adapter_metadata` must not stand beside alphas (diffusers: ValueError), and in a PEFT file its alphas
-    would count twice, since ours are in `lora_B`.
+    diffusers raises ValueError if a file has both `lora_adapter_metadata` and alphas. In a PEFT file, its alphas would
+    be applied twice, since ours are folded into `lora_B`.
     """
     kept = {name: text for name, text in adapter.metadata.items() if name not in STALE}
     if dialect == "peft":

@@ -1,9 +1,9 @@
-"""Module paths <-> adapter keys, in each dialect that is found in the wild; one grammar, no list of layers.
+"""Convert between module paths and adapter keys in every dialect in use. A grammar parses keys; layers are not listed.
 
-Ours: a component (unet, text, text2) and diffusers' path in it, text encoders without the leading `text_model.`.
-kohya's: `{prefix}_{path with . as _}.lora_down.weight`, `.lora_up.weight`, `.alpha`, which ComfyUI, A1111, Forge,
-InvokeAI and diffusers all read. SD 1 and 2 keep diffusers' block names; SDXL takes those of the original sgm code,
-because diffusers' lose modules in A1111. PEFT's: `{component}.{path}.lora_A.weight`, `.lora_B.weight`.
+Module path: a component (unet, text, text2) and the diffusers path in it, without `text_model.` for text encoders.
+kohya: `{prefix}_{path with . as _}.lora_down.weight`, `.lora_up.weight`, `.alpha`. ComfyUI, A1111, Forge, InvokeAI and
+diffusers all read it. SD 1 and 2 use diffusers block names; SDXL uses those of the original sgm code, because A1111
+drops modules under diffusers names. PEFT: `{component}.{path}.lora_A.weight`, `.lora_B.weight`.
 """
 
 import re
@@ -15,9 +15,9 @@ RESNET_SUFFIXES = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
-COMPONENT_PREFIXES = {"unet": "unet", "text": "text_encoder", "text2": "text_encoder_2"}  # PEFT's, as diffusers saves
+COMPONENT_PREFIXES = {"unet": "unet", "text": "text_encoder", "text2": "text_encoder_2"}  # PEFT files of diffusers
 
-# Every word of a module path, those with an underscore of their own first; longer ones before their beginnings.
+# All names that occur in module paths. Longer names must come before their prefixes.
 ATOMS = (
     "down_blocks", "up_blocks", "mid_block", "input_blocks", "output_blocks", "middle_block", "transformer_blocks",
     "time_embedding", "time_emb_proj", "time_embed", "add_embedding", "label_emb", "skip_connection", "conv_shortcut",
@@ -43,12 +43,12 @@ UNET_LAYER = re.compile(
     r"|mid_block\.(attentions\.0\.[\w.]+|resnets\.[01]\.RESNET)|(time|add)_embedding\.linear_[12]|conv_(in|out)"
     .replace("RESNET", f"({'|'.join(RESNET_SUFFIXES)})")
 )  # fmt: skip
-OLD_PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight$")  # diffusers before PEFT
+OLD_PROCESSOR = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.(down|up)\.weight$")  # pre-PEFT diffusers
 
 
 @dataclass(frozen=True, order=True)
 class ModulePath:
-    """A layer that an adapter can sit on: `component` is unet, text or text2, `path` is diffusers' within it."""
+    """A layer that an adapter can modify: `component` is unet, text or text2; `path` is the diffusers path in it."""
 
     component: str
     path: str
@@ -58,7 +58,7 @@ class ModulePath:
 
     @property
     def block(self) -> str:
-        """The block it lies in: `down_blocks.1`, `mid_block`, `up_blocks.0`, another part of the UNet, or `text`."""
+        """Block of the layer: `down_blocks.1`, `mid_block`, `up_blocks.0`, another UNet module, `text` or `text2`."""
         if self.component != "unet":
             return self.component
         first, _, rest = self.path.partition(".")
@@ -67,39 +67,39 @@ class ModulePath:
 
 @dataclass(frozen=True)
 class Key:
-    """One tensor's name, understood: where it belongs, what it is there, and in which dialect it was written."""
+    """A parsed tensor name: its layer, its slot (the role of the tensor there) and its dialect."""
 
-    place: ModulePath
+    layer: ModulePath
     slot: str
     dialect: str  # kohya or peft
 
 
 def unet_key(path: str, sgm: bool) -> str:
-    """kohya's key stem of a UNet module at diffusers' `path`; `sgm` for SDXL."""
+    """Return the kohya key stem of the UNet module at diffusers `path`; `sgm` is true for SDXL."""
     return "lora_unet_" + (sgm_path(path) if sgm else path).replace(".", "_")
 
 
 def text_key(path: str, prefix: str) -> str:
-    """Key stem of a text encoder's module; `text_model.` is put in front where transformers (>= 5.6) leaves it out."""
+    """Return the key stem of a text encoder module, always with `text_model`, which transformers >= 5.6 omits."""
     return f"{prefix}_text_model_" + path.removeprefix("text_model.").replace(".", "_")
 
 
-def kohya_stem(place: ModulePath, family: str) -> str:
-    """kohya's key stem in a file for `family` sd1, sd2 or sdxl."""
-    if place.component == "unet":
-        return unet_key(place.path, sgm=family == "sdxl")
-    prefix = {"text": "lora_te1", "text2": "lora_te2"}[place.component] if family == "sdxl" else "lora_te"
-    return text_key(place.path, prefix)
+def kohya_stem(layer: ModulePath, family: str) -> str:
+    """Return the kohya key stem of a layer for `family` sd1, sd2 or sdxl."""
+    if layer.component == "unet":
+        return unet_key(layer.path, sgm=family == "sdxl")
+    prefix = {"text": "lora_te1", "text2": "lora_te2"}[layer.component] if family == "sdxl" else "lora_te"
+    return text_key(layer.path, prefix)
 
 
-def peft_stem(place: ModulePath) -> str:
-    """The stem that diffusers' `save_lora_weights` writes."""
-    inner = place.path if place.component == "unet" else f"text_model.{place.path}"
-    return f"{COMPONENT_PREFIXES[place.component]}.{inner}"
+def peft_stem(layer: ModulePath) -> str:
+    """Return the key stem that diffusers' `save_lora_weights` writes."""
+    inner = layer.path if layer.component == "unet" else f"text_model.{layer.path}"
+    return f"{COMPONENT_PREFIXES[layer.component]}.{inner}"
 
 
 def parse_key(name: str) -> Key | None:
-    """Understand a tensor's name in any dialect; None where it is no adapter's."""
+    """Parse a tensor name in any dialect. Returns None if it is not an adapter key."""
     name = OLD_PROCESSOR.sub(_modern, name).replace(".default.", ".")
     found = SLOT.match(name)
     if not found:
@@ -116,7 +116,7 @@ def parse_key(name: str) -> Key | None:
             return None if path is None else _key(component, path, slot, "kohya")
     stem = stem.removeprefix("base_model.model.")
     component = next((ours for ours, theirs in COMPONENT_PREFIXES.items() if stem.startswith(theirs + ".")), None)
-    if component is None:  # a UNet alone, as PEFT itself saves it
+    if component is None:  # a single UNet saved by PEFT
         known = stem.startswith(
             ("down_blocks.", "mid_block.", "up_blocks.", "time_embedding.", "add_embedding.", "conv_")
         )
@@ -125,7 +125,7 @@ def parse_key(name: str) -> Key | None:
 
 
 def unflattened(flat: str) -> str | None:
-    """`down_blocks_0_attentions_1_proj_in` -> `down_blocks.0.attentions.1.proj_in`; None where a word is unknown."""
+    """`down_blocks_0_attentions_1_proj_in` -> `down_blocks.0.attentions.1.proj_in`, or None if a name is unknown."""
     parts, position = [], 0
     while position < len(flat):
         found = ATOM.match(flat, position)
@@ -137,7 +137,7 @@ def unflattened(flat: str) -> str | None:
 
 
 def sgm_path(path: str) -> str:
-    """The name in the sgm (LDM) code of a UNet module at diffusers' `path`, for two resnets a block.
+    """Return the sgm (LDM) name of the UNet module at diffusers `path`, for two resnets per block.
 
     down_blocks.i.resnets.j -> input_blocks.{3i+j+1}.0, attentions.j -> input_blocks.{3i+j+1}.1, downsamplers ->
     input_blocks.{3(i+1)}.0.op, up_blocks.i.resnets.j -> output_blocks.{3i+j}.0, attentions.j ->
@@ -159,12 +159,12 @@ def sgm_path(path: str) -> str:
         return f"input_blocks.{3 * (i + 1)}.0.op"
     if kind == "upsamplers":
         return f"output_blocks.{3 * i + 2}.2.conv"
-    place = f"input_blocks.{3 * i + j + 1}" if down else f"output_blocks.{3 * i + j}"
-    return f"{place}.{int(kind == 'attentions')}.{_inside(kind, inner)}"
+    block = f"input_blocks.{3 * i + j + 1}" if down else f"output_blocks.{3 * i + j}"
+    return f"{block}.{int(kind == 'attentions')}.{_inside(kind, inner)}"
 
 
 def diffusers_path(path: str) -> str:
-    """The inverse of `sgm_path`; a path that is diffusers' already comes back unchanged."""
+    """Invert `sgm_path`. A path that is already a diffusers path is returned unchanged."""
     part, _, rest = path.partition(".")
     if part == "time_embed":
         return f"time_embedding.linear_{int(rest) // 2 + 1}"
@@ -200,7 +200,7 @@ def _key(component: str, path: str, slot: str, dialect: str) -> Key | None:
         return Key(ModulePath(component, path.removeprefix("text_model.")), slot, dialect)
     try:
         path = diffusers_path(path)
-    except (ValueError, KeyError):  # words of sgm's in an order that no UNet has
+    except (ValueError, KeyError):  # sgm names in an order that no UNet has
         return None
     return Key(ModulePath(component, path), slot, dialect) if UNET_LAYER.fullmatch(path) else None
 

@@ -1,7 +1,7 @@
-"""Truncated SVD of matrices of low rank, through their factors: no dense SVD of the whole matrix where it is known.
+"""Truncated SVD of low-rank matrices. If the factors are known, no dense SVD of the full matrix is computed.
 
-up = Q_u R_u and downᵀ = Q_d R_d make up · down = Q_u (R_u R_dᵀ) Q_dᵀ, so the SVD of the small core (r, r) gives that of
-the product (out, in). The best matrix of a rank keeps the largest singular values (Eckart and Young 1936).
+If up = Q_u R_u and downᵀ = Q_d R_d, then up · down = Q_u (R_u R_dᵀ) Q_dᵀ, so the SVD of the small core (r, r) gives the
+SVD of the product (out, in). The best rank-k approximation keeps the k largest singular values (Eckart and Young 1936).
 """
 
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import torch
 
-DENSE_SIDE = 512  # up to this shorter side the whole SVD is fast
+DENSE_SIDE = 512  # a full SVD is fast up to this shorter side
 OVERSAMPLING = 16
-MOST_ITERATIONS = 6
-SMALL_GAIN = 0.01  # of the energy still outside; a subspace that grew by less is near its end
+MAX_ITERATIONS = 6
+MIN_GAIN = 0.01  # of the energy not yet captured; iteration stops below it
 
 
 class Svd(NamedTuple):
-    """u (out, k), s (k,) falling, vh (k, in): the matrix is u · diag(s) · vh, all in fp32 or fp64."""
+    """u (out, k), s (k,) in descending order, vh (k, in), in fp32 or fp64: the matrix is u · diag(s) · vh."""
 
     u: torch.Tensor
     s: torch.Tensor
@@ -32,9 +32,9 @@ class LowRank(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """How a rank is chosen: `rank` is the most it may be (0: no limit), and of the rest the stricter one holds.
+    """How to choose a rank. `rank` is the maximum (0: no limit); the strictest of the three limits applies.
 
-    `energy` is the share of the squared Frobenius norm Σ S² that is kept; `ratio` drops all S_i below ratio · S_0.
+    `energy` is the share of the squared Frobenius norm Σ S² to keep; `ratio` drops all S_i below ratio · S_0.
     """
 
     rank: int = 0
@@ -43,7 +43,7 @@ class Rule:
 
 
 def svd_of_factors(up: torch.Tensor, down: torch.Tensor) -> Svd:
-    """SVD of up (out, r) · down (r, in) with k = min(out, in, r) values; O((out + in) r² + r³)."""
+    """Return the SVD of up (out, r) · down (r, in) with k = min(out, in, r) values, in O((out + in) r² + r³)."""
     q_up, r_up = torch.linalg.qr(_at_least_fp32(up))
     q_down, r_down = torch.linalg.qr(_at_least_fp32(down).T)
     u, s, vh = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
@@ -51,11 +51,11 @@ def svd_of_factors(up: torch.Tensor, down: torch.Tensor) -> Svd:
 
 
 def svd_of_dense(matrix: torch.Tensor, rank: int) -> Svd:
-    """SVD of a matrix (out, in) whose factors are not known; of a large one only the first `rank` values.
+    """Return the SVD of a matrix (out, in) with unknown factors; for large matrices only the first `rank` values.
 
-    Large ones are done by randomised subspace iteration (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1),
-    with the same draws every time and 16 values more than wanted, until an iteration gains next to nothing: after two
-    where the spectrum falls, four where it is flat. The error is within a hundredth of the best.
+    Large matrices use randomized subspace iteration (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1) with a
+    fixed seed and an oversampling of 16. It stops when an iteration gains little: after two iterations for a decaying
+    spectrum, four for a flat one. The error is within 1 % of the optimum.
     """
     matrix = _at_least_fp32(matrix)
     drawn = rank + OVERSAMPLING
@@ -63,11 +63,11 @@ def svd_of_dense(matrix: torch.Tensor, rank: int) -> Svd:
         return Svd(*torch.linalg.svd(matrix, full_matrices=False))
     draws = torch.randn(matrix.shape[1], drawn, generator=torch.Generator().manual_seed(0)).to(matrix)
     q = torch.linalg.qr(matrix @ draws).Q  # (out, drawn)
-    whole, captured = energy(matrix), 0.0
-    for iteration in range(MOST_ITERATIONS + 1):
+    total, captured = energy(matrix), 0.0
+    for iteration in range(MAX_ITERATIONS + 1):
         z, r = torch.linalg.qr(matrix.T @ q)  # q qᵀ matrix = q rᵀ zᵀ
         before, captured = captured, energy(r)
-        if iteration == MOST_ITERATIONS or captured - before <= SMALL_GAIN * (whole - captured):
+        if iteration == MAX_ITERATIONS or captured - before <= MIN_GAIN * (total - captured):
             break
         q = torch.linalg.qr(matrix @ z).Q
     u, s, vh = torch.linalg.svd(r.T)
@@ -75,12 +75,12 @@ def svd_of_dense(matrix: torch.Tensor, rank: int) -> Svd:
 
 
 def energy(matrix: torch.Tensor) -> float:
-    """Squared Frobenius norm of a matrix; each row in its own type, their sum in fp64."""
+    """Return the squared Frobenius norm of a matrix: row norms in the matrix's dtype, their sum in fp64."""
     return float(torch.linalg.vector_norm(matrix, dim=1).double().square().sum())
 
 
 def svd_of_kronecker(first: torch.Tensor, second: torch.Tensor) -> Svd:
-    """SVD of kron(first, second) from those of the two: its values are all products of theirs (Van Loan 2000)."""
+    """Return the SVD of kron(first, second): its singular values are all products of theirs (Van Loan 2000)."""
     one, two = (torch.linalg.svd(_at_least_fp32(matrix), full_matrices=False) for matrix in (first, second))
     s, order = torch.outer(one.S, two.S).flatten().sort(descending=True, stable=True)
     i, j = order // len(two.S), order % len(two.S)
@@ -90,30 +90,30 @@ def svd_of_kronecker(first: torch.Tensor, second: torch.Tensor) -> Svd:
 
 
 def factors_of_hadamard(one: LowRank, two: LowRank) -> LowRank:
-    """Factors of (up₁ · down₁) ∘ (up₂ · down₂), of rank r₁ · r₂: all products of their columns, and of their rows."""
+    """Return factors of (up₁ · down₁) ∘ (up₂ · down₂) of rank r₁ · r₂: the products of all column and row pairs."""
     up = torch.einsum("ok,ol->okl", one.up, two.up).flatten(1)
     return LowRank(up, torch.einsum("ki,li->kli", one.down, two.down).flatten(0, 1))
 
 
 def factors_of_kronecker(first: torch.Tensor, second: LowRank) -> LowRank:
-    """Factors of kron(first, up · down) = kron(first, up) · kron(1, down), of rank columns(first) · r."""
+    """Return factors of kron(first, up · down) = kron(first, up) · kron(1, down), of rank columns(first) · r."""
     return LowRank(torch.kron(first, second.up), torch.kron(torch.eye(first.shape[1]), second.down))
 
 
 def exact_factors(matrix: torch.Tensor) -> LowRank:
-    """The matrix (out, in) itself and a unit matrix of its shorter side: a LoRA of full rank that rounds nothing."""
+    """Return the matrix (out, in) and an identity matrix of its shorter side: a full-rank LoRA without rounding."""
     out, inputs = matrix.shape
     return LowRank(matrix, torch.eye(inputs)) if inputs <= out else LowRank(torch.eye(out), matrix)
 
 
 def factors_from_svd(svd: Svd, rank: int) -> LowRank:
-    """The best factors of that rank; each takes √S, so that neither leaves the range of half precision."""
+    """Return the best factors of the given rank. Each is scaled by √S, so that both stay in the fp16 range."""
     root = svd.s[:rank].sqrt()
     return LowRank(svd.u[:, :rank] * root, root[:, None] * svd.vh[:rank])
 
 
 def chosen_rank(s: torch.Tensor, rule: Rule, total: float | None = None) -> int:
-    """Rank that `rule` gives to singular values s (k,), at least 1; `total` is Σ S² where s is not all of them."""
+    """Return the rank, at least 1, that `rule` gives for singular values s (k,). `total` is Σ S² if s is truncated."""
     ranks = [len(s), rule.rank or len(s)]
     if rule.energy:
         ranks.append(rank_of_energy(s, rule.energy, total))
@@ -123,19 +123,19 @@ def chosen_rank(s: torch.Tensor, rule: Rule, total: float | None = None) -> int:
 
 
 def rank_of_energy(s: torch.Tensor, share: float, total: float | None = None) -> int:
-    """The smallest rank whose Σ S² is at least `share` of the whole."""
+    """Return the smallest rank whose Σ S² is at least `share` of the total."""
     squares = s.double().square()
-    wanted = share * (float(squares.sum()) if total is None else total)
-    return min(len(s), int((squares.cumsum(0) < wanted * (1 - 1e-12)).sum()) + 1)
+    required = share * (float(squares.sum()) if total is None else total)
+    return min(len(s), int((squares.cumsum(0) < required * (1 - 1e-12)).sum()) + 1)
 
 
 def rank_of_ratio(s: torch.Tensor, ratio: float) -> int:
-    """How many singular values are at least `ratio` of the first."""
+    """Return the number of singular values that are at least `ratio` times the first."""
     return max(1, int((s >= ratio * s[0]).sum()))
 
 
 def lost_energy(s: torch.Tensor, rank: int, total: float | None = None) -> float:
-    """‖A - A_rank‖² in the Frobenius norm: Σ S² of what the rank leaves out."""
+    """Return ‖A - A_rank‖² (Frobenius): Σ S² of the discarded singular values."""
     squares = s.double().square()
     if total is None:
         return float(squares[rank:].sum())

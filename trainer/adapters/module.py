@@ -1,7 +1,7 @@
-"""What an adapter does to one layer: its factors, the change dW they make, and the weight that comes of it.
+"""The adapter module of one layer: its factors, the weight change dW they represent, and the resulting weight.
 
 LoRA: dW = alpha / rank * up @ down (Hu et al. 2021). LoHa: alpha / rank * (w1_a @ w1_b) ∘ (w2_a @ w2_b), LoKr:
-scale * kron(w1, w2) (both Yeh et al. 2023, LyCORIS). DoRA keeps besides a magnitude for each input (Liu et al. 2024).
+scale * kron(w1, w2) (both Yeh et al. 2023, LyCORIS). DoRA adds a magnitude for each input (Liu et al. 2024).
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ LABELS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "dora": "DoRA", "full"
 
 @dataclass(frozen=True)
 class Module:
-    """What an adapter does to one layer. `tensors` by slot (lora_down, lora_up, hada_…, lokr_…, dora_scale)."""
+    """The part of an adapter that modifies one layer; `tensors` by slot (lora_down, lora_up, hada_…, dora_scale, …)."""
 
-    kind: str  # lora, loha, lokr or full (a plain difference)
+    kind: str  # lora, loha, lokr or full (a dense difference)
     tensors: dict[str, torch.Tensor]
     alpha: float | None
 
     @property
     def rank(self) -> int:
-        """Inner size of the factors; 0 for a plain difference and for LoKr with two whole factors."""
+        """Inner dimension of the factors; 0 for a full difference and for LoKr with two dense factors."""
         if self.kind == "lora":
             return self.tensors["lora_down"].shape[0]
         if self.kind == "loha":
@@ -35,28 +35,29 @@ class Module:
 
     @property
     def scale(self) -> float:
-        """alpha / rank; 1 where the file has no alpha, and for whole factors, as the UIs do it."""
+        """alpha / rank, or 1 without alpha or for dense factors, as in the UIs."""
         return 1.0 if self.alpha is None or not self.rank else self.alpha / self.rank
 
     @property
     def is_dora(self) -> bool:
-        """Whether its change depends on the base's weight too."""
+        """Whether the weight change also depends on the base's weight."""
         return "dora_scale" in self.tensors
 
     @property
     def is_finite(self) -> bool:
-        """Whether it has neither an infinite number nor NaN."""
+        """Whether no value is infinite or NaN."""
+        # isfinite does not support fp8
         tensors = (tensor if tensor.dtype.itemsize > 1 else tensor.float() for tensor in self.tensors.values())
-        return isfinite(self.scale) and all(bool(torch.isfinite(tensor).all()) for tensor in tensors)  # knows no fp8
+        return isfinite(self.scale) and all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """Display name of the kind."""
         return LABELS["dora" if self.is_dora else self.kind]
 
     @property
     def shape(self) -> tuple[int, int] | None:
-        """(out, in · h · w) of dW, told by its factors alone; None where they do not fit each other."""
+        """Shape (out, in · h · w) of dW according to the factors; None if their shapes do not match."""
         if self.kind == "full":
             return matrix_of(self.tensors["diff"].shape)
         if self.kind == "lora":
@@ -74,7 +75,7 @@ class Module:
         return (first[0] * second[0], first[1] * second[1]) if first and second else None
 
     def delta(self) -> torch.Tensor:
-        """dW in fp32 as a matrix (out, in · h · w), to be given the layer's shape. Without DoRA's magnitudes."""
+        """Return dW in fp32 as a matrix (out, in · h · w), without DoRA magnitudes."""
         if self.kind == "full":
             return self.tensors["diff"].float().flatten(1)
         if self.kind == "lora":
@@ -88,10 +89,9 @@ class Module:
         return torch.kron(first, second)
 
     def on(self, weight: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
-        """The weight (out, in) or (out, in, h, w) in fp32 that the layer has with the adapter at a strength.
+        """Apply the adapter at a given strength to a weight (out, in) or (out, in, h, w) in fp32: W + strength · dW.
 
-        W + strength · dW. DoRA sets the length of each column, or row, of V = W + dW:
-        W + strength · (m · V / ‖V‖ - W), as UIs and PEFT do it.
+        DoRA sets the norm of each column or row of V = W + dW: W + strength · (m · V / ‖V‖ - W), as in UIs and PEFT.
         """
         delta = self.delta().reshape(weight.shape)
         if not self.is_dora:
@@ -100,7 +100,7 @@ class Module:
 
 
 def decomposed(direction: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """m · V / ‖V‖ for V (out, in, …); m is (1, in, …) with one length for each input, or (out, 1, …) for each output.
+    """Return m · V / ‖V‖ for V (out, in, …), with one magnitude m per input (1, in, …) or per output (out, 1, …).
 
     Liu et al. 2024, equation 5.
     """
@@ -116,7 +116,7 @@ def matrix_of(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def pair_shape(module: Module, up: str, down: str, core: str) -> tuple[int, int] | None:
-    """Shape of the product that `pair` gives the factors of; None where they do not fit each other."""
+    """Return the shape of the product of the two factors that `pair` returns, or None if they do not match."""
     first, second = module.tensors[up].shape, module.tensors[down].shape
     if core not in module.tensors:
         return (first[0], prod(second[1:])) if prod(first[1:]) == second[0] else None
@@ -127,8 +127,8 @@ def pair_shape(module: Module, up: str, down: str, core: str) -> tuple[int, int]
 
 
 def pair(module: Module, up: str, down: str, core: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two factors in fp32 as matrices (out, r) and (r, in · h · w), a Tucker core (r, r, h, w) multiplied into the
-    second. LyCORIS's first factor lies the other way, (r, out), where there is a core; LoRA's does not.
+    """Return two factors in fp32 as matrices (out, r) and (r, in · h · w), with the Tucker core (r, r, h, w), if any,
+    multiplied into the second. With a core, LyCORIS stores the first factor transposed, (r, out); LoRA does not.
     """
     first, second = module.tensors[up].float().flatten(1), module.tensors[down].float()
     if core not in module.tensors:
@@ -138,7 +138,7 @@ def pair(module: Module, up: str, down: str, core: str) -> tuple[torch.Tensor, t
 
 
 def kronecker_parts(module: Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """LoKr's two matrices in fp32, the scale in the first: dW = kron(first, second); a kernel lies innermost."""
+    """Return the two LoKr matrices in fp32, scale in the first: dW = kron(first, second); kernel dims are innermost."""
     parts = module.tensors
     first = parts["lokr_w1"].float() if "lokr_w1" in parts else parts["lokr_w1_a"].float() @ parts["lokr_w1_b"].float()
     if "lokr_w2" in parts:

@@ -1,4 +1,4 @@
-"""A checkpoint rewritten tensor by tensor: the layout stays, so only one tensor at a time is in memory."""
+"""Rewrite a checkpoint tensor by tensor. The file layout does not change, so only one tensor at a time is in memory."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,14 +17,14 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-Change = Callable[[torch.Tensor], torch.Tensor]  # may work in place
+Change = Callable[[torch.Tensor], torch.Tensor]  # may modify its input in place
 
 
 def rewrite(source: Path, target: Path, changes: Mapping[str, Change], metadata: Mapping[str, str]) -> None:
-    """Write `target` with the tensors of `source`, those named in `changes` changed in fp32; types and shapes stay.
+    """Write the tensors of `source` to `target`, applying `changes` (by tensor name) in fp32. Dtypes and shapes stay.
 
-    Header first, then each tensor's bytes in order, into a temporary file that is synced and renamed. Raises `Refused`
-    where a changed tensor is not finite in its type, and (73) where the place cannot be written.
+    The file is written atomically (temporary file, sync, rename): the header, then each tensor's bytes in order. Raises
+    `Refused` if a changed tensor is not finite in its stored dtype, or (73) if the file cannot be written.
     """
     header = read_header(source)
     with atomic_write(target, sync=True) as temporary, source.open("rb") as old, temporary.open("wb") as new:
@@ -39,15 +39,15 @@ def rewrite(source: Path, target: Path, changes: Mapping[str, Change], metadata:
 
 
 def changed(file: BinaryIO, entry: Entry, change: Change, where: str) -> bytes:
-    """The bytes of the tensor that begins here, after `change`, which is given fp32."""
+    """Read the tensor at the file position, apply `change` in fp32 and return the bytes in the stored dtype."""
     if entry.dtype not in DTYPES:
-        raise Refused(f"{where} is stored as {entry.dtype}, to which nothing can be added")
+        raise Refused(f"{where} is stored as {entry.dtype}, which cannot be changed; use a base in F16, BF16 or F32")
     raw = bytearray(file.read(entry.end - entry.start))
     tensor = torch.frombuffer(raw, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
     result = change(tensor.float()).to(tensor.dtype)
-    checked = result.float() if result.dtype.itemsize == 1 else result  # isfinite does not know fp8
+    checked = result.float() if result.dtype.itemsize == 1 else result  # isfinite does not support fp8
     if not torch.isfinite(checked).all():
-        raise Refused(f"{where} would not be finite in {entry.dtype}: use a smaller strength or a base in F32")
+        raise Refused(f"{where} would overflow {entry.dtype}; use a smaller strength or a base in F32")
     return result.contiguous().view(torch.uint8).numpy().tobytes()
 
 
@@ -55,6 +55,6 @@ def copy_bytes(old: BinaryIO, new: BinaryIO, count: int) -> None:
     while count:
         data = old.read(min(CHUNK_BYTES, count))
         if not data:
-            raise OSError("the base ends early")
+            raise OSError("the base file is truncated")
         new.write(data)
         count -= len(data)

@@ -1,7 +1,7 @@
-"""Does an adapter file work: every key has a home in every UI, every number and shape is right, diffusers agrees.
+"""Verify an adapter file: every UI matches every key, all values and shapes are valid, and diffusers agrees.
 
-The proof by diffusers: what the base computes after `load_lora_weights` must be what it computes with our dW added,
-as a whole where it fits into memory, else layer by layer.
+The diffusers check: the base's output after `load_lora_weights` must equal its output with our dW added, for whole
+components if the base fits into memory, else layer by layer.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,38 +19,38 @@ from ..base_model.load import load
 from .adapter import Adapter, from_tensors, read_named
 from .compatibility import misfits
 from .forward_check import LayerCheck, checked_by_layer, checked_forward, too_large
-from .inspect import COMPONENT_LABELS, FAMILY_LABELS, beyond_diffusers, network_of, poor_uis
+from .inspect import COMPONENT_LABELS, FAMILY_LABELS, diffusers_limit, incomplete_uis, network_of
 from .ui_keys import Match, matches
 from .weights import Weights, find_weights
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is wrong with a file's layers and results, a line each in `faults`; the UIs' shares, the trials on the base.
+    """The result of `verify`. `faults` has one line for each problem with a layer or an output.
 
-    `poor` are the UIs that do not read it whole; `beyond_diffusers` says why diffusers cannot do what it says, and
-    `untried` why it was not tried there, or nothing; `parted` why its layers were tried one by one, or nothing;
-    `dialect` is how its keys are named, kohya or peft.
+    `incomplete_uis` are the UIs that do not load all modules. The other texts are empty if they do not apply:
+    `diffusers_limit` says why diffusers cannot apply this kind of adapter, `skip_reason` why it was not checked in
+    diffusers, `by_layer_reason` why its layers were checked one by one. `dialect` is kohya or peft.
     """
 
     uis: tuple[Match, ...]
-    poor: tuple[str, ...]
-    beyond_diffusers: str
-    trials: tuple[LayerCheck, ...]
-    untried: str
-    parted: str
+    incomplete_uis: tuple[str, ...]
+    diffusers_limit: str
+    checks: tuple[LayerCheck, ...]
+    skip_reason: str
+    by_layer_reason: str
     faults: tuple[str, ...]
     dialect: str
 
     @property
     def is_sound(self) -> bool:
-        return not self.faults and not self.poor
+        return not self.faults and not self.incomplete_uis
 
 
 def verify(file: Path, base: str, quick: bool = False) -> Verdict:
-    """Check `file` for a base (as in `--base`); `quick` leaves out the trials, so that nothing is loaded.
+    """Verify `file` for a base (as in `--base`). With `quick`, the base is not loaded and no outputs are compared.
 
-    Raises `Refused` where the file is no adapter or the base is none.
+    Raises `Refused` if `file` is not an adapter, or `base` is not a base or has another family.
     """
     tensors, metadata = read_named(file)
     adapter = from_tensors(tensors, metadata, str(file))
@@ -58,64 +58,66 @@ def verify(file: Path, base: str, quick: bool = False) -> Verdict:
     source = detect_base(model)
     if adapter.family != source.family.name:
         labels = FAMILY_LABELS[adapter.family], FAMILY_LABELS[source.family.name]
-        raise Refused(f"{file}: is for {labels[0]}, but --base {base} is {labels[1]}; name a base of its kind")
+        raise Refused(f"{file}: made for {labels[0]}, but --base {base} is {labels[1]}; use a base of the same family")
     weights = find_weights(Path(source.place))
-    uis = tuple(matches(tensors, weights.spots, adapter.family))
+    uis = tuple(matches(tensors, weights.layers, adapter.family))
     network = network_of(adapter)
-    foreign, poor = beyond_diffusers(network), poor_uis(uis, network)
-    faults = list(_faults(adapter, weights))
+    limit, incomplete = diffusers_limit(network), incomplete_uis(uis, network)
+    faults = list(_layer_faults(adapter, weights))
     reasons = {
-        foreign: True,
-        "--quick was asked for": quick,
-        "its layers come first": bool(faults),
-        "it does not read the file whole": "diffusers" in poor,
+        f"diffusers {limit}": bool(limit),
+        "--quick is set": quick,
+        "fix the faults below first": bool(faults),
+        "diffusers does not load all modules": "diffusers" in incomplete,
     }
-    untried = next((reason for reason, holds in reasons.items() if reason and holds), "")
-    trials: list[LayerCheck] = []
-    parted = ""
+    skip_reason = next((reason for reason, applies in reasons.items() if applies), "")
+    checks: list[LayerCheck] = []
+    by_layer_reason = ""
     if not faults and not quick:
-        by_diffusers = None if untried else file
-        if parted := too_large(weights, adapter):
-            trials += checked_by_layer(source, weights, adapter, by_diffusers)
+        diffusers_file = None if skip_reason else file
+        if by_layer_reason := too_large(weights, adapter):
+            checks += checked_by_layer(source, weights, adapter, diffusers_file)
         else:
-            trials += checked_forward(load(model, source, torch.device("cpu"), torch.float32), adapter, by_diffusers)
-        faults += [_fault_of(trial) for trial in trials if not trial.agrees]
-    return Verdict(uis, poor, foreign, tuple(trials), untried, parted, tuple(faults), adapter.dialect)
+            checks += checked_forward(load(model, source, torch.device("cpu"), torch.float32), adapter, diffusers_file)
+        faults += [_fault_of(check) for check in checks if not check.agrees]
+    return Verdict(uis, incomplete, limit, tuple(checks), skip_reason, by_layer_reason, tuple(faults), adapter.dialect)
 
 
-def trial_lines(trials: Sequence[LayerCheck], parted: str) -> Iterator[str]:
-    """How far the adapter moves a component's output, or those of its layers, and how far diffusers' differ from ours.
+def describe_checks(checks: Sequence[LayerCheck], by_layer_reason: str) -> Iterator[str]:
+    """Yield a line for each component: how much the adapter changes its output, and how much diffusers differs from us.
 
-    `parted` says why layers were tried, one by one.
+    `by_layer_reason` says why the layers were checked one by one, or is empty.
     """
-    if parted:
-        yield f"tried layer by layer: {parted}"
-    for component in dict.fromkeys(trial.component for trial in trials):
-        own = [trial for trial in trials if trial.component == component]
-        effect = max(trial.effect for trial in own)
-        moved = f"its output moves by {effect:.2g}"
-        if parted:
-            still = sum(trial.effect == 0 for trial in own)
-            moved = f"outputs of {len(own)} layers move by up to {effect:.2g}{f', {still} not at all' if still else ''}"
-        differences = [trial.difference for trial in own if trial.difference is not None]
-        beside = f"; diffusers differs from ours by {max(differences):.2g}" if differences else ""
-        yield f"{COMPONENT_LABELS[component]}: {moved}{beside}"
+    if by_layer_reason:
+        yield f"checked layer by layer: {by_layer_reason}"
+    for component in dict.fromkeys(check.component for check in checks):
+        own = [check for check in checks if check.component == component]
+        effect = max(check.effect for check in own)
+        change = f"the adapter changes the output by {effect:.2g}"
+        if by_layer_reason:
+            unchanged = sum(check.effect == 0 for check in own)
+            more = f", {unchanged} unchanged" if unchanged else ""
+            change = f"the adapter changes the outputs of {len(own)} layers by up to {effect:.2g}{more}"
+        differences = [check.difference for check in own if check.difference is not None]
+        comparison = f"; diffusers differs from ours by {max(differences):.2g}" if differences else ""
+        yield f"{COMPONENT_LABELS[component]}: {change}{comparison}"
 
 
-def _faults(adapter: Adapter, weights: Weights) -> Iterator[str]:
-    """What is wrong with single layers."""
-    for place, why in misfits(adapter, weights):
-        yield f"{place}: {why}"
-    for place, module in adapter.modules.items():
+def _layer_faults(adapter: Adapter, weights: Weights) -> Iterator[str]:
+    """Yield the faults of single layers that can be found without running the base."""
+    for layer, reason in misfits(adapter, weights):
+        yield f"{layer}: {reason}"
+    for layer, module in adapter.modules.items():
         if not module.is_finite:
-            yield f"{place}: holds numbers that are not finite"
+            yield f"{layer}: has non-finite values (NaN or Inf)"
         if module.is_dora and module.tensors["dora_scale"].shape[0] != 1:
-            yield f"{place}: has DoRA magnitudes by outputs, which UIs compute otherwise; bake it into the base"
+            yield f"{layer}: has per-output DoRA magnitudes, which UIs compute differently; use `scumble adapter bake`"
 
 
-def _fault_of(trial: LayerCheck) -> str:
-    if not isfinite(trial.effect):
-        return f"{trial.name}: with the adapter its output is not finite"
+def _fault_of(check: LayerCheck) -> str:
+    if not isfinite(check.effect):
+        return f"{check.name}: its output with the adapter is not finite"
     return (
-        f"diffusers: its {trial.name} is {trial.difference:.2g} off, where the adapter moves it by {trial.effect:.2g}"
+        f"{check.name}: the output in diffusers differs from ours by {check.difference:.2g}, "
+        f"and the adapter changes it by {check.effect:.2g}"
     )

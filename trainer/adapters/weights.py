@@ -1,8 +1,8 @@
-"""Where the weights of a base lie: names in a diffusers folder or in one file of the original code <-> our places.
+"""Locate the weights of a base on disk: tensor names in a diffusers folder or a single-file checkpoint -> module paths.
 
-One file holds the UNet under LDM's names (`model.diffusion_model.input_blocks.1.1.…`), the text encoders under
-transformers' (`cond_stage_model.transformer.…`, `conditioner.embedders.0.transformer.…`) or OpenCLIP's
-(`cond_stage_model.model.…`, `conditioner.embedders.1.model.…`), which keep q, k and v in one matrix `in_proj_weight`.
+A single-file checkpoint has the UNet under LDM names (`model.diffusion_model.input_blocks.1.1.…`) and the text encoders
+under transformers names (`cond_stage_model.transformer.…`, `conditioner.embedders.0.transformer.…`) or OpenCLIP names
+(`cond_stage_model.model.…`, `conditioner.embedders.1.model.…`). OpenCLIP fuses q, k and v into one `in_proj_weight`.
 """
 
 import re
@@ -35,10 +35,10 @@ TEXT_LAYER = re.compile(r"encoder\.layers\.\d+\.(self_attn|mlp)\.\w+")
 
 
 @dataclass(frozen=True)
-class Spot:
-    """One layer's weight on disk: a tensor, or in a fused matrix the third number `third` (0, 1, 2) of its rows.
+class StoredWeight:
+    """One layer's weight on disk: a whole tensor, or the rows of q, k or v (`third` 0, 1, 2) in a fused matrix.
 
-    `shape` is that of the layer's own weight, (out, in) or (out, in, h, w).
+    `shape` is the shape of the layer's weight, (out, in) or (out, in, h, w).
     """
 
     file: Path
@@ -49,60 +49,63 @@ class Spot:
 
 @dataclass(frozen=True)
 class Weights:
-    """A base on disk: the layers that an adapter may sit on, in a folder's files or in one; nothing is loaded."""
+    """A base on disk, a folder or a single file: the layers that an adapter can modify. Nothing is loaded."""
 
     path: Path
-    spots: dict[ModulePath, Spot]
+    layers: dict[ModulePath, StoredWeight]
     family: str
 
-    def read(self, place: ModulePath) -> torch.Tensor:
-        """The layer's weight as it is stored; only this one tensor is read."""
-        spot = self.spots[place]
-        with safe_open(spot.file, "pt") as file:
-            return rows(file.get_tensor(spot.name), spot.third)
+    def read(self, layer: ModulePath) -> torch.Tensor:
+        """Read the layer's weight in its stored dtype. Only this tensor is read."""
+        stored = self.layers[layer]
+        with safe_open(stored.file, "pt") as file:
+            return rows(file.get_tensor(stored.name), stored.third)
 
 
 def rows(tensor: torch.Tensor, third: int | None) -> torch.Tensor:
-    """A view of the rows of q, k or v in a fused matrix, or the whole tensor."""
+    """Return a view of the rows of q, k or v in a fused matrix, or the whole tensor if `third` is None."""
     return tensor if third is None else tensor.chunk(3)[third]
 
 
 def find_weights(path: Path) -> Weights:
-    """The layers of a base. Raises `Refused` where there is no base or it is a pickle."""
+    """Find the layers of a base. Raises `Refused` if `path` is not a base or is a pickle."""
     if path.is_dir():
-        files = [(file, component) for part, component in FOLDERS.items() for file in weight_files(path / part)]
+        files = [(file, component) for folder, component in FOLDERS.items() for file in weight_files(path / folder)]
         if not files:
-            raise Refused(f"{path}: has no .safetensors in unet/ or a text encoder; pickles (.bin) can run any program")
+            raise Refused(
+                f"{path}: no .safetensors file in unet/ or text_encoder/; pickle files (.bin) are not read, since they "
+                "can run arbitrary code"
+            )
     elif path.is_file():
         if path.suffix.lower() in PICKLES:
-            raise Refused(f"{path}: a pickle can run any program hidden in it; only .safetensors is read")
+            raise Refused(f"{path}: pickle files can run arbitrary code; use a .safetensors file")
         files = [(path, None)]
     else:
         raise Refused(f"{path}: no such file or folder")
-    spots: dict[ModulePath, Spot] = {}
+    layers: dict[ModulePath, StoredWeight] = {}
     family = "sd1"
     widths: set[int] = set()
     for file, component in files:
         for name, entry in read_header(file).entries.items():
-            for place, third in places_of(name, component):
-                if len(entry.shape) >= 2:  # a norm or a bias is no layer
+            for layer, third in layers_of(name, component):
+                if len(entry.shape) >= 2:  # skips norms and biases
                     out, *inputs = entry.shape
                     shape = (out if third is None else out // 3, *inputs)
-                    spots.setdefault(place, Spot(file, name, shape, third))
-                    if place.component == "unet" and place.path.endswith("attn2.to_k"):
+                    layers.setdefault(layer, StoredWeight(file, name, shape, third))
+                    if layer.component == "unet" and layer.path.endswith("attn2.to_k"):
                         widths.add(shape[1])
             if name.startswith("cond_stage_model.model."):
                 family = "sd2"
-    if not spots:
-        raise Refused(f"{path}: no Stable Diffusion in it; give a diffusers folder or a whole checkpoint")
-    if any(place.component == "text2" for place in spots):
+    if not layers:
+        raise Refused(f"{path}: not a Stable Diffusion model; use a diffusers folder or a full checkpoint")
+    if any(layer.component == "text2" for layer in layers):
         family = "sdxl"
     known = [FAMILY_OF_CONTEXT[width] for width in widths if width in FAMILY_OF_CONTEXT]
-    return Weights(path, spots, known[0] if known else family)
+    return Weights(path, layers, known[0] if known else family)
 
 
 def weight_files(folder: Path, all_variants: bool = False) -> list[Path]:
-    """The .safetensors of one part: the plain ones (shards too), or the fp16 ones where there are no others."""
+    """Return the .safetensors files of a subfolder: without a variant (including shards) if any, else fp16 or bf16."""
     found = sorted(folder.glob("*.safetensors"))
     if all_variants:
         return found
@@ -110,10 +113,10 @@ def weight_files(folder: Path, all_variants: bool = False) -> list[Path]:
     return plain or [path for path in found if ".non_ema" not in path.name and ".ema_only" not in path.name]
 
 
-def places_of(name: str, component: str | None) -> Iterator[tuple[ModulePath, int | None]]:
-    """The places whose weight a tensor is, three with their thirds for a fused one; none where no adapter can sit.
+def layers_of(name: str, component: str | None) -> Iterator[tuple[ModulePath, int | None]]:
+    """Yield the layers whose weight a tensor holds: none if no adapter can modify it, three for a fused matrix.
 
-    `component` is given for a file of a diffusers folder, None for one file that holds all.
+    The second value is the third of the fused matrix, or None. `component` is None for a single-file checkpoint.
     """
     if component is None:
         prefix, component = next(((p, c) for p, c in PREFIXES if name.startswith(p)), ("", None))
@@ -121,19 +124,19 @@ def places_of(name: str, component: str | None) -> Iterator[tuple[ModulePath, in
         if component is None:
             return
     if component != "unet" and (found := OPEN_CLIP.fullmatch(name)):
-        layer = f"encoder.layers.{found[1]}"
+        path = f"encoder.layers.{found[1]}"
         if found[3]:
-            yield ModulePath(component, f"{layer}.{OPEN_CLIP_LAYERS[found[3]]}"), None
+            yield ModulePath(component, f"{path}.{OPEN_CLIP_LAYERS[found[3]]}"), None
         else:
             for third, letter in enumerate("qkv"):
-                yield ModulePath(component, f"{layer}.self_attn.{letter}_proj"), third
+                yield ModulePath(component, f"{path}.self_attn.{letter}_proj"), third
         return
     if not name.endswith(".weight"):
         return
     path = name.removesuffix(".weight")
     try:
         path = diffusers_path(path) if component == "unet" else path.removeprefix("text_model.")
-    except (KeyError, ValueError):  # under a name of the original code that no adapter can have
+    except (KeyError, ValueError):  # an LDM name of a layer that no adapter can modify
         return
     if (UNET_LAYER if component == "unet" else TEXT_LAYER).fullmatch(path):
         yield ModulePath(component, path), None

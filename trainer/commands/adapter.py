@@ -1,4 +1,4 @@
-"""`scumble adapter …`: tools for finished files. Torch is imported when a command runs, not when help is asked for."""
+"""`scumble adapter …`: tools for finished adapter files. Torch is imported when a command runs, not for --help."""
 
 import json as json_library
 from pathlib import Path
@@ -11,9 +11,9 @@ from scumble.configs.exit_codes import BAD_DATA
 
 from ..system.fast_imports import hidden, quick_imports
 from ..system.output_paths import check_out
-from .adapter_math import SUFFIX, Force, bake, extract, merge, resize, tell
+from .adapter_math import SUFFIX, Force, bake, extract, merge, print_lines, resize
 
-adapter = App(name="adapter", help="Look into finished adapter files, and change them.", help_format="plaintext")
+adapter = App(name="adapter", help="Inspect and modify finished adapter files.", help_format="plaintext")
 
 for command in (merge, resize, extract, bake):
     adapter.command(command)
@@ -22,11 +22,9 @@ for command in (merge, resize, extract, bake):
 @adapter.command
 def inspect(
     *files: Annotated[Path, Parameter(help="Adapter files")],
-    json: Annotated[
-        bool, Parameter(help="Print one JSON object a file, for programs", negative="", show_default=False)
-    ] = False,
+    json: Annotated[bool, Parameter(help="Print one JSON object per file", negative="", show_default=False)] = False,
 ) -> None:
-    """Tell what adapter files are: kind, ranks, words, strength by block, hashes, which UIs read them."""
+    """Show what adapter files contain: kind, ranks, trigger words, strength by block, hashes and UI support."""
     if not files:
         raise Refused("adapter inspect: name at least one adapter file")
     from ..adapters.inspect import inspect as report_of
@@ -46,23 +44,23 @@ def convert(
     /,
     *,
     to: Annotated[
-        Literal["kohya", "peft"], Parameter(help="Names of the keys: kohya's, for every UI, or PEFT's for diffusers")
+        Literal["kohya", "peft"], Parameter(help="Key names: kohya for every UI, or peft for diffusers")
     ] = "kohya",
     dtype: Annotated[
-        Literal["fp16", "bf16", "fp32"] | None, Parameter(help="Number format; none: the file's own")
+        Literal["fp16", "bf16", "fp32"] | None, Parameter(help="Number format; default: unchanged")
     ] = None,
-    out: Annotated[Path | None, Parameter(help="File to write; none: FILE-kohya or FILE-peft beside it")] = None,
+    out: Annotated[Path | None, Parameter(help="Output file; default: FILE-kohya or FILE-peft next to FILE")] = None,
     force: Force = False,
 ) -> None:
-    """Write an adapter with other key names or in another number format.
+    """Convert an adapter to other key names or another number format.
 
-    Its metadata is kept, but for paths of a disk.
+    The metadata is kept, except for file paths.
     """
     target = out or file.with_name(f"{file.stem}-{to}.safetensors")
     check_out(target, SUFFIX, force, file)
     from ..adapters.convert import convert as converted
 
-    tell(converted(file, to, dtype or "", target, force))
+    print_lines(converted(file, to, dtype or "", target, force))
     print(f"wrote {target}")
 
 
@@ -73,23 +71,23 @@ def verify(
     *,
     base: Annotated[str, Parameter(help="Its base: sketch, a diffusers folder, a hub id or a .safetensors file")],
     quick: Annotated[
-        bool, Parameter(help="Leave out the trial on the base; nothing is loaded", negative="", show_default=False)
+        bool, Parameter(help="Skip the comparison of outputs; the base is not loaded", negative="", show_default=False)
     ] = False,
 ) -> None:
-    """Check that every UI finds a home for every key, that numbers and shapes are right, and that diffusers agrees.
+    """Check that every UI loads every key, that values and shapes are valid, and that diffusers gives the same output.
 
-    Exit code 65 where something is wrong.
+    Exits with code 65 if it finds a problem.
     """
     with quick_imports():
-        from ..adapters.verify import trial_lines
+        from ..adapters.verify import describe_checks
         from ..adapters.verify import verify as verdict_of
         from . import adapter_tables
     with hidden("bitsandbytes"):
         verdict = verdict_of(file, base, quick)
-    trials = list(trial_lines(verdict.trials, verdict.parted))
-    poor = adapter_tables.not_whole(verdict.poor, verdict.dialect) if verdict.poor else ""
-    table = adapter_tables.ui_table(verdict.uis, verdict.beyond_diffusers)
-    _print(adapter_tables.verdict_page(str(file), table, trials, verdict.untried, verdict.faults, poor))
+    checks = list(describe_checks(verdict.checks, verdict.by_layer_reason))
+    incomplete = adapter_tables.describe_incomplete(verdict.incomplete_uis, verdict.dialect)
+    table = adapter_tables.ui_table(verdict.uis, verdict.diffusers_limit)
+    _print(adapter_tables.verdict_page(str(file), table, checks, verdict.skip_reason, verdict.faults, incomplete))
     if not verdict.is_sound:
         raise SystemExit(BAD_DATA)
 

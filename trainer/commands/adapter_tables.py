@@ -1,4 +1,4 @@
-"""Reports on adapter files as people and programs read them: rich tables, JSON."""
+"""Format reports on adapter files as rich tables or JSON."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,22 +11,22 @@ from rich.text import Text
 from scumble.configs.errors import printable
 from scumble.configs.words import counted
 
-from ..adapters.inspect import FAMILY_LABELS, Report, beyond_diffusers, block_norms, block_of, poor_uis
+from ..adapters.inspect import FAMILY_LABELS, Report, block_norms, block_of, diffusers_limit, incomplete_uis
 from ..adapters.keys import ModulePath
 from ..adapters.module import LABELS
 from ..adapters.ui_keys import Match
 from ..system.formatting import format_bytes
 
-DIALECT_LABELS = {"kohya": "kohya's", "peft": "PEFT's (diffusers)"}
-BAR_CELLS = 32  # at most; a narrow terminal has shorter bars
-DORA_NOTE = "without DoRA's magnitudes, whose effect depends on the base"
-MOST_FAULTS = 20
-MOST_LISTED = 6  # ranks or alphas of one part
-NAMED = 3  # modules named where many have the same trouble
+DIALECT_LABELS = {"kohya": "kohya", "peft": "PEFT (diffusers)"}
+BAR_WIDTH = 32  # maximum, in characters; bars shrink in narrow terminals
+DORA_NOTE = "strength without DoRA magnitudes, whose effect depends on the base"
+MAX_FAULTS = 20
+MAX_LISTED = 6  # ranks or alphas of one part
+MAX_NAMED = 3  # modules named in a warning
 
 
 def report_page(report: Report) -> RenderableType:
-    """What an artist wants to know of a file first, then its numbers."""
+    """Build the report page: a summary first, then the details."""
     return Group(
         Text(""),
         _line(report.path, "bold"),
@@ -39,8 +39,8 @@ def report_page(report: Report) -> RenderableType:
         _bars(report),
         *([_line(DORA_NOTE, "dim")] if "dora" in report.network else []),
         Text(""),
-        ui_table(report.uis, beyond_diffusers(report.network)),
-        *[_line(f"! {trouble}", "bold red") for trouble in troubles(report)],
+        ui_table(report.uis, diffusers_limit(report.network)),
+        *[_line(f"! {warning}", "bold red") for warning in warning_lines(report)],
     )
 
 
@@ -54,26 +54,25 @@ def headline(report: Report) -> str:
     )
 
 
-def troubles(report: Report) -> Iterator[str]:
-    """What a person should know before using the file, a line each."""
+def warning_lines(report: Report) -> Iterator[str]:
+    """Yield one line for each problem to know about before using the file."""
     if report.broken:
-        yield f"{counted(len(report.broken), 'module')} with numbers that are not finite: {_named(report.broken)}"
+        yield f"{counted(len(report.broken), 'module')} with non-finite values: {_named(report.broken)}"
     if report.zero:
-        yield f"{counted(len(report.zero), 'module')} without effect, all zero: {_named(report.zero)}"
+        yield f"{counted(len(report.zero), 'module')} without effect (all zeros): {_named(report.zero)}"
     if report.hashes.stored and report.hashes.stored != report.hashes.model:
-        yield "the hash in its metadata is not that of its tensors: the file was changed after it was written"
+        yield "the hash in the metadata does not match the tensors: the file was modified after it was written"
     if report.paths:
         yield (
-            f"its metadata tells paths of a disk ({', '.join(report.paths)}): `scumble adapter convert` makes a file "
+            f"the metadata contains file paths ({', '.join(report.paths)}); `scumble adapter convert` writes a file "
             "without them"
         )
-    poor = poor_uis(report.uis, report.network)
-    if poor:
-        yield not_whole(poor, report.dialect)
+    if incomplete := incomplete_uis(report.uis, report.network):
+        yield describe_incomplete(incomplete, report.dialect)
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """The same for programs; norms by module."""
+    """Return the report as a JSON object, with norms by module."""
     return {
         "path": report.path, "bytes": report.bytes, "family": report.family, "network": report.network,
         "dialect": report.dialect, "dtypes": report.dtypes,
@@ -88,10 +87,10 @@ def as_json(report: Report) -> dict[str, Any]:
             "stored_is_true": report.hashes.stored == report.hashes.model if report.hashes.stored else None,
         },
         "blocks": {label: norm for label, (norm, _) in block_norms(report.norms).items()},
-        "norms": {str(place): norm for place, norm in report.norms.items()},
+        "norms": {str(layer): norm for layer, norm in report.norms.items()},
         "paths_in_metadata": report.paths,
-        "zero": [str(place) for place in report.zero],
-        "not_finite": [str(place) for place in report.broken],
+        "zero": [str(layer) for layer in report.zero],
+        "not_finite": [str(layer) for layer in report.broken],
         "uis": {
             match.ui: {"matched": match.matched, "total": match.total, "refusal": match.refusal}
             for match in report.uis
@@ -99,56 +98,60 @@ def as_json(report: Report) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ui_table(uis: Sequence[Match], beyond_diffusers: str) -> Table:
-    """UI × matched/total, and what happens to the rest; diffusers is not blamed for a kind that it does not know."""
-    table = _table("UI", "modules read", "")
+def ui_table(uis: Sequence[Match], limit: str) -> Table:
+    """Build a table with a row for each UI: matched / total modules, and what happens to the rest.
+
+    `limit` says why diffusers cannot apply this kind of adapter, or is empty.
+    """
+    table = _table("UI", "modules loaded", "")
     for match in uis:
-        excused = match.ui == "diffusers" and beyond_diffusers
-        style = "green" if match.is_whole else "dim" if excused else "red"
-        table.add_row(match.ui, Text(f"{match.matched} / {match.total}", style), safe(excused or _verdict(match)))
+        reason = limit if match.ui == "diffusers" else ""
+        style = "green" if match.is_complete else "dim" if reason else "red"
+        table.add_row(match.ui, Text(f"{match.matched} / {match.total}", style), safe(reason or _outcome(match)))
     return table
 
 
 def verdict_page(
-    path: str, table: Table, trials: Sequence[str], untried: str, faults: Sequence[str], poor: str
+    path: str, table: Table, checks: Sequence[str], skip_reason: str, faults: Sequence[str], incomplete: str
 ) -> RenderableType:
-    """Of `verify`: the UIs' shares, what the base computes, every fault, and the verdict in one line."""
-    shown = [*faults[:MOST_FAULTS], *([f"and {len(faults) - MOST_FAULTS} more"] if len(faults) > MOST_FAULTS else [])]
-    lines = [_line(f"! {fault}", "bold red") for fault in [*shown, *([poor] if poor else [])]]
-    told = [*trials, *([f"not tried in diffusers: {untried}"] if untried else [])]
-    return Group(_line(path, "bold"), table, *map(_line, told), *(lines or [_line("nothing is wrong", "green")]))
+    """Build the page of `verify`: UI table, output checks, and all faults or a line that there are none."""
+    shown = [*faults[:MAX_FAULTS], *([f"and {len(faults) - MAX_FAULTS} more"] if len(faults) > MAX_FAULTS else [])]
+    fault_lines = [_line(f"! {fault}", "bold red") for fault in [*shown, *([incomplete] if incomplete else [])]]
+    check_lines = [*checks, *([f"diffusers check skipped: {skip_reason}"] if skip_reason else [])]
+    verdict = fault_lines or [_line("no problems found", "green")]
+    return Group(_line(path, "bold"), table, *map(_line, check_lines), *verdict)
 
 
-def not_whole(poor: Sequence[str], dialect: str) -> str:
-    """Which UIs do not read a file whole, and the cure where there is one."""
-    cure = ": `scumble adapter convert` makes a file that is" if dialect == "peft" else ""
-    return f"not read whole by {', '.join(poor)}{cure}"
+def describe_incomplete(uis: Sequence[str], dialect: str) -> str:
+    """Return which UIs do not load all modules, and how to fix it if possible; empty if all do."""
+    fix = "; `scumble adapter convert` writes a file that works" if dialect == "peft" else ""
+    return f"not all modules are loaded by {', '.join(uis)}{fix}" if uis else ""
 
 
-def safe(text: str, most: int = 400) -> Text:
-    """Text of a stranger's file: no markup, no control characters, not endless."""
+def safe(text: str, max_length: int = 400) -> Text:
+    """Make untrusted text safe to print: no markup, no control characters, limited length."""
     shown = printable(text)
-    return Text(shown if len(shown) <= most else shown[: most - 1] + "…")
+    return Text(shown if len(shown) <= max_length else shown[: max_length - 1] + "…")
 
 
-def _verdict(match: Match) -> str:
+def _outcome(match: Match) -> str:
     if match.refusal:
-        return f"turns the file away: {match.refusal}"
-    if match.lost:
-        more = f" and {len(match.lost) - 1} more" if len(match.lost) > 1 else ""
-        return f"passes over {match.lost[0]}{more}"
-    return "reads all of it"
+        return f"rejects the file: {match.refusal}"
+    if match.ignored:
+        more = f" and {len(match.ignored) - 1} more" if len(match.ignored) > 1 else ""
+        return f"ignores {match.ignored[0]}{more}"
+    return "loads all modules"
 
 
 def _facts(report: Report) -> Table:
     hashes = report.hashes
-    told = {"": "none in the metadata", hashes.model: "the metadata's is true"}
+    checked = {"": "none in the metadata", hashes.model: "matches the metadata"}
     facts = {
-        "trigger": report.trigger or "none told",
-        "tags": ", ".join(f"{tag} ({count})" for tag, count in report.tags) or "none told",
+        "trigger": report.trigger or "not in the metadata",
+        "tags": ", ".join(f"{tag} ({count})" for tag, count in report.tags) or "not in the metadata",
         **report.settings,
         "keys": DIALECT_LABELS[report.dialect],
-        "hash (A1111)": f"{hashes.a1111}  ({told.get(hashes.stored, 'the metadata tells another')})",
+        "hash (A1111)": f"{hashes.a1111}  ({checked.get(hashes.stored, 'does not match the metadata')})",
         "hash (AutoV2)": hashes.auto_v2,
     }
     table = Table.grid(padding=(0, 2))
@@ -162,25 +165,25 @@ def _facts(report: Report) -> Table:
 def _parts(report: Report) -> Table:
     table = _table("part", "modules", "rank", "alpha")
     for group in report.groups:
-        ranks = [str(rank) if rank else "whole" for rank in group.ranks]
+        ranks = [str(rank) if rank else "full" for rank in group.ranks]
         alphas = ["none (scale 1)" if alpha is None else f"{alpha:g}" for alpha in group.alphas]
         table.add_row(group.label, str(group.modules), _list(ranks), _list(alphas))
     return table
 
 
-def _list(rising: Sequence[str]) -> str:
-    """All of a few, else the first and the last."""
-    return ", ".join(rising) if len(rising) <= MOST_LISTED else f"{rising[0]} to {rising[-1]} ({len(rising)} different)"
+def _list(values: Sequence[str]) -> str:
+    """List a few ascending values in full, many as a range."""
+    return ", ".join(values) if len(values) <= MAX_LISTED else f"{values[0]} to {values[-1]} ({len(values)} values)"
 
 
 def _bars(report: Report) -> Table:
-    """Where the adapter works: the norm of each block's deltas together."""
+    """Show the strength of each block: the norm of all its deltas."""
     blocks = block_norms(report.norms)
     largest = max((norm for norm, _ in blocks.values()), default=0.0) or 1.0
-    names = {block_of(place): place.block for place in report.norms}  # as `merge --blocks` takes them
+    names = {block_of(layer): layer.block for layer in report.norms}  # as in `merge --blocks`
     table = _table("block", "--blocks", "modules", "strength", "")
     table.columns[3].justify = "right"
-    table.columns[4].max_width = BAR_CELLS
+    table.columns[4].max_width = BAR_WIDTH
     for label, (norm, count) in blocks.items():
         strength = f"{norm:.3g}" if norm < 1000 else f"{norm:,.0f}"
         table.add_row(label, names[label], str(count), strength, Bar(largest, 0, norm, color="dark_orange"))
@@ -200,6 +203,6 @@ def _line(text: str, style: str = "") -> Text:
     return line
 
 
-def _named(places: Sequence[ModulePath]) -> str:
-    more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
-    return ", ".join(map(str, places[:NAMED])) + more
+def _named(layers: Sequence[ModulePath]) -> str:
+    more = f" and {len(layers) - MAX_NAMED} more" if len(layers) > MAX_NAMED else ""
+    return ", ".join(map(str, layers[:MAX_NAMED])) + more

@@ -1,4 +1,4 @@
-"""`scumble cache list|clear`: the latents that are kept for the next run."""
+"""`scumble cache list|clear`: the latents that are cached on disk for later runs."""
 
 from typing import Annotated
 
@@ -6,14 +6,14 @@ from cyclopts import App, Parameter
 
 from ..system.formatting import format_bytes
 
-cache = App(name="cache", help="Latents of pictures that are kept for the next run.")
+cache = App(name="cache", help="Show or clear the latents that are cached for later runs.")
 
-Folder = Annotated[str, Parameter(help="Folder of the cache; auto: the user's cache folder")]
+Folder = Annotated[str, Parameter(help="Cache folder; auto: the user's cache folder")]
 
 
 @cache.command(name="list")
 def list_cache(*, folder: Folder = "auto") -> None:
-    """Say where the cache lies, how many pictures it holds, and how large it is."""
+    """Show where the cache is, how many entries it has, and how large it is."""
     from scumble.datasets.cache import cache_in
 
     found = cache_in(folder)
@@ -25,9 +25,9 @@ def list_cache(*, folder: Folder = "auto") -> None:
 def clear(
     *,
     folder: Folder = "auto",
-    older_than: Annotated[float, Parameter(help="Only what was written so many days ago")] = 0.0,
+    older_than: Annotated[float, Parameter(help="Only entries that are older than this many days")] = 0.0,
 ) -> None:
-    """Delete entries; the next run encodes its pictures again."""
+    """Delete entries. The next run encodes its images again."""
     from scumble.datasets.cache import cache_in
 
     found = cache_in(folder)

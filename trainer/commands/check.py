@@ -1,4 +1,4 @@
-"""`scumble check`: pictures and captions of a set looked over before an hour is spent on them. No weight is read."""
+"""`scumble check`: check the images and captions of a set before training on them. It loads no weights."""
 
 import json as json_library
 from pathlib import Path
@@ -13,29 +13,29 @@ from scumble.configs.exit_codes import BAD_DATA
 from scumble.configs.options import Data, Model, section
 from scumble.configs.progress import progress_bar
 
-FEW = 50  # images that are read before a bar would be seen
+MIN_FOR_BAR = 50  # fewer images are done before anyone would see a progress bar
 MODEL, DATA, OUT = Model(), Data(), Path("check")
 
 
 def register(app: App) -> None:
-    """Put the command on the command line."""
+    """Add the command to the command line."""
     app.command(check)
 
 
 def check(
-    source: Annotated[str, Parameter(help="Folder of pictures, or a TOML file: of options or a list of folders")],
+    source: Annotated[str, Parameter(help="Folder of images, or a TOML file: of options or a list of folders")],
     /,
     *,
     model: Annotated[Model, section("Model")] = MODEL,
     data: Annotated[Data, section("Data")] = DATA,
     preset: Annotated[str, Parameter(help="Preset to start from; `scumble presets` lists them")] = "",
-    out: Annotated[Path, Parameter(help="Folder for NAME-check.html and NAME-check.jpg, new each time")] = OUT,
-    no_page: Annotated[bool, Parameter(help="Write neither the page nor the picture", negative="")] = False,
+    out: Annotated[Path, Parameter(help="Folder for NAME-check.html and NAME-check.jpg, which are overwritten")] = OUT,
+    no_page: Annotated[bool, Parameter(help="Write no page and no contact sheet", negative="")] = False,
     json: Annotated[bool, Parameter(help="Print one JSON object, for programs", negative="")] = False,
 ) -> None:
-    """Check pictures and captions, and show what training will see: a page and a contact sheet.
+    """Check images and captions, and show how training will see them: an HTML page and a contact sheet.
 
-    Exit code 65 where a finding is serious.
+    The exit code is 65 if a finding is serious.
     """
     flags = {"model": model.model_dump(exclude_unset=True), "data": data.model_dump(exclude_unset=True)}
     from scumble.datasets.reading.dataset_toml import is_list_of_folders
@@ -44,7 +44,7 @@ def check(
     if file is None:
         flags["data"]["images"] = source
     options = files.resolve(file, preset, flags)
-    _away_from(Path(options.data.images), out)
+    _check_outside(Path(options.data.images), out)
     from scumble.datasets.checkup.contact_sheet import sheet
     from scumble.datasets.checkup.html_page import page
 
@@ -57,7 +57,7 @@ def check(
     name = name_of_set(options.data.images)
     found = read_examples(options)
     total = len(found.examples)
-    with progress_bar("checking images", hidden=json or total < FEW) as advance:
+    with progress_bar("checking images", hidden=json or total < MIN_FOR_BAR) as advance:
         cropped = crop_set(found, options, base)
         done = run_checkup(options, base, found, cropped, not no_page, lambda number: advance(number, total))
     written = []
@@ -68,15 +68,15 @@ def check(
         with atomic_write(written[1]) as path:
             sheet(done, name, base.label).save(path, "JPEG", quality=88)
     if json:
-        told = {"name": name, "base": base.label, **as_json(done), "written": list(map(str, written))}
-        print(json_library.dumps(told, ensure_ascii=False))
+        report = {"name": name, "base": base.label, **as_json(done), "written": list(map(str, written))}
+        print(json_library.dumps(report, ensure_ascii=False))
     else:
         print_findings(done, name, base.label, written)
     if done.is_serious:
         raise SystemExit(BAD_DATA)
 
 
-def _away_from(pictures: Path, out: Path) -> None:
-    """Raises `Refused` where the contact sheet would lie among the pictures, to be learned with them."""
-    if pictures.is_dir() and out.resolve().is_relative_to(pictures.resolve()):
-        raise Refused(f"--out {out}: lies in {pictures}, so that its picture would be learned too; name another folder")
+def _check_outside(images: Path, out: Path) -> None:
+    """Raises `Refused` if the contact sheet would be written into the image folder, and then trained on."""
+    if images.is_dir() and out.resolve().is_relative_to(images.resolve()):
+        raise Refused(f"--out {out}: is inside {images}, so the contact sheet would be trained on; use another folder")

@@ -1,1 +1,1 @@
-"""The same numbers, faster: attention, LoRA products, CUDA graphs, compiled and recorded passes."""
+"""Faster kernels with the same results: attention, LoRA products, CUDA graphs, tapes on a CPU, torch.compile."""

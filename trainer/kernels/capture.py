@@ -1,7 +1,7 @@
-"""Functions of named tensors, captured once for each shape of those and replayed: as CUDA graphs, on a CPU recorded.
+"""Functions of named tensors, captured once per set of shapes and replayed: as CUDA graphs, or as tapes on a CPU.
 
-At batch 1 a pass of a UNet is thousands of small kernels, and launching them one by one takes longer than they do. A
-CUDA graph launches them all at once, computes the same, and needs no time to compile; a recording saves Python's share.
+At batch 1 a pass of a UNet is thousands of small kernels, and launching them one by one takes longer than running them.
+A CUDA graph launches all of them at once, computes the same, and needs no compilation. A tape saves Python's overhead.
 """
 
 import math
@@ -18,24 +18,24 @@ Capture = Callable[[Replay], Replay]
 
 
 class Captured:
-    """`run` by way of `capture`, which turns a function into one that does the same on the same memory, faster.
+    """Runs `run` through `capture`, which turns a function into a faster one that works on the same memory.
 
-    `kept` is what `run` adds to. Where it cannot be captured, or `capture` is None, it is run as it is; `say` gets the
-    reason, once.
+    `accumulated` are the tensors that `run` adds to. If `capture` is None or fails, `run` is called directly; `report`
+    is called once with the reason.
     """
 
     def __init__(
         self,
         run: Callable[[Tensors], torch.Tensor],
         capture: Capture | None,
-        say: Callable[[str], None] = lambda line: None,
-        kept: Sequence[torch.Tensor] = (),
+        report: Callable[[str], None] = lambda line: None,
+        accumulated: Sequence[torch.Tensor] = (),
     ):
-        self.run, self.capture, self.say, self.kept = run, capture, say, kept
+        self.run, self.capture, self.report, self.accumulated = run, capture, report, accumulated
         self.by_shape: dict[tuple[object, ...], tuple[Tensors, Replay]] = {}
 
     def __call__(self, batch: Tensors) -> torch.Tensor:
-        """Its result, which the next call may overwrite."""
+        """The result, which the next call may overwrite."""
         if self.capture is None:
             return self.run(batch)
         shape = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
@@ -46,10 +46,10 @@ class Captured:
                 if is_out_of_memory(error):
                     raise
                 self.forget()
-                result = self.run(batch)  # where it is not the capture that fails, this does, too
+                result = self.run(batch)  # raises if the function itself fails, rather than its capture
                 self.disable()
                 reason = str(error).splitlines()[0]
-                self.say(f"CUDA graphs are off, each kernel is launched by itself: {reason}")
+                self.report(f"CUDA graphs are off (kernels are launched one by one): {reason}")
                 return result
         static, replay = self.by_shape[shape]
         for name, tensor in batch.items():
@@ -57,37 +57,38 @@ class Captured:
         return replay()
 
     def forget(self) -> bool:
-        """Drop what was captured, since the function is another from now on, or its memory is needed; False where
-        there was nothing."""
+        """Release all captures, because the function changes or memory is needed. Returns whether there were any."""
         found = bool(self.by_shape)
         self.by_shape.clear()
         return found
 
     def disable(self) -> None:
-        """Capture no more."""
+        """Release all captures and stop capturing."""
         self.forget()
         self.capture = None
 
     def _captured(self, batch: Tensors, capture: Capture) -> tuple[Tensors, Replay]:
         static = {name: tensor.clone() for name, tensor in batch.items()}
-        before = [one.clone() for one in self.kept]
+        before = [tensor.clone() for tensor in self.accumulated]
         devices = {tensor.device for tensor in batch.values() if tensor.is_cuda}
         try:
-            with torch.random.fork_rng(devices):  # warm-ups use up no chance
+            with torch.random.fork_rng(devices):  # warm-ups must not advance the random state
                 return static, capture(lambda: self.run(static))
         finally:
-            for one, value in zip(self.kept, before, strict=True):
-                one.copy_(value)
+            for tensor, value in zip(self.accumulated, before, strict=True):
+                tensor.copy_(value)
 
 
 def capture_for(
     device: torch.device,
-    kept: Sequence[torch.Tensor] = (),
+    accumulated: Sequence[torch.Tensor] = (),
     factors: Sequence[torch.Tensor] = (),
     runs: float = math.inf,
 ) -> Capture | None:
-    """What captures functions on a device, None where nothing does. They add to `kept`; `factors` are what is trained,
-    of which they take their numbers; so many `runs` are expected in all."""
+    """The capture method for a device, or None if it has none.
+
+    The captured functions add to `accumulated` and read the trained `factors`. `runs` is the expected number of calls.
+    """
     if device.type == "cuda":
         return CudaGraphs()
-    return Recordings(kept, factors, runs) if device.type == "cpu" else None
+    return Recordings(accumulated, factors, runs) if device.type == "cpu" else None

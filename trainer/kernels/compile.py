@@ -1,21 +1,21 @@
-"""torch.compile on the UNet's repeated blocks, where a measured step is faster for it."""
+"""torch.compile for the UNet's repeated blocks, if a measured step gets faster."""
 
 from collections.abc import Callable
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-PAYS_S = 900  # a run that takes as long has gained its minutes of compiling back
+PAYS_S = 900  # a run of this length regains the minutes spent compiling
 
 
 def compile_blocks(
     unet: UNet2DConditionModel, seconds_of: Callable[[], float], before_s: float, whatever: bool,
     say: Callable[[str], None],
 ) -> float | None:  # fmt: skip
-    """Compile each kind of block once; what a step takes then, or None where all is as before.
+    """Compile each kind of block once. Returns the new seconds per step, or None if compilation was undone.
 
-    `seconds_of` runs a step and gives its time, which was `before_s`. The compiled blocks stay where that is less, or
-    `whatever` it is; where the compiler fails, or is not installed, the run goes on without.
+    `seconds_of` runs a step and returns its time, which was `before_s` so far. The compiled blocks are kept if that is
+    lower now, or if `whatever` is true. If the compiler fails or is not installed, the blocks stay uncompiled.
     """
     try:
         unet.compile_repeated_blocks()

@@ -1,4 +1,4 @@
-"""Functions captured as CUDA graphs, which launch thousands of small kernels at once."""
+"""Capture functions as CUDA graphs, which launch thousands of small kernels at once."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -11,32 +11,32 @@ import torch
 from ..system.device import free_unused
 
 WARM_UPS = 2
-Pool = Any  # what torch.cuda.graph_pool_handle gives
+Pool = Any  # as returned by torch.cuda.graph_pool_handle
 Replay = Callable[[], torch.Tensor]
 
 
 class CudaGraphs:
-    """Captures on CUDA. Its graphs share one pool of memory: none but the last replayed one's result is read."""
+    """Captures functions on CUDA. The graphs share a memory pool, so only the last replay's result is valid."""
 
     def __init__(self) -> None:
         self.graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
 
     def __call__(self, run: Replay) -> Replay:
-        """Run it a few times apart, so that all is initialised, then record it once without running it.
+        """Warm up `run` on a side stream to initialize everything, then capture it once without running it.
 
-        A pool whose graphs are all gone is not taken again: torch refuses that while something in it is alive.
+        A pool whose graphs have all been deleted is not reused: torch refuses it while a tensor in it is alive.
         """
-        stream, here, graph = side_stream(), torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        stream, current, graph = side_stream(), torch.cuda.current_stream(), torch.cuda.CUDAGraph()
         pool = next((one.pool() for one in self.graphs), None)
-        stream.wait_stream(here)
+        stream.wait_stream(current)
         try:
             with torch.cuda.stream(stream):
                 warm_up(run, pool)
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
-                result = captured(graph, pool or torch.cuda.graph_pool_handle(), run)
+                result = record(graph, pool or torch.cuda.graph_pool_handle(), run)
         finally:
-            here.wait_stream(stream)
+            current.wait_stream(stream)
         self.graphs.add(graph)
 
         def replay() -> torch.Tensor:
@@ -48,14 +48,14 @@ class CudaGraphs:
 
 @cache
 def side_stream() -> torch.cuda.Stream:
-    """Where all is captured: cuBLAS keeps a workspace for each stream that it has computed on, of 32 MiB on an H100."""
+    """The stream for all captures: cuBLAS keeps a workspace per stream that it has used, 32 MiB on an H100."""
     return torch.cuda.Stream()
 
 
 def warm_up(run: Replay, pool: Pool | None) -> None:
-    """Run it a few times; in the memory of graphs that are there, which nothing else can use, where other is lacking.
+    """Run the function a few times. If memory runs out, use the pool of existing graphs, which nothing else can use.
 
-    There cuDNN does not search for the fastest convolutions: the memory that it tries out would stay with the graphs.
+    In the pool, cuDNN autotuning is off: the memory that it tries out would stay in the pool.
     """
     try:
         for _ in range(WARM_UPS):
@@ -65,19 +65,21 @@ def warm_up(run: Replay, pool: Pool | None) -> None:
         if pool is None:
             raise
     free_unused()
-    searches, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    autotune, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
-        with memory_of(pool):
+        with allocate_in(pool):
             for _ in range(WARM_UPS):
                 run()
     finally:
-        torch.backends.cudnn.benchmark = searches
+        torch.backends.cudnn.benchmark = autotune
 
 
 @contextmanager
 def own_stream(device: torch.device) -> Generator[None]:
-    """Within the block a CUDA device computes all on the stream where passes are captured: one workspace of cuBLAS, and
-    memory that one pass leaves free serves every other."""
+    """Within the block, a CUDA device runs everything on the stream of the captures.
+
+    Then there is only one cuBLAS workspace, and every pass can use the memory that another one has freed.
+    """
     if device.type != "cuda":
         yield
         return
@@ -91,10 +93,10 @@ def own_stream(device: torch.device) -> Generator[None]:
 
 
 @contextmanager
-def memory_of(pool: Pool) -> Generator[None]:
-    """Within the block what the current stream needs comes from a pool of graphs.
+def allocate_in(pool: Pool) -> Generator[None]:
+    """Within the block, the current stream allocates memory from a pool of graphs.
 
-    As torch's own cudagraph_trees have it; `torch.cuda.use_mem_pool` knows nothing of the thread of backward passes.
+    As in torch's cudagraph_trees; `torch.cuda.use_mem_pool` does not affect the thread of backward passes.
     """
     device = torch.cuda.current_device()
     torch._C._cuda_beginAllocateCurrentStreamToPool(device, pool)
@@ -105,9 +107,12 @@ def memory_of(pool: Pool) -> Generator[None]:
         torch._C._cuda_releasePool(device, pool)
 
 
-def captured(graph: torch.cuda.CUDAGraph, pool: Pool, run: Replay) -> torch.Tensor:
-    """What `run` gives while the current stream records it. `torch.cuda.graph` leaves its stream in place, and tells
-    of another error, where that fails."""
+def record(graph: torch.cuda.CUDAGraph, pool: Pool, run: Replay) -> torch.Tensor:
+    """Capture `run` on the current stream and return its result.
+
+    If the capture fails, the original error is raised; `torch.cuda.graph` would leave its stream active and raise
+    another error.
+    """
     graph.capture_begin(pool)
     try:
         result = run()
@@ -115,9 +120,9 @@ def captured(graph: torch.cuda.CUDAGraph, pool: Pool, run: Replay) -> torch.Tens
     except BaseException:
         try:
             graph.capture_end()
-        except RuntimeError:  # CUDA has given the capture up; memory and chance of torch 2.11 believe that it goes on
+        except RuntimeError:  # CUDA aborted the capture; torch 2.11's allocator and generator still assume it runs
             device = torch.cuda.current_device()
-            with suppress(RuntimeError):  # only a graph that was captured whole gives its share of the pool back
+            with suppress(RuntimeError):  # only a completely captured graph releases its hold on the pool
                 torch._C._cuda_endAllocateToPool(device, pool)
                 torch._C._cuda_releasePool(device, pool)
             generator = torch.cuda.default_generators[device]

@@ -1,10 +1,10 @@
-"""LoRA's product on a frozen layer without elementwise passes: y = W x + b, then y += s · B (A x) in place.
+"""LoRA on a frozen layer without elementwise passes: y = W x + b, then y += s · B (A x) in place.
 
-Hu et al. 2021, equation 3, with its gradients by hand: for g of y, gx = g W + s · (g B) A, gB = s · gᵀ (A x),
-gA = s · (g B)ᵀ x, each one product onto the one before. The factors are used in the dtype of x; their gradients are
-added straight to fp32 `.grad` where that is there. Under torch.compile, which writes better passes itself, and on a
-quantised layer the same is written plainly. PEFT's own forward stays for DoRA, LoHa and LoKr. Layers of one input can
-be one product: `joint_linear`.
+Hu et al. 2021, equation 3, with hand-written gradients: for the gradient g of y, gx = g W + s · (g B) A,
+gB = s · gᵀ (A x) and gA = s · (g B)ᵀ x, each product accumulated onto the one before. The factors are used in the dtype
+of x, and their gradients are added directly to the fp32 `.grad` if it exists. Under torch.compile, which generates
+better code, and on a quantized layer, plain operators compute the same. DoRA, LoHa and LoKr keep PEFT's forward.
+`joint_linear` computes layers that share an input as one product.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 
-from .tensor_memory import memory_of
-
 Lowered = Callable[[torch.nn.Parameter], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class LoraFactors:
-    """A and B of one layer as trained, fp32 (rank, in[, h, w]) and (out, rank[, 1, 1]), their copies in the dtype of
-    the layer, s, and the share of inputs that is dropped."""
+    """The factors A (`down`, (rank, in[, h, w])) and B (`up`, (out, rank[, 1, 1])) of one layer, trained in fp32.
+
+    With copies in the dtype of the layer, the scale s and the dropout of the input.
+    """
 
     down: torch.nn.Parameter
     up: torch.nn.Parameter
@@ -36,7 +36,7 @@ class LoraFactors:
 
 @dataclass(frozen=True)
 class FastLora:
-    """What a layer computes. Its base is asked for each time, since it may be quantised while a run lasts."""
+    """The forward of a layer. Looks up the base layer in each call, since it may be quantized during a run."""
 
     layer: Any
     factors: LoraFactors
@@ -49,7 +49,7 @@ class FastLora:
 
 
 def is_plain(layer: Any) -> bool:
-    """Whether PEFT's layer is a LoRA on a Linear or a convolution, with no magnitudes."""
+    """Whether PEFT's layer is a LoRA on a Linear or Conv2d layer, without the magnitudes of DoRA."""
     return (
         isinstance(layer, LoraLayer)
         and isinstance(layer.get_base_layer(), torch.nn.Linear | torch.nn.Conv2d)
@@ -58,75 +58,82 @@ def is_plain(layer: Any) -> bool:
 
 
 def use_fast_lora(layers: Iterable[Any], adapter: str, lowered: Lowered) -> bool:
-    """Let PEFT's layers compute their outputs here; whether all do. Others stay as they are, and want autocast.
+    """Replace the forward of PEFT's plain LoRA layers. Returns whether all could be replaced; others need autocast.
 
-    `lowered` gives a parameter's copy in the dtype of the layer.
+    `lowered` returns the copy of a parameter in the dtype of the layer.
     """
-    everything = True
+    are_all_fast = True
     for layer in layers:
         if is_plain(layer):
             down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             scale, dropout = layer.scaling[adapter], layer.lora_dropout[adapter]
             layer.forward = FastLora(layer, LoraFactors(down, up, lowered(down), lowered(up), scale, dropout))
         else:
-            everything = False
-    return everything
+            are_all_fast = False
+    return are_all_fast
 
 
 def linear(base: torch.nn.Linear, factors: LoraFactors, x: torch.Tensor) -> torch.Tensor:
     """(…, in) -> (…, out)."""
-    if _wants_plain(base, factors):
+    if _needs_plain_operators(base, factors):
         down, up = factors.down.to(x.dtype), factors.up.to(x.dtype)
         return base(x) + factors.scale * F.linear(F.linear(factors.dropout(x), down), up)
     return _Linear.apply(x, base.weight, base.bias, factors.down, factors.up, factors)
 
 
 def joint_linear(layers: Sequence[Any], x: torch.Tensor) -> torch.Tensor | None:
-    """Linear layers of one input and one shape as one product, (…, in) -> (…, layers, out), where their factors lie one
-    behind the other as `lora.laid_out` has them; None where one of them has to compute by itself. Frozen weights that
-    do not lie so become parts of one."""
+    """Linear layers of the same input and shape as one product, (…, in) -> (…, layers, out).
+
+    Returns None if a layer must be computed separately, or if the factors are not adjacent in memory, in the order of
+    `memory_order`. Frozen weights that are not adjacent become slices of one tensor.
+    """
     if not all(isinstance(layer.forward, FastLora) for layer in layers) or torch.compiler.is_compiling():
         return None
     bases = [layer.get_base_layer() for layer in layers]
     factors = [layer.forward.factors for layer in layers]
-    if any(map(_wants_plain, bases, factors)) or any(base.bias is not None for base in bases):
+    if any(map(_needs_plain_operators, bases, factors)) or any(base.bias is not None for base in bases):
         return None
     if len({one.scale for one in factors}) > 1 or any(base.weight.requires_grad for base in bases):
         return None
-    downs, ups = _in_a_row([one.low_down for one in factors]), _in_a_row([one.low_up for one in factors])
+    downs, ups = _stacked_view([one.low_down for one in factors]), _stacked_view([one.low_up for one in factors])
     if downs is None or ups is None:
         return None
-    weight, trained = _joined([base.weight for base in bases]), [one.down for one in factors]
-    return _Linears.apply(x, weight, downs, ups, factors[0].scale, *trained, *(one.up for one in factors))
+    weight, trained = _merged_weights([base.weight for base in bases]), [one.down for one in factors]
+    return _JointLinear.apply(x, weight, downs, ups, factors[0].scale, *trained, *(one.up for one in factors))
 
 
-def _joined(weights: Sequence[torch.nn.Parameter]) -> torch.Tensor:
-    """Frozen matrices of one shape as one, (sum of out, in), of which they are parts from now on."""
-    whole = _in_a_row(weights)
-    if whole is None:
-        rows = torch.nn.Parameter(torch.cat([one.detach() for one in weights]), requires_grad=False)
-        for one, part in zip(weights, rows.detach().chunk(len(weights)), strict=True):
-            one.data = part
-        whole = _in_a_row(weights)
-        assert whole is not None
-    return whole.flatten(0, 1)
+def _merged_weights(weights: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    """Frozen matrices of the same shape as one matrix (layers · out, in), of which they become slices."""
+    stacked = _stacked_view(weights)
+    if stacked is None:
+        merged = torch.nn.Parameter(torch.cat([weight.detach() for weight in weights]), requires_grad=False)
+        for weight, rows in zip(weights, merged.detach().chunk(len(weights)), strict=True):
+            weight.data = rows
+        stacked = _stacked_view(weights)
+        assert stacked is not None
+    return stacked.flatten(0, 1)
 
 
-def _in_a_row(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """Tensors of one shape as one (n, …), a view of them; None where they do not lie one behind the other."""
-    first, memory = tensors[0].detach(), memory_of(tensors[0])
+def _stacked_view(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """A view (n, …) of n tensors of the same shape; None if they are not adjacent in memory."""
+    first, storage = tensors[0].detach(), _storage_address(tensors[0])
     size, start = first.numel(), int(first.storage_offset())
-    for number, one in enumerate(tensors):
-        is_next = memory_of(one) == memory and one.storage_offset() == start + number * size
-        if not is_next or one.shape != first.shape or not one.is_contiguous():
+    for index, tensor in enumerate(tensors):
+        is_next = _storage_address(tensor) == storage and tensor.storage_offset() == start + index * size
+        if not is_next or tensor.shape != first.shape or not tensor.is_contiguous():
             return None
     return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
+
+
+def _storage_address(tensor: torch.Tensor) -> int:
+    """The address of the tensor's storage; 0 if the tensor has none or hides it."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
 
 
 def convolution(base: torch.nn.Conv2d, factors: LoraFactors, x: torch.Tensor) -> torch.Tensor:
     """(B, in, H, W) -> (B, out, H', W')."""
     geometry = base.stride, base.padding, base.dilation
-    if _wants_plain(base, factors):
+    if _needs_plain_operators(base, factors):
         down, up = factors.down.to(x.dtype), factors.up.to(x.dtype)
         return base(x) + factors.scale * F.conv2d(F.conv2d(factors.dropout(x), down, None, *geometry), up)
     return _Convolution.apply(x, base.weight, base.bias, factors.down, factors.up, factors, geometry)
@@ -150,17 +157,17 @@ class _Linear(torch.autograd.Function):
         rows, weight, inner = ctx.saved_tensors
         factors: LoraFactors = ctx.factors
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
-        before = gradient @ factors.low_up  # the gradient of `inner`, but for the scale
-        of_x = None
+        inner_grad = gradient @ factors.low_up  # without the scale
+        x_grad = None
         if ctx.needs_input_grad[0]:
-            of_x = (gradient @ weight).addmm_(before, factors.low_down, alpha=factors.scale).view(ctx.shape)
-        of_down = _given([factors.down], before.t(), rows, factors.scale)
-        of_up = _given([factors.up], gradient.t(), inner, factors.scale)
-        return of_x, None, None, *of_down, *of_up, None
+            x_grad = (gradient @ weight).addmm_(inner_grad, factors.low_down, alpha=factors.scale).view(ctx.shape)
+        down_grad = _given([factors.down], inner_grad.t(), rows, factors.scale)
+        up_grad = _given([factors.up], gradient.t(), inner, factors.scale)
+        return x_grad, None, None, *down_grad, *up_grad, None
 
 
-class _Linears(torch.autograd.Function):
-    """As `_Linear`, for n layers: weight (n · out, in), downs (n, rank, in), ups (n, out, rank)."""
+class _JointLinear(torch.autograd.Function):
+    """Like `_Linear`, for n layers: weight (n · out, in), downs (n, rank, in), ups (n, out, rank)."""
 
     @staticmethod
     def forward(
@@ -170,7 +177,7 @@ class _Linears(torch.autograd.Function):
         rows, (n, width, _) = x.reshape(-1, x.shape[-1]), ups.shape
         inner = rows @ downs.flatten(0, 1).t()
         out = rows @ weight.t()
-        _of_each(out, n).baddbmm_(_of_each(inner, n), ups.transpose(1, 2), alpha=scale)
+        _per_layer(out, n).baddbmm_(_per_layer(inner, n), ups.transpose(1, 2), alpha=scale)
         ctx.save_for_backward(rows, weight, downs, ups, inner)
         ctx.trained, ctx.scale, ctx.shape = trained, scale, x.shape
         return out.view(*x.shape[:-1], n, width)
@@ -180,17 +187,17 @@ class _Linears(torch.autograd.Function):
         rows, weight, downs, ups, inner = ctx.saved_tensors
         n, scale = len(ups), ctx.scale
         gradient = gradients[0].reshape(len(rows), -1)
-        before = torch.empty_like(inner)
-        torch.bmm(_of_each(gradient, n), ups, out=_of_each(before, n))
-        of_x = None
+        inner_grad = torch.empty_like(inner)
+        torch.bmm(_per_layer(gradient, n), ups, out=_per_layer(inner_grad, n))
+        x_grad = None
         if ctx.needs_input_grad[0]:
-            of_x = (gradient @ weight).addmm_(before, downs.flatten(0, 1), alpha=scale).view(ctx.shape)
-        of_downs = _given(ctx.trained[:n], before.t(), rows, scale)
-        of_ups = _given(ctx.trained[n:], _of_each(gradient, n).transpose(1, 2), _of_each(inner, n), scale)
-        return of_x, None, None, None, None, *of_downs, *of_ups
+            x_grad = (gradient @ weight).addmm_(inner_grad, downs.flatten(0, 1), alpha=scale).view(ctx.shape)
+        down_grads = _given(ctx.trained[:n], inner_grad.t(), rows, scale)
+        up_grads = _given(ctx.trained[n:], _per_layer(gradient, n).transpose(1, 2), _per_layer(inner, n), scale)
+        return x_grad, None, None, None, None, *down_grads, *up_grads
 
 
-def _of_each(rows: torch.Tensor, n: int) -> torch.Tensor:
+def _per_layer(rows: torch.Tensor, n: int) -> torch.Tensor:
     """(rows, n · width) -> (n, rows, width), a view."""
     return rows.view(len(rows), n, -1).transpose(0, 1)
 
@@ -211,19 +218,20 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, inner = ctx.saved_tensors
         factors: LoraFactors = ctx.factors
-        needs_x, one = ctx.needs_input_grad[0], ((1, 1), (0, 0), (1, 1))
-        before, of_up = _conv_gradients(gradients[0], inner, factors.low_up, one, (True, True))
-        through, of_down = _conv_gradients(before, x, factors.low_down, ctx.geometry, (needs_x, True))
-        of_x = None
+        needs_x, pointwise = ctx.needs_input_grad[0], ((1, 1), (0, 0), (1, 1))
+        inner_grad, up_grad = _conv_gradients(gradients[0], inner, factors.low_up, pointwise, (True, True))
+        low_rank_x_grad, down_grad = _conv_gradients(inner_grad, x, factors.low_down, ctx.geometry, (needs_x, True))
+        x_grad = None
         if needs_x:
-            of_x, _ = _conv_gradients(gradients[0], x, weight, ctx.geometry, (True, False))
-            of_x.add_(through, alpha=factors.scale)
-        of_down, of_up = _added(factors.down, of_down, factors.scale), _added(factors.up, of_up, factors.scale)
-        return of_x, None, None, of_down, of_up, None, None
+            x_grad, _ = _conv_gradients(gradients[0], x, weight, ctx.geometry, (True, False))
+            x_grad.add_(low_rank_x_grad, alpha=factors.scale)
+        down_grad = _accumulate(factors.down, down_grad, factors.scale)
+        up_grad = _accumulate(factors.up, up_grad, factors.scale)
+        return x_grad, None, None, down_grad, up_grad, None, None
 
 
-def _wants_plain(base: torch.nn.Module, factors: LoraFactors) -> bool:
-    """Whether inputs are dropped, the base is quantised and computes by itself, or a compiler looks on."""
+def _needs_plain_operators(base: torch.nn.Module, factors: LoraFactors) -> bool:
+    """Whether dropout is active, the base is quantized, or torch.compile traces."""
     drops = factors.dropout.training and not isinstance(factors.dropout, torch.nn.Identity)
     return drops or type(base) not in (torch.nn.Linear, torch.nn.Conv2d) or torch.compiler.is_compiling()
 
@@ -231,13 +239,15 @@ def _wants_plain(base: torch.nn.Module, factors: LoraFactors) -> bool:
 def _given(
     parameters: Sequence[torch.nn.Parameter], left: torch.Tensor, right: torch.Tensor, scale: float
 ) -> list[torch.Tensor | None]:
-    """Add s · left @ right, which is the gradient of all of the parameters, to their own in place; or return it in
-    parts, where they have none."""
-    own = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    total = _in_a_row(own) if len(own) == len(parameters) else None
+    """Add s · left @ right, the stacked gradients of the parameters, to their `.grad` in place.
+
+    Returns a gradient for each parameter without `.grad`, and None for the others.
+    """
+    existing = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    total = _stacked_view(existing) if len(existing) == len(parameters) else None
     if total is None:
-        parts = (left @ right).view(len(parameters), *parameters[0].shape)
-        return [_added(parameter, part, scale) for parameter, part in zip(parameters, parts, strict=True)]
+        gradients = (left @ right).view(len(parameters), *parameters[0].shape)
+        return [_accumulate(parameter, one, scale) for parameter, one in zip(parameters, gradients, strict=True)]
     total = total.view(*left.shape[:-1], right.shape[-1])
     if left.is_cuda and _adds_to_fp32(left.device, left.dtype):
         _add_product_to_fp32(total, left, right, scale)
@@ -246,8 +256,8 @@ def _given(
     return [None] * len(parameters)
 
 
-def _added(parameter: torch.nn.Parameter, gradient: torch.Tensor, scale: float) -> torch.Tensor | None:
-    """Add s · gradient to the parameter's own in place (one kernel, cast and all); where it has none, return it."""
+def _accumulate(parameter: torch.nn.Parameter, gradient: torch.Tensor, scale: float) -> torch.Tensor | None:
+    """Add s · gradient to the parameter's `.grad` in place, in one kernel with the cast; without `.grad`, return it."""
     if parameter.grad is None:
         return gradient.to(parameter.dtype).mul_(scale)
     parameter.grad.add_(gradient, alpha=scale)
@@ -255,14 +265,14 @@ def _added(parameter: torch.nn.Parameter, gradient: torch.Tensor, scale: float) 
 
 
 def _add_product_to_fp32(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
-    """total += s · left @ right, of factors in 16 bits, as cuBLAS adds up: in fp32, in one kernel."""
+    """total += s · left @ right for 16-bit factors. cuBLAS accumulates in fp32, in one kernel."""
     add = torch.addmm if left.ndim == 2 else torch.baddbmm
     add(total, left, right, out_dtype=torch.float32, alpha=scale, out=total)
 
 
 @cache
 def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch and the card can, seen by a small one; asked first in a pass that is not captured."""
+    """Whether torch and the GPU support this, tested with small matrices. First called outside of a capture."""
     if dtype not in (torch.bfloat16, torch.float16):
         return False
     total, left = torch.ones(16, 16, device=device), torch.full((16, 16), 0.5, device=device, dtype=dtype)
@@ -271,16 +281,16 @@ def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
         _add_product_to_fp32(total[None], left[None], left[None], 2.0)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError):  # torch before 2.8, or built for something else
+    except (RuntimeError, TypeError):  # torch before 2.8, or another backend
         return False
     return bool((total == 17.0).all())
 
 
 def _conv_gradients(
-    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: tuple[Any, ...], wanted: tuple[bool, bool]
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, geometry: tuple[Any, ...], needed: tuple[bool, bool]
 ) -> tuple[Any, Any]:
     stride, padding, dilation = geometry
-    of_x, of_weight, _ = torch.ops.aten.convolution_backward(
-        gradient, x, weight, None, stride, padding, dilation, False, [0, 0], 1, [*wanted, False]
+    x_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
+        gradient, x, weight, None, stride, padding, dilation, False, [0, 0], 1, [*needed, False]
     )
-    return of_x, of_weight
+    return x_grad, weight_grad

@@ -1,4 +1,4 @@
-"""What a run will do, looked at and planned before a weight is loaded."""
+"""A job: what a run will do, prepared and checked before a weight is loaded."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,7 +8,9 @@ import torch
 from accelerate import Accelerator
 
 from scumble.configs.options import Options
+from scumble.configs.words import counted
 from scumble.datasets.batches import batches_per_epoch, describe_batches
+from scumble.datasets.checkup.checkup import Checkup
 from scumble.datasets.crop_loss import bucket_uses, describe_crop_loss
 from scumble.datasets.crops import CroppedExample
 from scumble.datasets.reading.folder import Example, ImageSet
@@ -29,13 +31,14 @@ from .training_set import caption_text, crop_set, read_examples, resolution_of, 
 
 @dataclass(frozen=True)
 class Job:
-    """What a run will do, decided before a weight is loaded; in `options` every "auto" is settled."""
+    """What a run will do. In `options` every "auto" is settled; `masks[i]` are those of the crops of example i."""
 
     options: Options
     source: DetectedBase
     image_set: ImageSet
     cropped: list[CroppedExample]
     masks: list[tuple[torch.Tensor, ...]]
+    checkup: Checkup
     preview_prompts: list[PreviewPrompt]
     plan: Plan
     accelerator: Accelerator
@@ -43,15 +46,15 @@ class Job:
 
     @property
     def examples(self) -> list[Example]:
-        return [view.example for view in self.cropped]
+        return [one.example for one in self.cropped]
 
     @property
     def crops(self) -> list[tuple[Crop, ...]]:
-        return [view.crops for view in self.cropped]
+        return [one.crops for one in self.cropped]
 
     @property
     def buckets(self) -> list[Size]:
-        return [view.size for view in self.cropped]
+        return [one.size for one in self.cropped]
 
     @property
     def repeats(self) -> list[int]:
@@ -59,12 +62,12 @@ class Job:
 
     @property
     def held_out(self) -> list[int]:
-        """Indices of the examples that are only measured."""
+        """Indices of the examples that are never trained on, only measured."""
         return [index for index, example in enumerate(self.examples) if example.is_held_out]
 
 
-def prepare_job(options: Options, goes_on: bool = False) -> Job:
-    """Everything that can be wrong is looked at: base, pictures, optimiser, prompts; every "auto" becomes a number."""
+def prepare_job(options: Options, is_resumed: bool = False) -> Job:
+    """Check everything that can be wrong (base, images, optimizer, prompts) and turn every "auto" into a number."""
     check_single_process()
     source = detect_base(options.model)
     accelerator, dtype = make_accelerator(options.machine)
@@ -73,38 +76,43 @@ def prepare_job(options: Options, goes_on: bool = False) -> Job:
     check_attention(options.machine.attention, device)
     check_bits(BITS[options.machine.base_quantization], device)
     found = read_examples(options)
-    views = crop_set(found, options, source)
-    masks = [masks_of(view, source.latent_px, options.data.mask_floor) for view in views]
+    cropped = crop_set(found, options, source)
+    masks = [masks_of(one, source.latent_px, options.data.mask_floor) for one in cropped]
     captions = [
         caption_text(one, options) for one in found.examples if not one.is_regularization and not one.is_held_out
     ]
-    prompts = prompts_from_captions(captions, options.data.caption_prefix, options.data.caption_suffix)
-    shots = preview_prompts(
-        options.previews, resolution_of(options, source), prompts, default_guidance_scale(source.name)
+    prompts = preview_prompts(
+        options.previews,
+        resolution_of(options, source),
+        prompts_from_captions(captions, options.data.caption_prefix, options.data.caption_suffix),
+        default_guidance_scale(source.name),
     )
-    buckets, repeats = [view.size for view in views], [view.example.repeats for view in views]
+    buckets, repeats = [one.size for one in cropped], [one.example.repeats for one in cropped]
     per_epoch = batches_per_epoch(buckets, repeats, batch_size_of(options, source))
     plan = make_plan(options, source, per_epoch, len(captions), sum(repeats))
-    name = options.output.output_name if goes_on else free_folder(options).name
-    return Job(settled(options, plan, name), source, found, views, masks, shots, plan, accelerator, dtype)
+    name = options.output.output_name if is_resumed else free_folder(options).name
+    checkup = run_checkup(options, source, found, cropped, with_thumbs=False)
+    return Job(settled(options, plan, name), source, found, cropped, masks, checkup, prompts, plan, accelerator, dtype)
 
 
 def emit_plan(job: Job, events: Events, notes: Sequence[str] = ()) -> None:
-    """What was found and decided, with the reasons."""
+    """Emit what was found and decided, with the reasons."""
     sizes = list(dict.fromkeys(job.buckets))
-    pictures = [example for example in job.image_set.examples if not example.is_regularization]
-    found = f"{len(pictures)} pictures in {f'{len(sizes)} buckets' if len(sizes) > 1 else f'1 bucket ({sizes[0]})'}"
-    if held_out := sum(example.is_held_out for example in pictures):
-        found += f", {held_out} of them held out,"
+    images = [example for example in job.image_set.examples if not example.is_regularization]
+    found = f"{counted(len(images), 'image')} in " + (
+        f"{len(sizes)} buckets" if len(sizes) > 1 else f"1 bucket ({sizes[0]})"
+    )
+    if num_held_out := len(job.held_out):
+        found += f", {num_held_out} of them held out,"
     device, dtype = job.accelerator.device, str(job.dtype).removeprefix("torch.")
     reasons = [*notes, f"{found} for {job.source.label}, {dtype} on {device}", *job.plan.reasons]
     if job.source.name == "sketch":
-        reasons.append("sketch is the embedded base, for demonstration and tests; name a real one with --base")
+        reasons.append("sketch is the embedded base, for demonstration and tests; name your own with --base")
     events.emit(
-        "plan", name=job.options.output.output_name, steps=job.plan.num_steps, epochs=job.plan.num_epochs, reasons=reasons,
-        preview_prompts=len(job.preview_prompts),
+        "plan", name=job.options.output.output_name, steps=job.plan.num_steps, epochs=job.plan.num_epochs,
+        reasons=reasons, preview_prompts=len(job.preview_prompts),
     )  # fmt: skip
-    told = [
+    lines = [
         describe_crop_loss(job.cropped),
         describe_batches(job.buckets, job.repeats, job.plan.batch_size),
         job.image_set.describe(),
@@ -112,14 +120,13 @@ def emit_plan(job: Job, events: Events, notes: Sequence[str] = ()) -> None:
     events.emit(
         "images", left_out=list(map(str, job.image_set.left_out)), remarks=list(map(str, job.image_set.remarks)),
         buckets=[asdict(use) for use in bucket_uses(job.cropped)],
-        text="\n".join(filter(None, told)),
+        text="\n".join(filter(None, lines)),
     )  # fmt: skip
-    done = run_checkup(job.options, job.source, job.image_set, job.cropped, with_thumbs=False)
-    events.emit("checkup", **as_json(done), text=describe_findings(done))
+    events.emit("checkup", **as_json(job.checkup), text=describe_findings(job.checkup))
 
 
 def free_folder(options: Options) -> Path:
-    """A folder that is not there yet: `runs/NAME`, `runs/NAME-2` and so on."""
+    """A folder that does not exist yet: `runs/NAME`, `runs/NAME-2` and so on."""
     wanted = options.output.output_name or name_of_set(options.data.images)
     folder, number = Path(options.output.output_dir) / wanted, 1
     while folder.exists():

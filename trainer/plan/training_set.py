@@ -1,4 +1,4 @@
-"""The pictures of a run as its options want them: which, with what captions, in which crops."""
+"""The training set of a run: its images, captions and crops, as the options define them."""
 
 import hashlib
 import math
@@ -17,26 +17,25 @@ from scumble.datasets.reading.folder import Example, ImageSet, read_set
 from ..base_model.detect import DetectedBase
 
 HELD_OUT_BY_SIZE = (8, 0), (16, 2), (31, 4), (51, 6), (math.inf, 8)
-"""With validation_split = auto: below so many images, how many are held out."""
+"""Pairs of (limit, count) for validation_split = auto: below `limit` images, `count` are held out."""
 
 
 def resolution_of(options: Options, source: DetectedBase) -> int:
-    """Side of the square whose area pictures are brought to."""
+    """The side of the square whose area the images are scaled to."""
     return source.resolution_px if options.data.resolution == "auto" else options.data.resolution
 
 
 def read_examples(options: Options) -> ImageSet:
-    """The pictures, the trigger in their captions; regularisation pictures are repeated to be about as many."""
+    """Read the images and add the trigger to captions; regularization images are repeated to about the same number."""
     if not options.data.images:
-        raise Refused("train: name a folder of pictures, as in `scumble train photos/`")
+        raise Refused("train: no images given; name a folder, as in `scumble train photos/`")
     found = read_set(Path(options.data.images), options.data.repeats, masks=options.data.masks)
     if options.data.regularization_images:
         found += read_set(Path(options.data.regularization_images), is_regularization=True, masks=options.data.masks)
     found = hold_out(found, options)
-    prior = sum(example.repeats for example in found.examples if example.is_regularization)
-    times = max(
-        1, round(sum(example.repeats for example in found.examples if not example.is_regularization) / max(1, prior))
-    )
+    num_trained = sum(example.repeats for example in found.examples if not example.is_regularization)
+    num_regularization = sum(example.repeats for example in found.examples if example.is_regularization)
+    times = max(1, round(num_trained / max(1, num_regularization)))
     found.examples = [
         replace(example, repeats=example.repeats * times)
         if example.is_regularization
@@ -46,16 +45,16 @@ def read_examples(options: Options) -> ImageSet:
         for example in found.examples
     ]
     if all(example.is_regularization for example in found.examples):
-        raise Refused(f"{options.data.images}: every picture there is for regularisation, none is left to learn from")
+        raise Refused(f"{options.data.images}: contains only regularization images; add images to train on")
     return found
 
 
 def hold_out(found: ImageSet, options: Options) -> ImageSet:
-    """The set with the images that `validation_split` names held out: their repeats are 0, they are never trained on.
+    """The set with images held out as `validation_split` says: their repeats are 0, so they are never trained on.
 
-    A folder adds its images, which are not trained on even where they are also in the training folder. Otherwise images
+    A folder adds its images, which are not trained on even if they are also in the training folder. Otherwise images
     are chosen by a hash of their content and the seed: copies stay together, and file names or other images do not
-    change the choice. Raises `Refused` where no image would be left to train on.
+    change the choice. Raises `Refused` if no image would be left to train on.
     """
     split = options.data.validation_split
     if split == "off":
@@ -68,7 +67,7 @@ def hold_out(found: ImageSet, options: Options) -> ImageSet:
         found.examples = [one for one in found.examples if one.is_regularization or one.digest not in chosen]
         further.examples = [replace(example, repeats=0) for example in further.examples]
         if all(example.is_regularization for example in found.examples):
-            raise Refused(f"--validation-split {split}: it holds every training image; remove some from it")
+            raise Refused(f"--validation-split {split}: contains every training image; remove some of them")
         return found + further
     count = num_held_out(split, len(distinct))
     if count >= len(distinct):
@@ -84,7 +83,7 @@ def hold_out(found: ImageSet, options: Options) -> ImageSet:
 
 
 def num_held_out(split: str | float, num_images: int) -> int:
-    """How many of `num_images` distinct images are held out: a count, a share (at least 1), or by the set's size."""
+    """How many of `num_images` distinct images to hold out: a count, a share (at least 1), or by the set size."""
     if isinstance(split, int):
         return split
     if isinstance(split, float):
@@ -93,12 +92,12 @@ def num_held_out(split: str | float, num_images: int) -> int:
 
 
 def _draw(example: Example, seed: int) -> bytes:
-    """A random number of the example that depends on its content and the seed only."""
+    """A random number of an example that depends only on its content and the seed."""
     return hashlib.blake2b(f"{seed}/{example.digest}".encode()).digest()
 
 
 def crop_set(found: ImageSet, options: Options, source: DetectedBase) -> list[CroppedExample]:
-    """The crops of each picture at each resolution. Raises `Refused` for a step that the base cannot do."""
+    """The crops of each image at each resolution. Raises `Refused` if the base does not support `bucket_reso_steps`."""
     step_px = source.step_px if options.data.bucket_reso_steps == "auto" else options.data.bucket_reso_steps
     if step_px % source.whole_px:
         raise Refused(f"--bucket-reso-steps {step_px}: must be a multiple of {source.whole_px} for {source.label}")
@@ -107,7 +106,7 @@ def crop_set(found: ImageSet, options: Options, source: DetectedBase) -> list[Cr
 
 
 def caption_text(example: Example, options: Options) -> str:
-    """What training says of a picture where chance takes nothing away and shuffles nothing."""
+    """The training prompt of an example, without anything that is dropped or shuffled at random."""
     data = options.data.model_copy(
         update={"trigger": "", "caption_prefix": "", "caption_suffix": ""} if example.is_regularization else {}
     )
@@ -119,14 +118,14 @@ def run_checkup(
     options: Options,
     source: DetectedBase,
     found: ImageSet,
-    views: list[CroppedExample],
+    cropped: list[CroppedExample],
     with_thumbs: bool,
-    tell: Callable[[int], None] = lambda done: None,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> Checkup:
-    """The check-up of a run's pictures and captions, by what the base hears of them."""
+    """Check the images of a run and their training prompts; `advance` is called with the number of images done."""
     return check_images(
-        found, views, kind=options.data.kind, trigger=options.data.trigger,
+        found, cropped, kind=options.data.kind, trigger=options.data.trigger,
         windows=read_windows(source.tokenizers),
         heard=lambda example: caption_text(example, options),
-        with_thumbs=with_thumbs, tell=tell,
+        with_thumbs=with_thumbs, tell=advance,
     )  # fmt: skip

@@ -1,1 +1,1 @@
-"""Prompts, sampling and labelled grids."""
+"""Preview prompts, sampling and labeled grids."""

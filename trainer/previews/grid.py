@@ -1,4 +1,4 @@
-"""Labelled grids of images."""
+"""Labeled grids of images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,29 +10,29 @@ from scumble.configs.atomic import atomic_write
 from scumble.datasets.fonts import Font, lettered
 
 GAP_PX = 8
-LABEL_LINES = 3  # of a prompt over its picture, at most
-CELL_PX = range(128, 385)  # longer side of a picture on a grid
-INK, PAPER = (40, 40, 40), (255, 255, 255)
+MAX_LABEL_LINES = 3  # of a prompt above its image
+CELL_PX = range(128, 385)  # longer side of an image in a grid
+TEXT_COLOR, BACKGROUND = (40, 40, 40), (255, 255, 255)
 
 
-def cell(picture: Image.Image) -> Image.Image:
-    """The picture at a size that can be looked at on a grid: small ones doubled, large ones reduced."""
-    side = longer = max(picture.size)
+def cell(image: Image.Image) -> Image.Image:
+    """Scale an image to a readable size for a grid: small images are enlarged by powers of 2, large ones reduced."""
+    side = longer = max(image.size)
     while side < CELL_PX[0]:
         side *= 2
     side = min(side, CELL_PX[-1])
     if side == longer:
-        return picture
-    size = (max(1, picture.width * side // longer), max(1, picture.height * side // longer))
-    return picture.resize(size, Image.Resampling.LANCZOS)
+        return image
+    size = (max(1, image.width * side // longer), max(1, image.height * side // longer))
+    return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def grid(
     rows: Sequence[Sequence[Image.Image]], above: Sequence[Sequence[str]], left: Sequence[str] = ()
 ) -> Image.Image:
-    """Rows of pictures, a label over each (none where `above` has an empty row) and one at the left of each row."""
-    width = max(picture.width for row in rows for picture in row)
-    height = max(picture.height for row in rows for picture in row)
+    """Draw rows of images with labels: `above` has one per image (an empty row has none), `left` has one per row."""
+    width = max(image.width for row in rows for image in row)
+    height = max(image.height for row in rows for image in row)
     text_px = max(11, width // 18)
     line_px = int(text_px * 1.7)
     names = [lettered(label, text_px) for label in left]
@@ -43,31 +43,31 @@ def grid(
         tops.append(end + line_px * max((len(lines) for lines, _ in labels), default=0))
         end = tops[-1] + height + GAP_PX
     columns = max(map(len, rows))
-    sheet = Image.new("RGB", (margin + columns * (width + GAP_PX) + GAP_PX, end), PAPER)
-    pen = ImageDraw.Draw(sheet)
+    sheet = Image.new("RGB", (margin + columns * (width + GAP_PX) + GAP_PX, end), BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
     for number, (row, labels, top) in enumerate(zip(rows, texts, tops, strict=True)):
         if left:
             name, font = names[number]
-            pen.text((GAP_PX, top + height / 2), name, INK, font, anchor="lm")
-        for column, picture in enumerate(row):
+            draw.text((GAP_PX, top + height / 2), name, TEXT_COLOR, font, anchor="lm")
+        for column, image in enumerate(row):
             x = margin + GAP_PX + column * (width + GAP_PX)
-            sheet.paste(picture, (x + (width - picture.width) // 2, top + (height - picture.height) // 2))
+            sheet.paste(image, (x + (width - image.width) // 2, top + (height - image.height) // 2))
             if labels:
                 lines, font = labels[column]
                 for line, shown in enumerate(reversed(lines)):
-                    pen.text((x + width / 2, top - line_px * (line + 0.5)), shown, INK, font, anchor="mm")
+                    draw.text((x + width / 2, top - line_px * (line + 0.5)), shown, TEXT_COLOR, font, anchor="mm")
     return sheet
 
 
 def wrapped(label: str, text_px: int, width_px: int) -> tuple[list[str], Font]:
-    """The label in as many lines as it needs, at most LABEL_LINES, the last of them cut with …; and their font."""
+    """Wrap the label into at most MAX_LABEL_LINES lines, the last one shortened with …. Also returns the font."""
     shown, font = lettered(label, text_px)
     lines, words = [""], shown.split()
     for number, word in enumerate(words):
         longer = f"{lines[-1]} {word}".strip()
         if not lines[-1] or font.getlength(longer) <= width_px:
             lines[-1] = longer
-        elif len(lines) < LABEL_LINES:
+        elif len(lines) < MAX_LABEL_LINES:
             lines.append(word)
         else:
             lines[-1] = " ".join([lines[-1], *words[number:]])
@@ -76,14 +76,14 @@ def wrapped(label: str, text_px: int, width_px: int) -> tuple[list[str], Font]:
 
 
 def shortened(label: str, font: Font, width_px: int) -> str:
-    """The label, cut with … to fit."""
+    """Shorten the label with … to fit the width."""
     shown = label
     while len(shown) > 1 and font.getlength(shown) > width_px:
         shown = shown[:-2].rstrip() + "…"
     return shown
 
 
-def write_png(picture: Image.Image, path: Path, info: PngInfo | None = None) -> None:
-    """Write a PNG file atomically. Raises `Refused` (73) where it cannot be written."""
+def write_png(image: Image.Image, path: Path, info: PngInfo | None = None) -> None:
+    """Write a PNG file atomically. Raises `Refused` (73) if it cannot be written."""
     with atomic_write(path) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=info)
+        image.save(temporary, format="PNG", pnginfo=info)

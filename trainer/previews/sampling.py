@@ -1,4 +1,4 @@
-"""Shots painted by diffusers' own pipeline over the modules that train."""
+"""Render previews with the diffusers pipeline on the modules being trained."""
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -27,47 +27,50 @@ SAMPLERS = {
     "dpmpp_2m": DPMSolverMultistepScheduler,
 }
 EMBEDDINGS = "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"
-BATCH = 8
-MAX_CAPTURED = 8  # pictures in a pass, empty prompts too: with more, launching is not what takes the time
+BATCH_SIZE = 8
+MAX_CAPTURED = 8  # batch size of a UNet call, with CFG; above it, kernel launches are not the bottleneck
 
 
 @torch.no_grad()
 def render(
     base: Base,
-    shots: Sequence[PreviewPrompt],
+    prompts: Sequence[PreviewPrompt],
     sampler: str,
     say: Callable[[str], None] = lambda line: None,
     capture: Capture | None = None,
 ) -> list[Image.Image]:
-    """One picture a shot, as stock diffusers paints it; noise is drawn on the CPU, so any batch gives the same.
+    """Render one image per prompt, as stock diffusers does. Noise is drawn on the CPU, independent of the batch size.
 
-    The UNet's passes of few pictures are captured by `capture`, if None on CUDA as graphs; `say` hears where they
-    cannot be.
+    UNet calls with small batches are captured by `capture` (None: as CUDA graphs on a CUDA device). If capturing fails,
+    `say` is called with the reason.
     """
     if capture is None and base.device.type == "cuda":
         capture = CudaGraphs()
     pipeline = base.pipeline
-    own, was_training = pipeline.scheduler, [module for module in (base.unet, *base.text_encoders) if module.training]
-    pipeline.scheduler = SAMPLERS[sampler].from_config(own.config)
+    original = pipeline.scheduler
+    was_training = [module for module in (base.unet, *base.text_encoders) if module.training]
+    pipeline.scheduler = SAMPLERS[sampler].from_config(original.config)
     if base.device.type == "cuda":
-        base.vae.enable_slicing()  # of all that paints, decoding needs the most memory
-    pictures: dict[int, Image.Image] = {}
+        base.vae.enable_slicing()  # decoding needs more memory than the other steps
+    images: dict[int, Image.Image] = {}
     for module in was_training:
         module.eval()
     try:
-        with _captured_passes(base.unet, capture, say) as captured, _decoded_in_own_dtype(base.vae):
-            for alike in _batches(shots):
-                pictures |= dict(zip(alike, _painted(base, [shots[index] for index in alike], captured), strict=True))
+        with _captured_calls(base.unet, capture, say) as captured, _decode_in_vae_dtype(base.vae):
+            for batch in _batches(prompts):
+                images |= dict(
+                    zip(batch, _render_batch(base, [prompts[index] for index in batch], captured), strict=True)
+                )
     finally:
-        pipeline.scheduler = own
+        pipeline.scheduler = original
         for module in was_training:
             module.train()
-    return [pictures[index] for index in range(len(shots))]
+    return [images[index] for index in range(len(prompts))]
 
 
 @contextmanager
-def _captured_passes(unet: Any, capture: Capture | None, say: Callable[[str], None]) -> Generator[Captured]:
-    """Within the block a pipeline's calls of the UNet for few pictures are captured once a shape, and replayed."""
+def _captured_calls(unet: Any, capture: Capture | None, say: Callable[[str], None]) -> Generator[Captured]:
+    """Inside the block, UNet calls with small batches are captured once per shape and replayed."""
     forward = unet.forward
 
     def run(tensors: Tensors) -> torch.Tensor:
@@ -79,8 +82,8 @@ def _captured_passes(unet: Any, capture: Capture | None, say: Callable[[str], No
 
     def call(sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **others: Any) -> Any:
         added = others.get("added_cond_kwargs") or {}
-        told = {name for name, value in others.items() if value is not None} - {"added_cond_kwargs", "return_dict"}
-        if told or captured.capture is None or len(sample) > MAX_CAPTURED:
+        unknown = {name for name, value in others.items() if value is not None} - {"added_cond_kwargs", "return_dict"}
+        if unknown or captured.capture is None or len(sample) > MAX_CAPTURED:
             return forward(sample, timestep, encoder_hidden_states, **others)
         tensors = {"sample": sample, "timestep": timestep.to(sample.device), "hidden": encoder_hidden_states}
         return (captured(tensors | added).clone(),)
@@ -93,9 +96,9 @@ def _captured_passes(unet: Any, capture: Capture | None, say: Callable[[str], No
 
 
 @contextmanager
-def _decoded_in_own_dtype(vae: Any) -> Generator[None]:
-    """Within the block a VAE takes latents in any dtype: beside a UNet in fp16 it is in fp32, and the pipeline casts
-    nothing."""
+def _decode_in_vae_dtype(vae: Any) -> Generator[None]:
+    """Inside the block, the VAE accepts latents of any dtype. With an fp16 UNet it stays in fp32, and the pipeline does
+    not cast the latents."""
     decode = vae.decode
     vae.decode = lambda latents, *others, **named: decode(latents.to(vae.dtype), *others, **named)
     try:
@@ -104,49 +107,53 @@ def _decoded_in_own_dtype(vae: Any) -> Generator[None]:
         del vae.decode
 
 
-def _painted(base: Base, shots: Sequence[PreviewPrompt], captured: Captured) -> list[Image.Image]:
-    """Shots that are alike, all at once, or as many as fit into memory. Raises `TooLarge` where not one does.
+def _render_batch(base: Base, prompts: Sequence[PreviewPrompt], captured: Captured) -> list[Image.Image]:
+    """Render prompts of equal settings as one batch, split if it does not fit into memory.
 
-    Passes are captured no more where memory lacks: a captured one keeps its own.
+    Capturing is disabled if memory runs out, since captured calls hold memory. Raises `TooLarge` if a single image does
+    not fit.
     """
-    first, encode_prompt = shots[0], cast("Callable[..., tuple[torch.Tensor, ...]]", base.pipeline.encode_prompt)
+    first, encode_prompt = prompts[0], cast("Callable[..., tuple[torch.Tensor, ...]]", base.pipeline.encode_prompt)
 
-    def painted() -> list[Image.Image]:
+    def attempt() -> list[Image.Image]:
         with on_device(base, *base.text_encoders):
-            heard = encode_prompt(
-                [shot.prompt for shot in shots],
+            embeddings = encode_prompt(
+                [prompt.prompt for prompt in prompts],
                 device=base.device,
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=first.guidance_scale > 1,
-                negative_prompt=[shot.negative_prompt for shot in shots],
+                negative_prompt=[prompt.negative_prompt for prompt in prompts],
             )
         with on_device(base, base.vae):
             return base.pipeline(
-                **dict(zip(EMBEDDINGS, heard, strict=False)),
+                **dict(zip(EMBEDDINGS, embeddings, strict=False)),
                 num_inference_steps=first.num_inference_steps,
                 guidance_scale=first.guidance_scale,
                 height=first.height,
                 width=first.width,
-                generator=[torch.Generator().manual_seed(shot.seed) for shot in shots],
+                generator=[torch.Generator().manual_seed(prompt.seed) for prompt in prompts],
             ).images
 
-    images = unless_too_large(painted)
+    images = unless_too_large(attempt)
     if images is None and captured.capture is not None:
         captured.disable()
-        images = unless_too_large(painted)
+        images = unless_too_large(attempt)
     if images is not None:
         return images
-    if len(shots) == 1:
+    if len(prompts) == 1:
         raise TooLarge(
             f"a preview of {first.width}x{first.height} does not fit into memory; lower --preview-size", UNAVAILABLE
         )
-    half = len(shots) // 2
-    return _painted(base, shots[:half], captured) + _painted(base, shots[half:], captured)
+    half = len(prompts) // 2
+    return _render_batch(base, prompts[:half], captured) + _render_batch(base, prompts[half:], captured)
 
 
-def _batches(shots: Sequence[PreviewPrompt]) -> list[list[int]]:
-    """Indices of shots that can be painted together: one size, one number of steps, one guidance."""
-    alike: dict[tuple[object, ...], list[int]] = {}
-    for index, shot in enumerate(shots):
-        alike.setdefault((shot.width, shot.height, shot.num_inference_steps, shot.guidance_scale), []).append(index)
-    return [indices[start : start + BATCH] for indices in alike.values() for start in range(0, len(indices), BATCH)]
+def _batches(prompts: Sequence[PreviewPrompt]) -> list[list[int]]:
+    """Return the indices of prompts that can share a batch: same size, number of steps and guidance scale."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        settings = prompt.width, prompt.height, prompt.num_inference_steps, prompt.guidance_scale
+        groups.setdefault(settings, []).append(index)
+    return [
+        group[start : start + BATCH_SIZE] for group in groups.values() for start in range(0, len(group), BATCH_SIZE)
+    ]

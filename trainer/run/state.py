@@ -104,7 +104,10 @@ def save_state(
 
 
 def newest_state(run: Path, say: Callable[[str], None], before: float = inf) -> LoadedState | None:
-    """Load the newest intact state of a step below `before`, or None. `say` receives a line for each damaged one."""
+    """Load the newest intact state of a step below `before`, or None. `say` receives a line for each damaged one.
+
+    Raises `Refused` if another version of scumble wrote it.
+    """
     for path in reversed([path for path in _states(run) if int(path.name) < before]):
         with suppress(OSError, ValueError, TypeError, KeyError):
             text, digest = (path / NUMBERS).read_text(encoding="utf-8").splitlines()
@@ -113,7 +116,7 @@ def newest_state(run: Path, say: Callable[[str], None], before: float = inf) -> 
             numbers = json.loads(text)
             digests = numbers.pop("digests")
             if numbers.pop("format", None) != FORMAT:
-                raise ValueError(path)
+                raise Refused(f"{path}: written by another version of scumble; start a new run")
             if all(_digest(path / name) == digests[name] for name in (ADAPTER, OPTIMIZER)):
                 for name in ("rows", "checkpoints", "validation_losses"):
                     numbers[name] = [tuple(row) for row in numbers.get(name, ())]

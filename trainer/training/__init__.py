@@ -1,1 +1,1 @@
-"""The mathematics and the parts of the loop."""
+"""The training objective, the adapter and the optimizer step."""

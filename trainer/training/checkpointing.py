@@ -1,4 +1,4 @@
-"""Gradient checkpointing: which blocks recompute their activations."""
+"""Gradient checkpointing: which blocks recompute their activations in the backward pass."""
 
 import warnings
 from collections.abc import Sequence
@@ -15,22 +15,22 @@ from .lora import component_of
 
 
 def recompute_activations(base: Base, parts: Sequence[Part], only_shallow: bool = False) -> None:
-    """Gradient checkpointing in every part that is trained: less memory, the same gradients, more time.
+    """Enable gradient checkpointing in every trained part: less memory, the same gradients, more time.
 
-    `only_shallow`: only where it saves the most memory for the time it takes, see `shallow_blocks`.
+    With `only_shallow`, only in the blocks where it saves the most memory for the time it takes (`shallow_blocks`).
     """
     for part in parts:
         component = component_of(base, part.name)
         if isinstance(component, UNet2DConditionModel):
             recompute_unet(component, only_shallow)
         elif not only_shallow:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*")  # has a newer name
+            with warnings.catch_warnings():  # deprecated, but older versions of transformers have no other name
+                warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*")
                 component.gradient_checkpointing_enable(_how_to_checkpoint(component))
 
 
 def recompute_unet(unet: UNet2DConditionModel, only_shallow: bool = False) -> None:
-    """Gradient checkpointing in all of a UNet's blocks, or in its `shallow_blocks`."""
+    """Enable gradient checkpointing in all blocks of a UNet, or only in its `shallow_blocks`."""
     function = partial(_checkpointed, _how_to_checkpoint(unet))
     if not only_shallow:
         unet.enable_gradient_checkpointing(function)
@@ -42,15 +42,16 @@ def recompute_unet(unet: UNet2DConditionModel, only_shallow: bool = False) -> No
 
 
 def _how_to_checkpoint(component: torch.nn.Module) -> dict[str, Any]:
-    """Random states are kept only where something is dropped at random: older torch cannot capture reading them."""
+    """Arguments of `checkpoint`. The random state is saved only with dropout: older torch cannot capture reading it."""
     drops = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in component.modules())
     return {"use_reentrant": False, "preserve_rng_state": drops}
 
 
 def shallow_blocks(unet: UNet2DConditionModel) -> list[Any]:
-    """Blocks with fewer channels than the deepest ones: c channels at n places keep n · c numbers and take n · c² work.
+    """The blocks with fewer channels than the deepest ones.
 
-    Recomputing SDXL's costs a quarter of what recomputing all does, see tests/benchmarks/results/memory.md.
+    With c channels at n positions a block stores n · c activations and needs n · c² operations. For SDXL, recomputing
+    these blocks costs a quarter of the time of recomputing all: tests/benchmarks/results/memory.md.
     """
     widths = unet.config["block_out_channels"]
     pairs = [*zip(unet.down_blocks, widths, strict=True), *zip(unet.up_blocks, reversed(widths), strict=True)]

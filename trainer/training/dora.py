@@ -1,7 +1,7 @@
-"""DoRA with a magnitude for each input of a layer, which is the form that UIs paint exactly; PEFT's has one an output.
+"""DoRA with one magnitude per input of a layer, the form that UIs apply exactly; PEFT has one per output.
 
-W' = m · V / ‖V‖ with V = W + s · up @ down (Liu et al. 2024, equation 5), each norm over all that one input feeds.
-Magnitudes and norms lie on inputs, so they may as well scale what comes in: W' x = V (m / ‖V‖ · x).
+W' = m · V / ‖V‖ with V = W + s · up @ down (Liu et al. 2024, equation 5), each norm over all weights of one input.
+Since magnitudes and norms are per input, they can scale the layer's input instead: W' x = V (m / ‖V‖ · x).
 """
 
 from functools import partial
@@ -12,9 +12,9 @@ from peft.tuners.lora import LoraLayer
 
 
 def add_magnitude(layer: LoraLayer, adapter: str) -> torch.nn.Parameter:
-    """Put DoRA's magnitudes on a layer that has PEFT's LoRA: `dora_scale` in fp32, (1, in) or (1, in, 1, 1).
+    """Add the magnitudes of DoRA to a layer with PEFT's LoRA: `dora_scale` in fp32, (1, in) or (1, in, 1, 1).
 
-    They start as the norms of W, so that nothing changes yet.
+    They are initialized to the norms of W, so that the layer starts unchanged.
     """
     assert isinstance(layer, torch.nn.Module)
     magnitude = torch.nn.Parameter(input_norms(layer.get_base_layer().weight.detach().float()))
@@ -24,7 +24,7 @@ def add_magnitude(layer: LoraLayer, adapter: str) -> torch.nn.Parameter:
 
 
 def input_norms(weight: torch.Tensor) -> torch.Tensor:
-    """Norm of a weight (out, in, …) over all but its inputs: (1, in, 1…)."""
+    """The norm of a weight (out, in, …) over all dimensions but the inputs: (1, in, 1…)."""
     return torch.linalg.vector_norm(weight, dim=(0, *range(2, weight.dim())), keepdim=True)
 
 

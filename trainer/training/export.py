@@ -1,4 +1,4 @@
-"""The live adapter -> the file that every UI loads: tensors under kohya's names, alphas, metadata; and the proof."""
+"""Export the live adapter to the file that every UI loads: tensors with kohya's names, alphas and metadata."""
 
 import json
 import time
@@ -27,7 +27,7 @@ PRECISIONS = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Where training stands when a file is written; times are seconds since 1970."""
+    """The progress of training when a file is written; `started` is in seconds since 1970."""
 
     epoch: int
     step: int
@@ -36,23 +36,23 @@ class TrainingProgress:
     started: float
 
 
-def module_of(trained: AdaptedLayer) -> Module:
-    """One live module as the file tells of it.
+def module_of(layer: AdaptedLayer) -> Module:
+    """A live layer as a module of the file.
 
-    UIs take 1 for the scale of a LoKr whose factors are both whole, so there the scale goes into `lokr_w1`.
+    UIs use scale 1 for a LoKr whose two factors are both full matrices, so its scale is multiplied into `lokr_w1`.
     """
-    tensors = {slot: parameter.detach() for slot, parameter in trained.tensors.items()}
+    tensors = {slot: parameter.detach() for slot, parameter in layer.tensors.items()}
     if "lokr_w1" in tensors and "lokr_w2" in tensors:
-        return Module("lokr", tensors | {"lokr_w1": trained.scale * tensors["lokr_w1"]}, None)
-    return Module(trained.kind, tensors, trained.scale * trained.rank)
+        return Module("lokr", tensors | {"lokr_w1": layer.scale * tensors["lokr_w1"]}, None)
+    return Module(layer.kind, tensors, layer.scale * layer.rank)
 
 
-def tensors_of(trained: Sequence[AdaptedLayer], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The file's tensors in kohya's dialect: factors in `dtype`, alphas (0-dim) and DoRA's magnitudes in fp32.
+def tensors_of(layers: Sequence[AdaptedLayer], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The file's tensors in kohya's format: factors in `dtype`, alphas (0-dim) and the magnitudes of DoRA in fp32.
 
-    Magnitudes are few, and what is learned of them is small beside what they are.
+    Magnitudes are few, and training changes them by little relative to their size.
     """
-    adapter = Adapter({module.place: module_of(module) for module in trained}, family=trained[0].family)
+    adapter = Adapter({layer.place: module_of(layer) for layer in layers}, family=layers[0].family)
     return {
         name: tensor.cpu() if name.endswith((".alpha", ".dora_scale")) else tensor.to("cpu", dtype)
         for name, tensor in to_tensors(adapter).items()
@@ -61,26 +61,29 @@ def tensors_of(trained: Sequence[AdaptedLayer], dtype: torch.dtype) -> dict[str,
 
 def export(
     path: Path,
-    trained: Sequence[AdaptedLayer],
+    layers: Sequence[AdaptedLayer],
     metadata: dict[str, str],
     dtype: torch.dtype,
 ) -> None:
-    """Write the adapter, read the file back and compare it with the live one, tensor for tensor."""
-    expected = tensors_of(trained, dtype)
+    """Write the adapter, read the file back and compare every tensor with the live adapter.
+
+    Raises `RuntimeError` if they differ.
+    """
+    expected = tensors_of(layers, dtype)
     write_adapter(expected, metadata, path)
     found, _ = read_tensors(path)
     differing = [name for name in expected if name not in found or not torch.equal(found[name], expected[name])]
     if differing or found.keys() != expected.keys():
-        raise RuntimeError(f"{path} does not hold the adapter that was written: {differing[:3]}")
+        raise RuntimeError(f"{path}: differs from the adapter that was written: {differing[:3]}")
 
 
 def metadata_of(
     base: Base, options: Options, parts: Sequence[Part], examples: Sequence[Example], buckets: Sequence[Size],
     progress: TrainingProgress,
 ) -> dict[str, str]:  # fmt: skip
-    """kohya's and ModelSpec's metadata, all strings, with no path and no user name in it."""
+    """The metadata of kohya and ModelSpec, all strings, without any path or user name."""
     v = base.source.prediction == "v_prediction"
-    resolution = options.data.resolution  # a number by now: the plan has settled it
+    resolution = options.data.resolution  # a number by now, settled by the plan
     unet = next((part for part in parts if part.name == "unet"), parts[0])
     finished = time.time()
     trained_on = [example for example in examples if not example.is_regularization and not example.is_held_out]
@@ -128,7 +131,7 @@ def metadata_of(
 
 
 def network_arguments(network: Network, part: Part) -> dict[str, object]:
-    """What `ss_network_args` tells besides rank and alpha, by kohya's and LyCORIS's names."""
+    """The entries of `ss_network_args`, without rank and alpha, by the names of kohya and LyCORIS."""
     arguments: dict[str, object] = {}
     if network.algorithm in ("loha", "lokr"):
         arguments["algo"] = network.algorithm
@@ -144,7 +147,7 @@ def network_arguments(network: Network, part: Part) -> dict[str, object]:
 
 
 def tag_frequency(examples: Sequence[Example]) -> dict[str, dict[str, int]]:
-    """`{folder: {tag: count}}`, the most frequent tags only, so that the header stays small."""
+    """`{folder: {tag: count}}` of the most frequent tags only, to keep the header small."""
     counts: dict[str, Counter[str]] = {}
     for example in examples:
         tags = (tag.strip() for tag in example.caption.split(","))
@@ -162,12 +165,13 @@ def folders(examples: Sequence[Example]) -> dict[str, dict[str, int]]:
 
 
 def folder_label(folder: Path) -> str:
-    """A folder's own name, as metadata tells it; a person's home has the person's name, so it is called `pictures`."""
+    """The name of a folder in the metadata; `images` for a home folder, whose name is that of the user."""
     folder = folder.resolve()
-    return "pictures" if folder == Path.home().resolve() else folder.name
+    return "images" if folder == Path.home().resolve() else folder.name
 
 
 def bucket_info(buckets: Sequence[Size]) -> dict[str, dict[str, object]]:
+    """`{index: {resolution, count}}`."""
     counts = Counter(buckets)
     return {
         str(index): {"resolution": [size.width, size.height], "count": count}

@@ -1,4 +1,4 @@
-"""An adapter on a loaded base, by PEFT: which layers, of which kind, at which rank and scale, how many parameters."""
+"""Attach an adapter to a loaded base with PEFT: which layers, which kind, rank and scale, how many parameters."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -29,7 +29,7 @@ LAYERS = {"lora": LoraLayer, "loha": LoHaLayer, "lokr": LoKrLayer}
 
 @dataclass(frozen=True)
 class AdaptedLayer:
-    """One adapted module of the live model: its part, diffusers' path in it, the base's family, PEFT's layer."""
+    """An adapted layer of the live model: its part, its path in diffusers' module, the base's family, PEFT's layer."""
 
     part: str
     path: str
@@ -38,31 +38,29 @@ class AdaptedLayer:
 
     @property
     def place(self) -> ModulePath:
-        return ModulePath(
-            self.part, self.path.removeprefix("text_model.")
-        )  # which only some versions of transformers have
+        return ModulePath(self.part, self.path.removeprefix("text_model."))  # only some transformers versions have it
 
     @property
     def key(self) -> str:
-        """The stem of its keys in the file."""
+        """The stem of the layer's keys in the file."""
         return kohya_stem(self.place, self.family)
 
     @property
     def kind(self) -> str:
-        """lora (with or without DoRA's magnitudes), loha or lokr."""
+        """lora (with or without the magnitudes of DoRA), loha or lokr."""
         return next(kind for kind, layer in LAYERS.items() if isinstance(self.layer, layer))
 
     @property
     def tensors(self) -> dict[str, torch.nn.Parameter]:
-        """What is trained, by its slot in the file.
+        """The trainable parameters by slot, as the file names them.
 
         LoRA: lora_down (rank, in) and lora_up (out, rank) of a Linear, (rank, in, h, w) and (out, rank, 1, 1) of a
-        convolution; DoRA besides dora_scale (1, in) or (1, in, 1, 1). LoHa and LoKr: LyCORIS's factors
+        convolution; DoRA also has dora_scale, (1, in) or (1, in, 1, 1). LoHa and LoKr: the factors of LyCORIS
         (Yeh et al. 2023).
         """
         if isinstance(self.layer, LoraLayer):
             assert isinstance(self.layer, torch.nn.Module)
-            own = dict(self.layer.named_parameters(recurse=False))  # DoRA's magnitudes, where it has them
+            own = dict(self.layer.named_parameters(recurse=False))  # the magnitudes of DoRA, if any
             down, up = _weight(self.layer.lora_A[ADAPTER]), _weight(self.layer.lora_B[ADAPTER])
             return {"lora_down": down, "lora_up": up, **own}
         tables = {slot: getattr(self.layer, slot) for slot in self.layer.adapter_layer_names}
@@ -70,7 +68,7 @@ class AdaptedLayer:
 
     @property
     def scale(self) -> float:
-        """alpha / rank, or alpha / sqrt(rank) where it is rank-stabilised: s of W + s · up @ down."""
+        """s in W + s · up @ down: alpha / rank, or alpha / sqrt(rank) if rank-stabilized."""
         return float(self.layer.scaling[ADAPTER])
 
     @property
@@ -79,46 +77,49 @@ class AdaptedLayer:
 
 
 def attach(base: Base, network: Network, parts: list[Part], seed: int) -> list[AdaptedLayer]:
-    """Put an adapter on each part of the base, in fp32, its product 0; returns every adapted module in order.
+    """Attach an adapter to each part of the base, in fp32. Returns the adapted layers in order.
 
-    Raises `Refused` where a regex of the options matches no layer.
+    The adapter starts as the identity: its weight change is 0. Raises `Refused` if `targets` matches no layer.
     """
-    trained: list[AdaptedLayer] = []
+    layers: list[AdaptedLayer] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for part in parts:
             component = component_of(base, part.name)
             if part.name == "unet":
                 check_targets(network.targets, [path for path, _ in component.named_modules()])
-            with hidden("bitsandbytes"):  # PEFT asks for it to learn that no layer is one of its
+            with hidden("bitsandbytes"):  # PEFT would import it only to check for its layer types
                 inject_adapter_in_model(_config(part, network), component, ADAPTER)
             adapted = list(_adapted(base, part.name, component))
             if network.algorithm == "dora":
-                for module in adapted:
-                    assert isinstance(module.layer, LoraLayer)
-                    add_magnitude(module.layer, ADAPTER)
-            trained += adapted
-    for module in trained:
-        for parameter in module.tensors.values():
+                for layer in adapted:
+                    assert isinstance(layer.layer, LoraLayer)
+                    add_magnitude(layer.layer, ADAPTER)
+            layers += adapted
+    for layer in layers:
+        for parameter in layer.tensors.values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-    return trained
+    return layers
 
 
-def memory_order(trained: Iterable[AdaptedLayer]) -> list[torch.nn.Parameter]:
-    """What is trained, in the order in which it lies in memory: factors of layers that hear the same next to each
-    other, first all A, then all B, as one product of them wants (`product.together`)."""
+def memory_order(layers: Iterable[AdaptedLayer]) -> list[torch.nn.Parameter]:
+    """The trainable parameters in the order in which they are laid out in memory.
+
+    Factors of layers with the same input are adjacent, first every A, then every B: `joint_linear` multiplies them as
+    one matrix.
+    """
     found: list[torch.nn.Parameter] = []
-    for _, siblings in groupby(trained, _what_it_hears):
-        for same in zip(*(module.tensors.values() for module in siblings), strict=True):
-            found += same
+    for _, siblings in groupby(layers, _input_of):
+        for same_slot in zip(*(layer.tensors.values() for layer in siblings), strict=True):
+            found += same_slot
     return found
 
 
-def _what_it_hears(module: AdaptedLayer) -> tuple[str, str]:
-    """Its part, and its own path, or that of its attention where q, k and v, or k and v, are of one input."""
-    siblings = SIBLINGS.fullmatch(module.path)
-    return module.part, next(filter(None, siblings.groups())) if siblings else module.path
+def _input_of(layer: AdaptedLayer) -> tuple[str, str]:
+    """A key that layers with the same input share: the part and the path, for q, k and v that of their attention."""
+    siblings = SIBLINGS.fullmatch(layer.path)
+    return layer.part, next(filter(None, siblings.groups())) if siblings else layer.path
 
 
 def component_of(base: Base, part: str) -> UNet2DConditionModel | CLIPTextModel | CLIPTextModelWithProjection:
@@ -126,9 +127,9 @@ def component_of(base: Base, part: str) -> UNet2DConditionModel | CLIPTextModel 
     return base.unet if part == "unet" else base.text_encoders[["text", "text2"].index(part)]
 
 
-def num_parameters(trained: list[AdaptedLayer]) -> int:
-    """Trainable parameters; of LoRA rank · (in + out) a Linear, rank · (in · h · w + out) a convolution."""
-    return sum(parameter.numel() for module in trained for parameter in module.tensors.values())
+def num_parameters(layers: list[AdaptedLayer]) -> int:
+    """Trainable parameters; LoRA has rank · (in + out) per Linear and rank · (in · h · w + out) per convolution."""
+    return sum(parameter.numel() for layer in layers for parameter in layer.tensors.values())
 
 
 def _weight(module: torch.nn.Module) -> torch.nn.Parameter:
@@ -142,7 +143,7 @@ def _config(part: Part, network: Network) -> LoraConfig | LoHaConfig | LoKrConfi
     shared: dict[str, Any] = {"r": part.rank, "target_modules": targets}
     if part.conv_rank:
         shared |= {"target_modules": f"(?:{targets})|(?:{CONVS})", **own_rank}
-    alpha: Any = part.alpha  # PEFT says int and takes any number
+    alpha: Any = part.alpha  # PEFT annotates int but accepts any number
     if network.algorithm == "loha":
         return LoHaConfig(alpha=alpha, **shared)
     if network.algorithm == "lokr":

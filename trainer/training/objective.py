@@ -1,4 +1,8 @@
-"""One forward pass: a batch of looks -> the weighted loss of each; every random number from (seed, step, slot)."""
+"""The training objective: a batch of samples -> the weighted loss of each.
+
+Every random number depends only on (seed, step, position), so that a resumed run, or one on more devices, draws the
+same numbers.
+"""
 
 import hashlib
 import random
@@ -21,15 +25,15 @@ from ..base_model.text_encoding import Conditioning, encode_ids, encode_prompts,
 from ..system.device import to_device
 from . import diffusion
 
-MAX_ENCODINGS = 512  # for SDXL 0.3 MB each
+MAX_ENCODINGS = 512  # 0.3 MB each for SDXL
 Batch = dict[str, torch.Tensor]
-"""`latents`, `noise`, `shown_noise` (B, 4, H/8, W/8), `timesteps` and `weights` (B,); where the set has them `masks`
-(B, 1, H/8, W/8) and SDXL's `time_ids` (B, 6); of the text `ids` and `ids2` (B, T), or encoded `hidden` and `pooled`."""
+"""`latents`, `noise`, `input_noise` (B, 4, H/8, W/8), `timesteps` and `weights` (B,); `masks` (B, 1, H/8, W/8) if there
+are any; `time_ids` (B, 6) for SDXL; token `ids` and `ids2` (B, T), or the encoded text `hidden` and `pooled`."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One example in one step. `position` numbers the examples of a step over all its forward passes."""
+    """A training sample: example `index` in one step, at a `position` among all samples of that step."""
 
     index: int
     step: int
@@ -37,8 +41,11 @@ class Sample:
 
 
 class Objectives:
-    """The loss of looks at a set, on one base. `crops[i]` are those of example i, of which each look sees one, and
-    `masks[i]` masks over the latents of each, or none. Text encodings are kept where the text encoders are frozen."""
+    """The losses of training samples of an image set on a base.
+
+    `crops[i]` are the crops of example i, of which each sample uses one. `masks[i]` are their masks over the latents,
+    or empty. Text encodings are cached if the text encoders are frozen.
+    """
 
     def __init__(
         self,
@@ -55,14 +62,14 @@ class Objectives:
         self.base, self.examples, self.crops, self.latents = base, examples, crops, latents
         self.masks = masks or [()] * len(examples)
         self.data, self.objective, self.seed = data, objective, seed
-        self.rules_of_prior = data.model_copy(update={"trigger": "", "caption_prefix": "", "caption_suffix": ""})
+        self.regularization_rules = data.model_copy(update={"trigger": "", "caption_prefix": "", "caption_suffix": ""})
         self.text_is_trained = text_is_trained
         self.device, self.dtype = base.device, base.unet.dtype
         self.alphas_cumprod = base.alphas_cumprod.to(self.device)
         self.encodings: dict[str, Conditioning] = {}
 
     def without_randomness(self) -> "Objectives":
-        """The same, but captions are heard whole and in their order; text encodings are kept together."""
+        """The same objective with whole captions in their original order. It shares the cache of text encodings."""
         twin = copy(self)
         twin.data = self.data.model_copy(update=NOT_RANDOM)
         twin.examples = [
@@ -71,37 +78,37 @@ class Objectives:
         ]
         return twin
 
-    def losses(self, looks: Sequence[Sample]) -> torch.Tensor:
-        """Weighted loss of each look (B,), with gradients to the adapter. All looks have one bucket."""
-        return self.losses_of(self.batch(looks))
+    def losses(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """The weighted loss of each sample (B,), with gradients to the adapter. All samples must be of one bucket."""
+        return self.losses_of(self.batch(samples))
 
-    def batch(self, looks: Sequence[Sample]) -> Batch:
-        """All that a pass over looks of one bucket needs; without gradients, and without waiting for the device."""
-        posterior, noise, shown_noise, timesteps = map(torch.stack, zip(*map(self._draw, looks), strict=True))
-        places = [(look.index, self._crop(look)) for look in looks]
+    def batch(self, samples: Sequence[Sample]) -> Batch:
+        """The inputs of a pass over samples of one bucket. Computes no gradients and never waits for the device."""
+        posterior, noise, input_noise, timesteps = map(torch.stack, zip(*map(self._draw, samples), strict=True))
+        places = [(sample.index, self._crop(sample)) for sample in samples]
         batch = {
             "latents": self.latents.sample(places, self._sent(posterior)),
             "noise": self._sent(noise),
-            "shown_noise": self._sent(shown_noise),
+            "input_noise": self._sent(input_noise),
             "timesteps": self._sent(timesteps),
-            "weights": self._sent(torch.tensor([self._weight(look) for look in looks])),
+            "weights": self._sent(torch.tensor([self._weight(sample) for sample in samples])),
         }
-        if any(self.masks[look.index] for look in looks):
+        if any(self.masks[sample.index] for sample in samples):
             batch["masks"] = self._sent(self._masks(places))
         if len(self.base.text_encoders) > 1:
             batch["time_ids"] = self._sent(size_numbers([self.crops[index][crop] for index, crop in places]))
-        captions = [self._caption(look) for look in looks]
+        captions = [self._caption(sample) for sample in samples]
         if self.text_is_trained:
             return batch | dict(zip(("ids", "ids2"), token_ids(self.base, captions), strict=False))
-        kept = [self._encoding(caption) for caption in captions]
-        batch["hidden"] = torch.cat([one.hidden for one in kept])
-        pooled = [one.pooled for one in kept if one.pooled is not None]
+        encodings = [self._encoding(caption) for caption in captions]
+        batch["hidden"] = torch.cat([one.hidden for one in encodings])
+        pooled = [one.pooled for one in encodings if one.pooled is not None]
         return batch | ({"pooled": torch.cat(pooled)} if pooled else {})
 
     def losses_of(self, batch: Batch) -> torch.Tensor:
-        """Weighted loss of each look (B,); on the device from beginning to end, so that it can be captured."""
+        """The weighted loss of each sample (B,). Everything is computed on the device, so that it can be captured."""
         timesteps, noise, latents = batch["timesteps"], batch["noise"], batch["latents"]
-        noisy = diffusion.add_noise(latents, batch["shown_noise"], timesteps, self.alphas_cumprod)
+        noisy = diffusion.add_noise(latents, batch["input_noise"], timesteps, self.alphas_cumprod)
         if "ids" in batch:
             conditioning = encode_ids(self.base, [batch[name] for name in ("ids", "ids2") if name in batch])
         else:
@@ -123,10 +130,10 @@ class Objectives:
         )
         return (distances * batch.get("masks", 1.0)).mean((1, 2, 3)) * weights * batch["weights"]
 
-    def _draw(self, look: Sample) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Noise of the posterior, of the target and of the input, each (4, H/8, W/8), and timestep of one look."""
-        generator = generator_for(self.seed, look.step, look.position)
-        shape = (2, *self.latents.mean[look.index][0].shape)
+    def _draw(self, sample: Sample) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Draw the noise of the posterior, the target and the input, each (4, H/8, W/8), and the timestep."""
+        generator = generator_for(self.seed, sample.step, sample.position)
+        shape = (2, *self.latents.mean[sample.index][0].shape)
         posterior, noise = torch.randn(shape, generator=generator)
         low, high = self.objective.min_timestep, self.objective.max_timestep
         timestep = torch.randint(low, high + 1, (), generator=generator)
@@ -135,34 +142,35 @@ class Objectives:
             noise = diffusion.multires_noise(noise, self.objective.multires_noise_discount, generator)
         if self.objective.noise_offset:
             noise = diffusion.offset_noise(noise, self.objective.noise_offset, generator)
-        shown = noise
+        input_noise = noise
         if self.objective.input_perturbation:
-            shown = diffusion.perturb_input(noise, self.objective.input_perturbation, generator)
-        return posterior, noise[0], shown[0], timestep
+            input_noise = diffusion.perturb_input(noise, self.objective.input_perturbation, generator)
+        return posterior, noise[0], input_noise[0], timestep
 
     def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
         return to_device(tensor, self.device)
 
-    def _crop(self, look: Sample) -> int:
-        """Which of the picture's crops is seen, drawn apart so that more crops change no other number."""
-        return random.Random(f"{self.seed}/{look.step}/{look.position}/crop").randrange(len(self.crops[look.index]))
+    def _crop(self, sample: Sample) -> int:
+        """The index of a random crop, drawn separately, so that the number of crops changes no other random number."""
+        draw = random.Random(f"{self.seed}/{sample.step}/{sample.position}/crop")
+        return draw.randrange(len(self.crops[sample.index]))
 
     def _masks(self, places: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Weights of mean 1 over the latents of each (example, crop), (B, 1, H/8, W/8); 1 where one has no mask."""
+        """Weights of mean 1 over the latents of each (example, crop), (B, 1, H/8, W/8); all 1 without a mask."""
         ones = torch.ones(self.latents.mean[places[0][0]][0].shape[1:])
         floor = self.data.mask_floor
         return torch.stack(
             [mask_weights(self.masks[index][crop], floor) if self.masks[index] else ones for index, crop in places]
         )[:, None]
 
-    def _weight(self, look: Sample) -> float:
-        return self.data.prior_loss_weight if self.examples[look.index].is_regularization else 1.0
+    def _weight(self, sample: Sample) -> float:
+        return self.data.prior_loss_weight if self.examples[sample.index].is_regularization else 1.0
 
-    def encode_ahead(self, looks: Iterable[Sample]) -> bool:
-        """Encode the captions of all looks, so that frozen text encoders can wait; not, where they are too many."""
+    def encode_ahead(self, samples: Iterable[Sample]) -> bool:
+        """Encode the captions of all samples, so that frozen text encoders can be offloaded; False if too many."""
         captions: dict[str, None] = {}
-        for look in looks:
-            captions[self._caption(look)] = None
+        for sample in samples:
+            captions[self._caption(sample)] = None
             if len(captions) > MAX_ENCODINGS:
                 return False
         with on_device(self.base, *self.base.text_encoders):
@@ -170,15 +178,15 @@ class Objectives:
                 self._encoding(caption)
         return True
 
-    def _caption(self, look: Sample) -> str:
-        example = self.examples[look.index]
-        rules = with_folder_rules(self.rules_of_prior if example.is_regularization else self.data, example.rules)
+    def _caption(self, sample: Sample) -> str:
+        example = self.examples[sample.index]
+        rules = with_folder_rules(self.regularization_rules if example.is_regularization else self.data, example.rules)
         return caption_at_step(
-            example.lines or [example.caption], rules, seed=self.seed, step=look.step, index=look.position
+            example.lines or [example.caption], rules, seed=self.seed, step=sample.step, index=sample.position
         )
 
     def _encoding(self, caption: str) -> Conditioning:
-        """Of a frozen text encoder; the latest are kept, which are all of them unless tags are shuffled."""
+        """The cached encoding of a caption by frozen text encoders. The oldest is dropped beyond `MAX_ENCODINGS`."""
         if caption not in self.encodings:
             if len(self.encodings) >= MAX_ENCODINGS:
                 del self.encodings[next(iter(self.encodings))]
@@ -187,12 +195,12 @@ class Objectives:
         return self.encodings[caption]
 
 
-def generator_for(seed: int, step: int, slot: int) -> torch.Generator:
-    """A generator that depends on nothing else, so that resuming, or more processes, draw the same numbers."""
-    return torch.Generator().manual_seed(seed_for(seed, step, slot))
+def generator_for(seed: int, step: int, position: int) -> torch.Generator:
+    """The random generator of one sample."""
+    return torch.Generator().manual_seed(seed_for(seed, step, position))
 
 
 def seed_for(seed: int, step: int, use: int | str) -> int:
-    """A seed of its own for each use of chance in a step, below 2^63."""
+    """A seed below 2^63 for one use of random numbers in a step."""
     digest = hashlib.blake2b(f"{seed}/{step}/{use}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

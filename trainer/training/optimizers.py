@@ -1,4 +1,4 @@
-"""Optimisers by name. Those of the extra [optimizers] are refused by name, with the install command, when absent."""
+"""Optimizers by name. Those of the [optimizers] extra are imported when used, and refused if they are not installed."""
 
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
@@ -20,11 +20,11 @@ Groups = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class OptimizerInfo:
-    """An optimizer: how it is made, from which package, and what suits it.
+    """How to make an optimizer, from which package, and the defaults that suit it.
 
-    `lr_multiple` is its learning rate as a multiple of AdamW's. Where `finds_rate`, it estimates the rate itself and
-    the option is a multiple of its estimate. `lr_scheduler` is what its authors recommend. An optimizer that is not
-    `elementwise` looks at the shape of each tensor.
+    `lr_multiple` is its learning rate as a multiple of AdamW's. If `finds_rate`, it estimates the learning rate itself,
+    and the option multiplies the estimate. `lr_scheduler` is what its authors recommend. An optimizer that is not
+    `elementwise` depends on the shape of each tensor.
     """
 
     make: Callable[[Any, Groups, float], torch.optim.Optimizer]
@@ -40,7 +40,7 @@ def _adamw(torch_: Any, groups: Groups, weight_decay: float) -> torch.optim.Opti
 
 
 def _adafactor(transformers: Any, groups: Groups, weight_decay: float) -> torch.optim.Optimizer:
-    """Shazeer and Stern 2018 with plain rates: scaled by the weights, a LoRA that starts at 0 would never move."""
+    """Shazeer and Stern 2018 with absolute learning rates: relative to the weights, a LoRA would never leave 0."""
     return Adafactor(groups, weight_decay=weight_decay, scale_parameter=False, relative_step=False, warmup_init=False)
 
 
@@ -72,44 +72,44 @@ OPTIMIZERS: dict[str, OptimizerInfo] = {
 
 
 def check_optimizer(name: str, device: str) -> None:
-    """Raises `Refused` (69) where the optimiser's package is not installed, or (2) does not compute on the device."""
+    """Raises `Refused` (69) if the optimizer's package is not installed, (2) if it does not support the device."""
     _package(name)
     if device == "mps" and OPTIMIZERS[name].package == "bitsandbytes":
-        raise Refused(f"--optimizer {name}: bitsandbytes does not compute it on the mps device; take adamw")
+        raise Refused(f"--optimizer {name}: bitsandbytes does not support the mps device; use adamw")
 
 
 def grouped(
-    parameters: Iterable[tuple[float, list[torch.nn.Parameter]]], kept: Iterable[torch.nn.Parameter] = ()
+    parameters: Iterable[tuple[float, list[torch.nn.Parameter]]], no_decay: Iterable[torch.nn.Parameter] = ()
 ) -> Groups:
-    """Groups of an optimiser, of (peak learning rate, parameters); each keeps its peak as `peak`.
+    """The parameter groups of an optimizer from pairs of (peak learning rate, parameters); `peak` keeps the peak.
 
-    Weights in `kept` do not decay: towards zero, DoRA's magnitudes would take the base with them.
+    Parameters in `no_decay` get no weight decay: the magnitudes of DoRA would pull the base weights towards 0.
     """
-    spared = {id(parameter) for parameter in kept}
+    excluded = {id(parameter) for parameter in no_decay}
     groups: Groups = []
-    for rate, params in parameters:
-        decaying = [parameter for parameter in params if id(parameter) not in spared]
-        groups.append({"params": decaying, "lr": rate, "peak": rate})
-        if still := [parameter for parameter in params if id(parameter) in spared]:
-            groups.append({"params": still, "lr": rate, "peak": rate, "weight_decay": 0.0})
+    for peak, params in parameters:
+        decaying = [parameter for parameter in params if id(parameter) not in excluded]
+        groups.append({"params": decaying, "lr": peak, "peak": peak})
+        if constant := [parameter for parameter in params if id(parameter) in excluded]:
+            groups.append({"params": constant, "lr": peak, "peak": peak, "weight_decay": 0.0})
     return groups
 
 
 def make_optimizer(name: str, groups: Groups, weight_decay: float, flat: Flat | None = None) -> torch.optim.Optimizer:
-    """The optimiser over `grouped` parameters; one that is elementwise over those of `flat`, one for each group."""
+    """The optimizer over `grouped` parameters; an elementwise one updates the flat parameters of `flat` instead."""
     if flat and OPTIMIZERS[name].elementwise:
         groups = [group | {"params": [one]} for group, one in zip(groups, flat.groups, strict=True)]
-    with redirect_stdout(StringIO()):  # prodigyopt prints, into events that programs read
+    with redirect_stdout(StringIO()):  # prodigyopt prints, and stdout is for events
         optimizer = OPTIMIZERS[name].make(_package(name), groups, weight_decay)
-    if train := getattr(optimizer, "train", None):  # schedule-free has two points, and must be told which
+    if train := getattr(optimizer, "train", None):  # schedule-free starts in eval mode
         train()
     return optimizer
 
 
-def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """Set every group's rate to its share of the peak."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
+    """Set the learning rate of every group to its peak times `multiplier`."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * share
+        group["lr"] = group["peak"] * multiplier
 
 
 def _package(name: str) -> Any:
@@ -117,4 +117,6 @@ def _package(name: str) -> Any:
     try:
         return import_module(package)
     except ImportError:
-        raise Refused(f'--optimizer {name} needs {package}: pip install "scumble[optimizers]"', UNAVAILABLE) from None
+        raise Refused(
+            f'--optimizer {name}: {package} is not installed; run pip install "scumble[optimizers]"', UNAVAILABLE
+        ) from None

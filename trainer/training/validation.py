@@ -1,4 +1,4 @@
-"""The loss on pictures that training never sees: what tells learning from learning by heart."""
+"""The loss on held-out images, which shows whether the adapter generalizes or memorizes the training images."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -9,14 +9,15 @@ import torch
 from .diffusion import stratified
 from .objective import Objectives, Sample
 
-DRAWS = 4  # looks at each picture, at timesteps spread over the range
+DRAWS = 4  # samples per image, at timesteps spread over the range
 
 
 class Validation:
-    """The mean loss of held-out examples `indices`, at most `batch` at once; `buckets[i]` is the shape of example i.
+    """The mean loss of the held-out examples `indices`, in batches of at most `batch_size`, each from one bucket.
 
-    It is the loss that is trained, but with the same noise, timesteps and crops each time, and whole captions. So two
-    measurements differ by what the adapter learned in between, and none of the run's own chance is used up.
+    It is the training loss, but with the same noise, timesteps and crops each time, and whole captions. Two
+    measurements therefore differ only by what the adapter learned in between, and training draws the same random
+    numbers as without validation. `buckets[i]` is the bucket of example i; `autocast` is that of the training pass.
     """
 
     def __init__(
@@ -24,31 +25,35 @@ class Validation:
         objectives: Objectives,
         indices: Sequence[int],
         buckets: Sequence[object],
-        batch: int,
-        surroundings: Callable[[], AbstractContextManager[object]],
+        batch_size: int,
+        autocast: Callable[[], AbstractContextManager[object]],
     ):
-        self.objectives, self.surroundings = objectives.without_randomness(), surroundings
-        alike: dict[object, list[Sample]] = {}
-        for slot, index in enumerate(indices):
-            alike.setdefault(buckets[index], []).append(Sample(index, 0, slot))
-        self.batches = [looks[at : at + batch] for looks in alike.values() for at in range(0, len(looks), batch)]
+        self.objectives, self.autocast = objectives.without_randomness(), autocast
+        by_bucket: dict[object, list[Sample]] = {}
+        for position, index in enumerate(indices):
+            by_bucket.setdefault(buckets[index], []).append(Sample(index, 0, position))
+        self.batches = [
+            samples[start : start + batch_size]
+            for samples in by_bucket.values()
+            for start in range(0, len(samples), batch_size)
+        ]
 
     @torch.no_grad()
     def loss(self) -> float:
-        """Of the adapter as it is now; modules that train are put back into training."""
+        """The mean loss of the current adapter. Modules in training mode are in eval mode meanwhile."""
         base, objective = self.objectives.base, self.objectives.objective
         training = [module for module in (base.unet, *base.text_encoders) if module.training]
         for module in training:
             module.eval()
         losses: list[torch.Tensor] = []
         try:
-            for looks in self.batches:
+            for samples in self.batches:
                 for draw in range(DRAWS):
-                    batch = self.objectives.batch([replace(look, step=draw) for look in looks])
+                    batch = self.objectives.batch([replace(sample, step=draw) for sample in samples])
                     batch["timesteps"] = stratified(
                         batch["timesteps"], draw, DRAWS, objective.min_timestep, objective.max_timestep
                     )
-                    with self.surroundings():
+                    with self.autocast():
                         losses.append(self.objectives.losses_of(batch))
         finally:
             for module in training:

@@ -1,12 +1,12 @@
-// A simulated GPU: the functions of CUDA 13, cuBLAS and cuDNN that torch calls, answered without a device.
+// A simulated GPU: implements the functions of CUDA 13, cuBLAS and cuDNN that torch calls, without a device.
 //
-// Memory is host memory, and only pages that are written to are allocated. Copies happen; kernels compute nothing, so
-// results are whatever the memory holds. The rules of stream capture are checked (CUDA C++ Programming Guide, "CUDA
-// Graphs"; error codes of driver_types.h): a call that breaks one returns the error that CUDA returns, and the capture
-// is invalid. Broken rules, and errors that a GPU would not report, are written to stderr after "simulated GPU:" and
-// counted.
+// Device memory is host memory, and only pages that are written to are allocated. Copies are executed, but kernels
+// compute nothing, so results are whatever the memory contains. The rules of stream capture are checked (CUDA C++
+// Programming Guide, "CUDA Graphs"; error codes of driver_types.h): a call that breaks a rule returns the same error as
+// CUDA, and the capture becomes invalid. Broken rules, and errors that a GPU would not report, are counted and written
+// to stderr after "simulated GPU:".
 //
-// Functions that are not defined here return 0; card.py generates them.
+// card.py generates stubs that return 0 for all functions that are not defined here.
 
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -30,88 +30,88 @@ namespace {
 
 struct Stream { long capture = 0; bool is_joined = true; };
 struct Event { long capture = 0; bool recorded = false; Stream* by = nullptr; };
-struct Graph { Stream* origin; bool lost = false; };
+struct Graph { Stream* origin; bool is_invalid = false; };
 
 std::recursive_mutex lock;
 std::set<Stream*> streams;
 std::map<long, Graph*> captures;  // in progress
 std::map<char*, size_t> on_gpu, pinned;
 std::map<void*, cudaStream_t> stream_of;  // handles of cuBLAS and cuDNN
-std::map<const void*, std::string> names;  // of kernels
-std::map<std::string, long> launches;  // of each kernel, copy and memset since they were last written
+std::map<const void*, std::string> names;  // kernel names
+std::map<std::string, long> launches;  // per kernel, copy and memset, since the last simulated_write_launches
 size_t used = 0;
 long num_captures = 0;
 thread_local cudaError_t last = cudaSuccess;
 thread_local auto mode = cudaStreamCaptureModeGlobal;
 
 size_t total() {
-    const char* wanted = getenv("SIMULATED_GIB");
-    return size_t((wanted ? atof(wanted) : 80.0) * (1ull << 30));
+    const char* gib = getenv("SIMULATED_GIB");
+    return size_t((gib ? atof(gib) : 80.0) * (1ull << 30));
 }
 
-void say(const std::string& what) {
+void report(const std::string& what) {
     simulated_counts[BROKEN_RULES]++;
     fprintf(stderr, "simulated GPU: %s\n", what.c_str());
 }
 
-cudaError_t broken(cudaError_t error, const std::string& what) {
-    say(what);
-    for (auto& one : captures) one.second->lost = true;
+cudaError_t violation(cudaError_t error, const std::string& what) {
+    report(what);
+    for (auto& one : captures) one.second->is_invalid = true;
     return last = error;
 }
 
 bool is_legacy(cudaStream_t stream) { return size_t(stream) < 10; }
 long capture_of(cudaStream_t stream) { return is_legacy(stream) ? 0 : ((Stream*)stream)->capture; }
 
-// Calls that CUDA forbids while any stream is captured in global mode, except in a thread in relaxed mode.
-cudaError_t unless_captured(const char* call) {
+// For calls that CUDA forbids while any stream is capturing in global mode, except from a thread in relaxed mode.
+cudaError_t check_not_capturing(const char* call) {
     if (captures.empty() || mode == cudaStreamCaptureModeRelaxed) return cudaSuccess;
-    return broken(cudaErrorStreamCaptureUnsupported, std::string(call) + " while a stream is captured");
+    return violation(cudaErrorStreamCaptureUnsupported, std::string(call) + " while a stream is capturing");
 }
 
-cudaError_t waited(cudaStream_t stream, long event_capture, const char* call) {
+cudaError_t count_wait(cudaStream_t stream, long event_capture, const char* call) {
     if (capture_of(stream) || captures.count(event_capture))
-        return broken(cudaErrorStreamCaptureUnsupported, std::string(call) + " for what is captured");
-    if (auto error = unless_captured(call)) return error;
+        return violation(cudaErrorStreamCaptureUnsupported, std::string(call) + " on a capturing stream or event");
+    if (auto error = check_not_capturing(call)) return error;
     simulated_counts[WAITS]++;
     return cudaSuccess;
 }
 
-void queued(cudaStream_t stream, const char* what) {
+void check_queued(cudaStream_t stream, const char* what) {
     if (capture_of(stream)) {
         ((Stream*)stream)->is_joined = false;
         return;
     }
-    if (!captures.empty()) say(std::string(what) + " beside a capture, in which it is missing");
+    if (!captures.empty()) report(std::string(what) + " outside of a capture in progress, which does not include it");
 }
 
-void launched(cudaStream_t stream, const std::string& name) {
+void count_launch(cudaStream_t stream, const std::string& name) {
     std::lock_guard guard(lock);
-    queued(stream, "a kernel");
+    check_queued(stream, "a kernel");
     launches[name]++;
     simulated_counts[capture_of(stream) ? CAPTURED_KERNELS : KERNELS]++;
 }
 
-bool lies_in(const std::map<char*, size_t>& blocks, const void* address) {
+bool contains(const std::map<char*, size_t>& blocks, const void* address) {
     auto after = blocks.upper_bound((char*)address);
     if (after == blocks.begin()) return false;
     auto& [start, size] = *--after;
     return (char*)address < start + size;
 }
 
-char* taken(size_t size) {
+char* map_memory(size_t size) {
     int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     return (char*)mmap(nullptr, size ? size : 1, PROT_READ | PROT_WRITE, flags, -1, 0);
 }
 
-cudaError_t copied(void* to, const void* from, size_t size, cudaStream_t stream) {
+cudaError_t copy(void* to, const void* from, size_t size, cudaStream_t stream) {
     std::lock_guard guard(lock);
-    queued(stream, "a copy");
+    check_queued(stream, "a copy");
     launches["memcpy"]++;
-    auto is_known = [](const void* address) { return lies_in(on_gpu, address) || lies_in(pinned, address); };
+    auto is_known = [](const void* address) { return contains(on_gpu, address) || contains(pinned, address); };
     if (!capture_of(stream)) memcpy(to, from, size);
     else if (!is_known(from) || !is_known(to))
-        say("a copy of pageable memory is captured, which each replay repeats at the same address");
+        report("a captured copy uses pageable memory, and each replay repeats it at the same address");
     return cudaSuccess;
 }
 
@@ -184,9 +184,9 @@ cudaError_t cudaGetDriverEntryPointByVersion(
 // Memory
 cudaError_t cudaMalloc(void** found, size_t size) {
     std::lock_guard guard(lock);
-    if (auto error = unless_captured("cudaMalloc")) return error;
+    if (auto error = check_not_capturing("cudaMalloc")) return error;
     if (used + size > total()) return last = cudaErrorMemoryAllocation;
-    char* block = taken(size);
+    char* block = map_memory(size);
     on_gpu[block] = size;
     used += size;
     *found = block;
@@ -194,7 +194,7 @@ cudaError_t cudaMalloc(void** found, size_t size) {
 }
 cudaError_t cudaFree(void* address) {
     std::lock_guard guard(lock);
-    if (auto error = unless_captured("cudaFree")) return error;
+    if (auto error = check_not_capturing("cudaFree")) return error;
     auto found = on_gpu.find((char*)address);
     if (found == on_gpu.end()) return cudaSuccess;
     used -= found->second;
@@ -204,8 +204,8 @@ cudaError_t cudaFree(void* address) {
 }
 cudaError_t cudaHostAlloc(void** found, size_t size, unsigned) {
     std::lock_guard guard(lock);
-    if (auto error = unless_captured("cudaHostAlloc")) return error;
-    char* block = taken(size);
+    if (auto error = check_not_capturing("cudaHostAlloc")) return error;
+    char* block = map_memory(size);
     pinned[block] = size;
     *found = block;
     return cudaSuccess;
@@ -224,17 +224,17 @@ cudaError_t cudaMemGetInfo(size_t* unused, size_t* all) {
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* found, const void* address) {
     std::lock_guard guard(lock);
     memset(found, 0, sizeof *found);
-    found->type = lies_in(on_gpu, address) ? cudaMemoryTypeDevice
-        : lies_in(pinned, address) ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
+    found->type = contains(on_gpu, address) ? cudaMemoryTypeDevice
+        : contains(pinned, address) ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered;
     found->devicePointer = found->hostPointer = const_cast<void*>(address);
     return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t stream) {
-    return copied(to, from, size, stream);
+    return copy(to, from, size, stream);
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind) {
     std::lock_guard guard(lock);
-    if (auto error = waited(nullptr, 0, "cudaMemcpy")) return error;
+    if (auto error = count_wait(nullptr, 0, "cudaMemcpy")) return error;
     memcpy(to, from, size);
     return cudaSuccess;
 }
@@ -242,14 +242,14 @@ cudaError_t cudaMemcpy2DAsync(
     void* to, size_t to_pitch, const void* from, size_t pitch, size_t width, size_t rows, cudaMemcpyKind,
     cudaStream_t stream) {
     for (size_t row = 0; row < rows; row++)
-        copied((char*)to + row * to_pitch, (char*)from + row * pitch, width, stream);
+        copy((char*)to + row * to_pitch, (char*)from + row * pitch, width, stream);
     return cudaSuccess;
 }
 cudaError_t cudaMemsetAsync(void* address, int value, size_t size, cudaStream_t stream) {
     std::lock_guard guard(lock);
-    queued(stream, "a memset");
+    check_queued(stream, "a memset");
     launches["memset"]++;
-    if (!capture_of(stream) && value) memset(address, value, size);  // zeros would take room
+    if (!capture_of(stream) && value) memset(address, value, size);  // writing zeros would allocate pages
     return cudaSuccess;
 }
 cudaError_t cudaMemset(void* address, int value, size_t size) { return cudaMemsetAsync(address, value, size, nullptr); }
@@ -266,25 +266,29 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t* made, unsigned, int) {
 cudaError_t cudaStreamCreate(cudaStream_t* made) { return cudaStreamCreateWithPriority(made, 0, 0); }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     std::lock_guard guard(lock);
-    return waited(stream, 0, "cudaStreamSynchronize");
+    return count_wait(stream, 0, "cudaStreamSynchronize");
 }
-cudaError_t cudaDeviceSynchronize() { std::lock_guard guard(lock); return waited(nullptr, 0, "cudaDeviceSynchronize"); }
+cudaError_t cudaDeviceSynchronize() {
+    std::lock_guard guard(lock);
+    return count_wait(nullptr, 0, "cudaDeviceSynchronize");
+}
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
     std::lock_guard guard(lock);
-    if (capture_of(stream)) return broken(cudaErrorStreamCaptureUnsupported, "cudaStreamQuery of a captured stream");
-    return unless_captured("cudaStreamQuery");
+    if (capture_of(stream))
+        return violation(cudaErrorStreamCaptureUnsupported, "cudaStreamQuery of a capturing stream");
+    return check_not_capturing("cudaStreamQuery");
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t given, unsigned) {
     std::lock_guard guard(lock);
     auto* event = (Event*)given;
     long own = capture_of(stream), other = captures.count(event->capture) ? event->capture : 0;
     if (other && is_legacy(stream))
-        return broken(cudaErrorStreamCaptureImplicit, "the default stream waits for a captured event");
-    if (other && own && own != other) return broken(cudaErrorStreamCaptureMerge, "a wait joins two captures");
+        return violation(cudaErrorStreamCaptureImplicit, "the default stream waits for a captured event");
+    if (other && own && own != other) return violation(cudaErrorStreamCaptureMerge, "a wait would merge two captures");
     if (other && event->by) event->by->is_joined = true;
     if (other && !own) *(Stream*)stream = {other, false};
     else if (own && !other && event->recorded)
-        return broken(cudaErrorStreamCaptureIsolation, "a captured stream waits for an event from outside");
+        return violation(cudaErrorStreamCaptureIsolation, "a capturing stream waits for an event from outside");
     return cudaSuccess;
 }
 cudaError_t cudaEventCreate(cudaEvent_t* made) { *made = (cudaEvent_t) new Event; return cudaSuccess; }
@@ -299,12 +303,13 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, uns
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
     std::lock_guard guard(lock);
-    if (captures.count(((Event*)event)->capture)) return broken(cudaErrorCapturedEvent, "a captured event is asked");
-    return unless_captured("cudaEventQuery");
+    if (captures.count(((Event*)event)->capture))
+        return violation(cudaErrorCapturedEvent, "cudaEventQuery of a captured event");
+    return check_not_capturing("cudaEventQuery");
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     std::lock_guard guard(lock);
-    return waited(nullptr, ((Event*)event)->capture, "cudaEventSynchronize");
+    return count_wait(nullptr, ((Event*)event)->capture, "cudaEventSynchronize");
 }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t, cudaEvent_t) {
     *milliseconds = 1;
@@ -318,7 +323,8 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* given) {
 }
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
     std::lock_guard guard(lock);
-    if (is_legacy(stream)) return broken(cudaErrorStreamCaptureUnsupported, "the default stream is captured");
+    if (is_legacy(stream))
+        return violation(cudaErrorStreamCaptureUnsupported, "cudaStreamBeginCapture on the default stream");
     long number = ((Stream*)stream)->capture = ++num_captures;
     captures[number] = new Graph{(Stream*)stream};
     simulated_counts[CAPTURES]++;
@@ -333,18 +339,18 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* found) {
     for (auto* one : streams) {
         if (one->capture != number) continue;
         if (one != graph->origin && !one->is_joined) {
-            say("a stream that joined a capture is not waited for at its end");
-            graph->lost = true;
+            report("a stream that joined a capture is not joined back at its end");
+            graph->is_invalid = true;
         }
         one->capture = 0;
     }
-    *found = graph->lost ? nullptr : (cudaGraph_t)graph;
-    return graph->lost ? last = cudaErrorStreamCaptureInvalidated : cudaSuccess;
+    *found = graph->is_invalid ? nullptr : (cudaGraph_t)graph;
+    return graph->is_invalid ? last = cudaErrorStreamCaptureInvalidated : cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* found) {
     std::lock_guard guard(lock);
     if (is_legacy(stream) && !captures.empty() && mode != cudaStreamCaptureModeRelaxed)
-        return broken(cudaErrorStreamCaptureImplicit, "the default stream is asked while another is captured");
+        return violation(cudaErrorStreamCaptureImplicit, "cudaStreamIsCapturing on the default stream in a capture");
     *found = capture_of(stream) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
     return cudaSuccess;
 }
@@ -368,7 +374,7 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* made, cudaGraph_t gra
 cudaError_t cudaGraphGetNodes(cudaGraph_t, cudaGraphNode_t*, size_t* count) { *count = 1; return cudaSuccess; }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t stream) {
     std::lock_guard guard(lock);
-    if (!captures.empty()) say("a graph is launched during a capture");
+    if (!captures.empty()) report("a graph is launched during a capture");
     simulated_counts[REPLAYS]++;
     return cudaSuccess;
 }
@@ -409,11 +415,11 @@ cudaError_t __cudaGetKernel(cudaKernel_t* found, const void* function) {
     return cudaSuccess;
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3, dim3, void**, size_t, cudaStream_t stream) {
-    launched(stream, names[kernel]);
+    count_launch(stream, names[kernel]);
     return cudaSuccess;
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void* function, void**) {
-    launched(how->stream, names[function]);
+    count_launch(how->stream, names[function]);
     return cudaSuccess;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, const void*) {
@@ -448,17 +454,17 @@ int cuModuleGetFunction(void** found, void*, const char* name) {
 }
 int cuFuncGetAttribute(int* value, int attribute, void*) { *value = attribute ? 0 : 1024; return 0; }  // 0: threads
 int cuPointerGetAttribute(void* found, int, void* address) {
-    if (!lies_in(on_gpu, address)) return cudaErrorInvalidValue;
+    if (!contains(on_gpu, address)) return cudaErrorInvalidValue;
     *(void**)found = address;
     return 0;
 }
 int cuLaunchKernelEx(const DriverLaunch* how, void* function, void**, void**) {
-    launched(how->stream, names[function]);
+    count_launch(how->stream, names[function]);
     return 0;
 }
-#define NOTHING(name) int name() { return 0; }
-NOTHING(cuCtxSetCurrent) NOTHING(cuCtxGetLimit) NOTHING(cuCtxSetLimit) NOTHING(cuFuncSetAttribute)
-NOTHING(cuFuncSetCacheConfig) NOTHING(cuOccupancyMaxActiveClusters) NOTHING(cuTensorMapEncodeTiled)
+#define NO_OP(name) int name() { return 0; }
+NO_OP(cuCtxSetCurrent) NO_OP(cuCtxGetLimit) NO_OP(cuCtxSetLimit) NO_OP(cuFuncSetAttribute)
+NO_OP(cuFuncSetCacheConfig) NO_OP(cuOccupancyMaxActiveClusters) NO_OP(cuTensorMapEncodeTiled)
 
 // cuBLAS
 int cublasCreate_v2(void** made) { *made = malloc(1); return 0; }
@@ -469,7 +475,7 @@ int cublasSetStream_v2(void* handle, cudaStream_t stream) {
 }
 int cublasGetMathMode(void*, int* found) { *found = 0; return 0; }
 int cublasGetPointerMode_v2(void*, int* found) { *found = 0; return 0; }
-#define PRODUCT(name) int name(void* handle) { launched(stream_of[handle], #name); return 0; }
+#define PRODUCT(name) int name(void* handle) { count_launch(stream_of[handle], #name); return 0; }
 PRODUCT(cublasGemmEx) PRODUCT(cublasGemmStridedBatchedEx) PRODUCT(cublasSgemm_v2) PRODUCT(cublasSgemmStridedBatched)
 PRODUCT(cublasSgemv_v2) PRODUCT(cublasSgemmEx) PRODUCT(cublasSdot_v2) PRODUCT(cublasDotEx)
 #define DESCRIPTOR(name) int name(void** made) { *made = calloc(1, 256); return 0; }
@@ -484,11 +490,11 @@ int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, voi
 int cublasLtMatmul(
     void*, void*, const void*, const void*, void*, const void*, void*, const void*, const void*, void*, void*, void*,
     const void*, void*, size_t, cudaStream_t stream) {
-    launched(stream, "cublasLtMatmul");
+    count_launch(stream, "cublasLtMatmul");
     return 0;
 }
 
-// cuDNN's backend: one engine for all operations, without a workspace
+// The cuDNN backend: one engine for all operations, without a workspace
 enum { ENGINES = 202, INT64 = 3, BACKEND_DESCRIPTOR = 15 };  // of cudnn_graph.h
 const char* cudnnGetErrorString(int) { return "simulated error"; }
 int cudnnCreate(void** made) { *made = malloc(1); return 0; }
@@ -501,7 +507,10 @@ int cudnnBackendGetAttribute(void*, int name, int type, long, long* count, void*
     if (found && type == INT64) *(long*)found = 0;
     return 0;
 }
-int cudnnBackendExecute(void* handle, void*, void*) { launched(stream_of[handle], "cudnnBackendExecute"); return 0; }
+int cudnnBackendExecute(void* handle, void*, void*) {
+    count_launch(stream_of[handle], "cudnnBackendExecute");
+    return 0;
+}
 DESCRIPTOR(cudnnCreateConvolutionDescriptor) DESCRIPTOR(cudnnCreateTensorDescriptor)
 DESCRIPTOR(cudnnCreateFilterDescriptor) DESCRIPTOR(cudnnCreateActivationDescriptor)
 }

@@ -1,4 +1,4 @@
-"""Baking against what diffusers paints with the adapter loaded, against PEFT's own merge, and in one file."""
+"""Baking gives the same images as an adapter loaded by diffusers, and the same weights as PEFT's own merge."""
 
 import errno
 import json
@@ -37,7 +37,7 @@ TEXT = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # without out_p
 
 
 def base_of(kind: str, folder: Path) -> Path:
-    """A folder in fp32, so that what is stored is what is painted with."""
+    """A folder in fp32, so that rendering uses exactly the stored weights."""
     if kind != "sketch":
         return tiny_base(kind, folder)
     pipeline(EMBEDDED).save_pretrained(folder)
@@ -51,19 +51,19 @@ def pipeline(folder: Path) -> Any:
 
 
 def adapter_for(base: Path, family: str, seed: int, layers: tuple[str, ...] = UNET + TEXT) -> Adapter:
-    """A LoRA of rank 2 on some layers, 0.3 as large as their weights."""
+    """A LoRA of rank 2 on some layers, with 0.3 times the norm of their weights."""
     weights = find_weights(base)
     generator = torch.Generator().manual_seed(seed)
     modules = {}
-    for place in sorted(weights.spots):
-        if not place.path.endswith(layers) or place.path.startswith("add_embedding"):
+    for layer in sorted(weights.layers):
+        if not layer.path.endswith(layers) or layer.path.startswith("add_embedding"):
             continue
-        weight = weights.read(place)
+        weight = weights.read(layer)
         ones = (1,) * (weight.dim() - 2)
         down = torch.randn(2, *weight.shape[1:], generator=generator)
         up = torch.randn(len(weight), 2, *ones, generator=generator)
         factor = 0.3 * float(weight.float().norm() / (up.flatten(1) @ down.flatten(1)).norm())
-        modules[place] = Module("lora", {"lora_down": down, "lora_up": up * factor}, 2.0)
+        modules[layer] = Module("lora", {"lora_down": down, "lora_up": up * factor}, 2.0)
     return Adapter(modules, {}, family)
 
 
@@ -72,44 +72,44 @@ def written(adapter: Adapter, kind: str, path: Path) -> Path:
     return path
 
 
-def paint(loaded: Any) -> torch.Tensor:
+def rendered(loaded: Any) -> torch.Tensor:
     side = loaded.unet.config.sample_size * loaded.vae_scale_factor
-    found = loaded(
+    result = loaded(
         "a fox", num_inference_steps=2, guidance_scale=4.0, height=side, width=side, output_type="pt",
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    return found.images
+    return result.images
 
 
 @pytest.mark.parametrize("kind", ["sketch", "sd1", "sdxl"])
-def test_a_baked_folder_paints_what_the_adapters_paint_when_they_are_loaded(kind: str, tmp_path: Path):
+def test_a_baked_folder_gives_the_same_images_as_the_base_with_loaded_adapters(kind: str, tmp_path: Path):
     base = base_of(kind, tmp_path / "base")
-    doses = []
-    at_run_time = pipeline(base)
-    plain = paint(at_run_time)
+    adapters = []
+    stock = pipeline(base)
+    plain = rendered(stock)
     for name, seed, strength, layers in (("one", 1, 0.8, UNET + TEXT), ("two", 2, -0.5, UNET)):
         file = written(adapter_for(base, FAMILIES[kind], seed, layers), kind, tmp_path / f"{name}.safetensors")
-        at_run_time.load_lora_weights(file, adapter_name=name)
-        doses.append(BakedAdapter(name, read_adapter(file), strength))
-    at_run_time.set_adapters(["one", "two"], [0.8, -0.5])
-    expected = paint(at_run_time)
-    bake(base, tmp_path / "baked", doses)
-    found = paint(pipeline(tmp_path / "baked"))
+        stock.load_lora_weights(file, adapter_name=name)
+        adapters.append(BakedAdapter(name, read_adapter(file), strength))
+    stock.set_adapters(["one", "two"], [0.8, -0.5])
+    expected = rendered(stock)
+    bake(base, tmp_path / "baked", adapters)
+    found = rendered(pipeline(tmp_path / "baked"))
     assert float((expected - plain).abs().mean()) > 1e-3
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
     assert float((found - expected).abs().mean()) < 1e-4
 
 
-def test_the_embedded_base_keeps_its_types_and_its_other_files(tmp_path: Path):
+def test_the_embedded_base_keeps_its_dtypes_and_its_other_files(tmp_path: Path):
     adapter = adapter_for(EMBEDDED, "sd1", 1)
     bake(EMBEDDED, tmp_path / "baked", [BakedAdapter("one", adapter)])
     before, after = find_weights(EMBEDDED), find_weights(tmp_path / "baked")
-    assert before.spots.keys() == after.spots.keys()
-    for place in before.spots:
-        old, new = before.read(place), after.read(place)
+    assert before.layers.keys() == after.layers.keys()
+    for layer in before.layers:
+        old, new = before.read(layer), after.read(layer)
         assert old.dtype == new.dtype and old.shape == new.shape
-        if place in adapter.modules:
-            expected = old.float() + adapter.modules[place].delta().reshape(old.shape)
+        if layer in adapter.modules:
+            expected = old.float() + adapter.modules[layer].delta().reshape(old.shape)
             assert torch.equal(new, expected.to(old.dtype))
         else:
             assert torch.equal(new, old)
@@ -120,7 +120,7 @@ def test_the_embedded_base_keeps_its_types_and_its_other_files(tmp_path: Path):
         assert file.metadata()["baked"] == "one x 1"
 
 
-def test_a_baked_folder_tells_no_path_of_the_disk_that_its_base_lay_on(tiny: Path, tmp_path: Path):
+def test_a_baked_folder_contains_no_file_paths_of_its_base(tiny: Path, tmp_path: Path):
     base = tmp_path / "base"
     shutil.copytree(tiny, base)
     names = {
@@ -130,20 +130,20 @@ def test_a_baked_folder_tells_no_path_of_the_disk_that_its_base_lay_on(tiny: Pat
         "tokenizer/tokenizer_config.json": ("name_or_path", "/home/mia-q7/models/base/tokenizer", "tokenizer"),
     }
     for name, (key, path, _) in names.items():
-        told = json.loads((base / name).read_text(encoding="utf-8")) | {key: path}
-        (base / name).write_text(json.dumps(told), encoding="utf-8")
+        config = json.loads((base / name).read_text(encoding="utf-8")) | {key: path}
+        (base / name).write_text(json.dumps(config), encoding="utf-8")
     lines = bake(base, tmp_path / "baked", [BakedAdapter("one", adapter_for(base, "sd1", 1))])
     assert "model_index.json" in lines[0] and "unet/config.json" in lines[0] and "text_encoder" not in lines[0]
     for name, (key, _, expected) in names.items():
-        told = json.loads((tmp_path / "baked" / name).read_text(encoding="utf-8"))
-        assert told == json.loads((base / name).read_text(encoding="utf-8")) | {key: expected}
+        config = json.loads((tmp_path / "baked" / name).read_text(encoding="utf-8"))
+        assert config == json.loads((base / name).read_text(encoding="utf-8")) | {key: expected}
     texts = [file.read_bytes() for file in (tmp_path / "baked").rglob("*") if file.is_file()]
     assert not any(b"mia-q7" in text for text in texts)
     pipeline(tmp_path / "baked")
 
 
 @pytest.mark.parametrize("base", ["sd15", "sd21", "sdxl"])
-def test_one_file_of_the_original_layout_is_baked_like_the_folder(base: str, tmp_path: Path):
+def test_a_single_file_checkpoint_is_baked_like_the_folder(base: str, tmp_path: Path):
     folder = narrow(base, tmp_path / "configs")
     parts = random_parts(base, folder)
     checkpoint = tmp_path / "checkpoint.safetensors"
@@ -152,9 +152,11 @@ def test_one_file_of_the_original_layout_is_baked_like_the_folder(base: str, tmp
     pipeline.save_pretrained(tmp_path / "folder")
     assert find_weights(checkpoint).family == FAMILIES[base]
     folders, files = find_weights(tmp_path / "folder"), find_weights(checkpoint)
-    assert folders.spots.keys() == files.spots.keys() or base == "sdxl"  # its text projection is transposed in one file
+    assert (
+        folders.layers.keys() == files.layers.keys() or base == "sdxl"
+    )  # a single file stores its text projection transposed
     adapter = adapter_for(tmp_path / "folder", FAMILIES[base], 1)
-    assert {place.component for place in adapter.modules} == {"unet", "text"} | ({"text2"} if base == "sdxl" else set())
+    assert {layer.component for layer in adapter.modules} == {"unet", "text"} | ({"text2"} if base == "sdxl" else set())
     bake(checkpoint, tmp_path / "baked.safetensors", [BakedAdapter("one", adapter, 0.7)])
     bake(tmp_path / "folder", tmp_path / "baked", [BakedAdapter("one", adapter, 0.7)])
     again = PIPELINES[base].from_single_file(
@@ -165,17 +167,17 @@ def test_one_file_of_the_original_layout_is_baked_like_the_folder(base: str, tmp
         one, other = parameters_of(getattr(again, part)), parameters_of(getattr(from_folder, part))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one), part
-    place = next(place for place in adapter.modules if place.path.endswith("v_proj"))
-    module = getattr(again, "text_encoder" if place.component == "text" else "text_encoder_2")
-    old = parts["text_encoder" if place.component == "text" else "text_encoder_2"][f"{place.path}.weight"]
-    new = parameters_of(module)[f"{place.path}.weight"]
-    torch.testing.assert_close(new, old + 0.7 * adapter.modules[place].delta(), rtol=1e-5, atol=1e-6)
+    layer = next(layer for layer in adapter.modules if layer.path.endswith("v_proj"))
+    module = getattr(again, "text_encoder" if layer.component == "text" else "text_encoder_2")
+    old = parts["text_encoder" if layer.component == "text" else "text_encoder_2"][f"{layer.path}.weight"]
+    new = parameters_of(module)[f"{layer.path}.weight"]
+    torch.testing.assert_close(new, old + 0.7 * adapter.modules[layer].delta(), rtol=1e-5, atol=1e-6)
     with safe_open(tmp_path / "baked.safetensors", "pt") as file:
         assert file.metadata() == {"who": "me", "baked": "one x 0.7"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_undo_gives_the_base_back_but_for_the_rounding_of_its_type(dtype: torch.dtype, tmp_path: Path):
+def test_undo_restores_the_base_up_to_rounding(dtype: torch.dtype, tmp_path: Path):
     generator = torch.Generator().manual_seed(0)
     prefix, fused = "model.diffusion_model.middle_block.1", "conditioner.embedders.1.model.transformer.resblocks.0.attn"
     tensors = {
@@ -184,19 +186,19 @@ def test_undo_gives_the_base_back_but_for_the_rounding_of_its_type(dtype: torch.
         f"{fused}.in_proj_weight": torch.randn(60, 20, generator=generator).to(dtype),
     }
     save_file(tensors, tmp_path / "base.safetensors")
-    doses = [
+    adapters = [
         BakedAdapter("one", adapter_for(tmp_path / "base.safetensors", "sdxl", 1, ("proj_in", "q_proj", "v_proj")), 0.9)
     ]
-    bake(tmp_path / "base.safetensors", tmp_path / "baked.safetensors", doses)
-    bake(tmp_path / "baked.safetensors", tmp_path / "back.safetensors", doses, undo=True)
-    back, there = load_file(tmp_path / "back.safetensors"), load_file(tmp_path / "baked.safetensors")
-    changed = {name for name in tensors if not torch.equal(there[name], tensors[name])}
+    bake(tmp_path / "base.safetensors", tmp_path / "baked.safetensors", adapters)
+    bake(tmp_path / "baked.safetensors", tmp_path / "restored.safetensors", adapters, undo=True)
+    restored, baked = load_file(tmp_path / "restored.safetensors"), load_file(tmp_path / "baked.safetensors")
+    changed = {name for name in tensors if not torch.equal(baked[name], tensors[name])}
     assert changed == {f"{prefix}.proj_in.weight", f"{fused}.in_proj_weight"}
-    keys = slice(20, 40)  # rows of k, which the adapter has not
-    assert torch.equal(there[f"{fused}.in_proj_weight"][keys], tensors[f"{fused}.in_proj_weight"][keys])
+    keys = slice(20, 40)  # rows of k, which the adapter does not change
+    assert torch.equal(baked[f"{fused}.in_proj_weight"][keys], tensors[f"{fused}.in_proj_weight"][keys])
     step = 2 * torch.finfo(dtype).eps
     for name, tensor in tensors.items():
-        torch.testing.assert_close(back[name].float(), tensor.float(), rtol=step, atol=step)
+        torch.testing.assert_close(restored[name].float(), tensor.float(), rtol=step, atol=step)
 
 
 class Small(torch.nn.Module):
@@ -206,7 +208,7 @@ class Small(torch.nn.Module):
         self.conv = torch.nn.Conv2d(6, 6, 3, bias=False)
 
 
-def test_dora_of_peft_is_baked_as_peft_merges_it():
+def test_a_dora_from_peft_is_baked_as_peft_merges_it():
     torch.manual_seed(0)
     model = Small()
     old = {"to_q": model.to_q.weight.detach().clone(), "conv": model.conv.weight.detach().clone()}
@@ -230,7 +232,7 @@ def test_dora_of_peft_is_baked_as_peft_merges_it():
         torch.testing.assert_close(found, layer.get_base_layer().weight.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_dora_on_inputs_gives_every_column_of_the_sum_its_length():
+def test_dora_with_per_input_magnitudes_sets_the_norm_of_every_column():
     torch.manual_seed(0)
     weight, magnitude = torch.randn(8, 5, 3, 3), torch.rand(1, 5, 1, 1) + 0.5
     module = Module(
@@ -248,7 +250,7 @@ def ones() -> Module:
     return Module("lora", {"lora_down": torch.ones(1, 1024), "lora_up": torch.ones(1024, 1)}, 1.0)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read as Linux tells it")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_a_large_file_is_baked_in_little_memory(tmp_path: Path):
     blocks = [(i, j) for i in range(12) for j in range(5)]
     tensors = {
@@ -256,11 +258,11 @@ def test_a_large_file_is_baked_in_little_memory(tmp_path: Path):
         for i, j in blocks
     }  # 240 MiB
     save_file(tensors, tmp_path / "base.safetensors")
-    places = [
+    layers = [
         ModulePath("unet", f"up_blocks.{i // 3}.attentions.{i % 3}.transformer_blocks.{j}.attn1.to_q")
         for i, j in blocks
     ]
-    write_adapter(to_tensors(Adapter({p: ones() for p in places})), {}, tmp_path / "x.safetensors")
+    write_adapter(to_tensors(Adapter({p: ones() for p in layers})), {}, tmp_path / "x.safetensors")
     script = """if True:
         import sys
         from pathlib import Path
@@ -279,12 +281,12 @@ def test_a_large_file_is_baked_in_little_memory(tmp_path: Path):
         assert all(float(file.get_tensor(name).mean()) == 3.0 for name in file.keys())  # noqa: SIM118
 
 
-def test_what_is_not_finite_is_refused_and_leaves_nothing_behind(tmp_path: Path):
+def test_an_overflow_is_refused_and_leaves_no_files(tmp_path: Path):
     name = "model.diffusion_model.middle_block.1.proj_in"
     save_file({f"{name}.weight": torch.ones(4, 4, dtype=torch.float16)}, tmp_path / "base.safetensors")
     huge = {"lora_down": torch.full((1, 4), 300.0), "lora_up": torch.full((4, 1), 300.0)}
     adapter = Adapter({ModulePath("unet", "mid_block.attentions.0.proj_in"): Module("lora", huge, None)})
-    with pytest.raises(Refused, match=r"proj_in\.weight would not be finite in F16: use a smaller strength"):
+    with pytest.raises(Refused, match=r"proj_in\.weight would overflow F16; use a smaller strength"):
         bake(tmp_path / "base.safetensors", tmp_path / "out.safetensors", [BakedAdapter("x", adapter)])
     assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
 
@@ -294,32 +296,34 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_base("sd1", tmp_path_factory.mktemp("bake") / "base")
 
 
-def test_what_does_not_fit_is_one_line_before_anything_is_written(tiny: Path, tmp_path: Path):
+def test_an_adapter_that_does_not_fit_is_refused_in_one_line_before_anything_is_written(tiny: Path, tmp_path: Path):
     fits = adapter_for(tiny, "sd1", 1)
-    place = next(iter(fits.modules))
-    other = Adapter(fits.modules | {ModulePath("unet", "down_blocks.7.attentions.0.proj_in"): fits.modules[place]})
-    wide = Adapter({place: Module("lora", {"lora_down": torch.ones(2, 9), "lora_up": torch.ones(4, 2)}, None)})
-    dora = {place: Module("lora", fits.modules[place].tensors | {"dora_scale": torch.ones(99, 1)}, None)}
+    layer = next(iter(fits.modules))
+    other = Adapter(fits.modules | {ModulePath("unet", "down_blocks.7.attentions.0.proj_in"): fits.modules[layer]})
+    wide = Adapter({layer: Module("lora", {"lora_down": torch.ones(2, 9), "lora_up": torch.ones(4, 2)}, None)})
+    dora = {layer: Module("lora", fits.modules[layer].tensors | {"dora_scale": torch.ones(99, 1)}, None)}
     for adapter, undo, line in (
-        (Adapter({place: replace(fits.modules[place], alpha=math.nan)}), False, "x: .* numbers that are not finite"),
-        (other, False, r"x: unet\.down_blocks\.7\.attentions\.0\.proj_in is not in the base; it is for another"),
-        (wide, False, r"x: .* is 4 x 9 and the base's layer \d+ x \d+; it is for another base than .*base"),
-        (Adapter(dora), False, r"DoRA magnitudes \(99, 1\)"),
-        (Adapter(dora), True, "--undo x: .* is DoRA, which sets lengths anew.*keep the base itself"),
+        (Adapter({layer: replace(fits.modules[layer], alpha=math.nan)}), False, "x: .* has non-finite values"),
+        (other, False, r"x: unet\.down_blocks\.7\.attentions\.0\.proj_in is not in the base; .* made for a different"),
+        (wide, False, r"x: .* is 4 x 9, but the base's layer is \d+ x \d+; .* made for a different base than .*base"),
+        (Adapter(dora), False, r"DoRA magnitudes of shape \(99, 1\)"),
+        (Adapter(dora), True, "--undo x: .* is DoRA, which replaces weight norms.*use the original base"),
     ):
         with pytest.raises(Refused, match=line) as error:
             bake(tiny, tmp_path / "out", [BakedAdapter("x", adapter)], undo=undo)
         assert "\n" not in str(error.value)
     for base, line in (
         (tmp_path / "none", "no such file or folder"),
-        (tmp_path, r"has no \.safetensors in unet/"),
+        (tmp_path, r"no \.safetensors file in unet/"),
     ):
         with pytest.raises(Refused, match=line):
             bake(base, tmp_path / "out", [BakedAdapter("x", fits)])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_is_reported_in_one_line_and_leaves_no_files(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -329,47 +333,49 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(tiny: Path, tmp_path:
     assert error.value.exit_code == 73 and list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_with_too_little_room_is_refused_before_anything_is_written(
+def test_a_disk_with_too_little_space_is_refused_before_anything_is_written(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     save_file({"model.diffusion_model.middle_block.1.proj_in.weight": torch.ones(30, 30)}, tmp_path / "b.safetensors")
     size_of_folder = sum(file.stat().st_size for file in tiny.rglob("*/*") if file.is_file())
     sizes = {tiny: size_of_folder, tmp_path / "b.safetensors": (tmp_path / "b.safetensors").stat().st_size}
     for base, needed in sizes.items():
-        out, doses = tmp_path / f"out{base.suffix}", [BakedAdapter("x", adapter_for(base, "sd1", 1))]
-        own = out.with_name(out.name + ".part")  # a user's own file by that name stays
+        out, adapters = tmp_path / f"out{base.suffix}", [BakedAdapter("x", adapter_for(base, "sd1", 1))]
+        own = out.with_name(out.name + ".part")  # a file of the user, which must not be touched
         own.write_bytes(b"mine")
         for free in (needed - 1, needed):
             monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
             if free < needed:
-                with pytest.raises(Refused, match=rf"--out .*{out.name}: .* are written and .* are free") as error:
-                    bake(base, out, doses)
+                with pytest.raises(Refused, match=rf"--out .*{out.name}: needs .*, but only .* is free") as error:
+                    bake(base, out, adapters)
                 assert error.value.exit_code == 73 and not out.exists()
-        bake(base, out, doses)
+        bake(base, out, adapters)
         assert out.exists() and own.read_bytes() == b"mine"
         assert {path.name for path in tmp_path.glob("*.part")} <= {"out.part", "out.safetensors.part"}
 
 
-def test_an_existing_place_needs_force_and_a_folder_of_something_else_is_never_replaced(tiny: Path, tmp_path: Path):
-    doses = [BakedAdapter("x", adapter_for(tiny, "sd1", 1))]
+def test_an_existing_output_needs_force_and_other_folders_are_never_replaced(tiny: Path, tmp_path: Path):
+    adapters = [BakedAdapter("x", adapter_for(tiny, "sd1", 1))]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/diary.txt").write_text("dear diary")
-    with pytest.raises(Refused, match="exists: choose another name, or --force"):
-        bake(tiny, tmp_path / "mine", doses)
-    with pytest.raises(Refused, match="is no diffusers folder, so it is not replaced"):
-        bake(tiny, tmp_path / "mine", doses, force=True)
-    with pytest.raises(Refused, match=r"a folder, and so is what is written; give a name without \.safetensors"):
-        bake(tiny, tmp_path / "x.safetensors", doses)
+    with pytest.raises(Refused, match="already exists; choose another name, or use --force"):
+        bake(tiny, tmp_path / "mine", adapters)
+    with pytest.raises(Refused, match="is not a diffusers folder, so --force does not replace it"):
+        bake(tiny, tmp_path / "mine", adapters, force=True)
+    with pytest.raises(
+        Refused, match=r"the base is a folder, so the result is one too; use a name without \.safetensors"
+    ):
+        bake(tiny, tmp_path / "x.safetensors", adapters)
     shutil.copytree(tiny, tmp_path / "outer")
     shutil.copytree(tiny, tmp_path / "outer/inner")
     for base in (tmp_path / "outer", tmp_path / "outer/inner"):
-        with pytest.raises(Refused, match="is the base itself, or holds it"):
-            bake(base, tmp_path / "outer", doses, force=True)
+        with pytest.raises(Refused, match="is the base itself or contains it"):
+            bake(base, tmp_path / "outer", adapters, force=True)
     shutil.rmtree(tmp_path / "outer")
     assert (tmp_path / "mine/diary.txt").read_text() == "dear diary"
     shutil.copytree(tiny, tmp_path / "base")
     (tmp_path / "base/unet/diffusion_pytorch_model.bin").write_bytes(b"pickle")
-    bake(tmp_path / "base", tmp_path / "baked", doses)
-    bake(tmp_path / "base", tmp_path / "baked", doses, force=True)
+    bake(tmp_path / "base", tmp_path / "baked", adapters)
+    bake(tmp_path / "base", tmp_path / "baked", adapters, force=True)
     assert not (tmp_path / "baked/unet/diffusion_pytorch_model.bin").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["baked", "base", "mine"]

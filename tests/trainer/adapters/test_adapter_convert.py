@@ -1,4 +1,4 @@
-"""Another dialect, the same adapter: stock diffusers loads both and paints the same picture."""
+"""Conversion between dialects keeps the adapter: stock diffusers loads both files and renders the same image."""
 
 import json
 from pathlib import Path
@@ -30,7 +30,7 @@ UNET = LoraConfig(
 TEXT = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"])
 
 
-def shake(model: torch.nn.Module) -> None:
+def randomize(model: torch.nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -38,20 +38,20 @@ def shake(model: torch.nn.Module) -> None:
 
 
 def trained(kind: str, folder: Path) -> tuple[Any, Path]:
-    """A tiny pipeline with adapters on it, mixed in rank and scale, and the file that diffusers saves of it."""
+    """A tiny pipeline with adapters of mixed ranks and scales, and the file that diffusers saves."""
     pipeline = PIPELINES[kind].from_pretrained(tiny_base(kind, folder / "base"))
     parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
     if kind == "sdxl":
         parts["text_encoder_2"] = pipeline.text_encoder_2
     for name, part in parts.items():
         part.add_adapter(UNET if name == "unet" else TEXT)
-        shake(part)
+        randomize(part)
     layers = {f"{name}_lora_layers": get_peft_model_state_dict(part) for name, part in parts.items()}
     pipeline.save_lora_weights(folder, **layers, **_collate_lora_metadata(parts))
     return pipeline, folder / "pytorch_lora_weights.safetensors"
 
 
-def painted(pipeline: Any) -> np.ndarray:
+def rendered(pipeline: Any) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     result = pipeline(
         "a cat", num_inference_steps=2, height=64, width=64, generator=torch.manual_seed(0), output_type="np"
@@ -62,7 +62,7 @@ def painted(pipeline: Any) -> np.ndarray:
 def with_file(kind: str, folder: Path, file: Path) -> np.ndarray:
     pipeline = PIPELINES[kind].from_pretrained(folder / "base")
     pipeline.load_lora_weights(str(file))
-    return painted(pipeline)
+    return rendered(pipeline)
 
 
 def convert(source: Path, out: Path, *arguments: str) -> Path:
@@ -71,21 +71,21 @@ def convert(source: Path, out: Path, *arguments: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
-def test_both_dialects_paint_what_the_live_adapter_paints(kind: str, tmp_path: Path):
+def test_both_dialects_render_the_same_image_as_the_live_adapter(kind: str, tmp_path: Path):
     pipeline, file = trained(kind, tmp_path)
-    live = painted(pipeline)
+    live = rendered(pipeline)
     kohya = convert(file, tmp_path / "kohya.safetensors", "--to", "kohya")
     peft = convert(kohya, tmp_path / "peft.safetensors", "--to", "peft")
-    plain = painted(PIPELINES[kind].from_pretrained(tmp_path / "base"))
+    plain = rendered(PIPELINES[kind].from_pretrained(tmp_path / "base"))
     assert np.abs(live - plain).max() > 0.01
     for written in (kohya, peft):
         np.testing.assert_allclose(with_file(kind, tmp_path, written), live, atol=1e-4, err_msg=written.name)
 
 
-def test_alpha_patterns_of_peft_are_heard(tmp_path: Path):
+def test_alpha_patterns_of_peft_are_applied(tmp_path: Path):
     pipeline, file = trained("sd1", tmp_path)
     adapter = read_adapter(file)
-    deltas = {place.path: module.delta() for place, module in adapter.modules.items() if place.component == "unet"}
+    deltas = {layer.path: module.delta() for layer, module in adapter.modules.items() if layer.component == "unet"}
     checked = 0
     for path, layer in pipeline.unet.named_modules():
         if isinstance(layer, LoraLayer):
@@ -97,15 +97,15 @@ def test_alpha_patterns_of_peft_are_heard(tmp_path: Path):
 
 def test_a_round_trip_keeps_every_delta_and_the_metadata(tmp_path: Path):
     _, file = trained("sd1", tmp_path)
-    told = {"ss_tag_frequency": '{"a": {"cat": 3}}', "modelspec.title": "mine", "sshs_legacy_hash": "0"}
+    metadata = {"ss_tag_frequency": '{"a": {"cat": 3}}', "modelspec.title": "mine", "sshs_legacy_hash": "0"}
     tensors, _ = read_tensors(convert(file, tmp_path / "plain.safetensors", "--to", "kohya"))
-    save_file(tensors, tmp_path / "a.safetensors", told)
+    save_file(tensors, tmp_path / "a.safetensors", metadata)
     peft = convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "--to", "peft")
     again = convert(peft, tmp_path / "c.safetensors", "--to", "kohya")
     first, last = read_adapter(tmp_path / "a.safetensors"), read_adapter(again)
     assert first.modules.keys() == last.modules.keys()
-    for place, module in first.modules.items():
-        torch.testing.assert_close(last.modules[place].delta(), module.delta())
+    for layer, module in first.modules.items():
+        torch.testing.assert_close(last.modules[layer].delta(), module.delta())
     for path in (peft, again):
         with safe_open(path, "pt") as written:
             metadata = written.metadata()
@@ -117,7 +117,7 @@ def test_a_round_trip_keeps_every_delta_and_the_metadata(tmp_path: Path):
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
-def test_numbers_are_those_that_torch_rounds_to(dtype: str, tmp_path: Path):
+def test_values_are_rounded_as_torch_rounds_them(dtype: str, tmp_path: Path):
     _, file = trained("sd1", tmp_path)
     plain, _ = read_tensors(convert(file, tmp_path / "a.safetensors", "--to", "kohya"))
     found, _ = read_tensors(convert(file, tmp_path / "b.safetensors", "--to", "kohya", "--dtype", dtype))
@@ -126,7 +126,7 @@ def test_numbers_are_those_that_torch_rounds_to(dtype: str, tmp_path: Path):
         assert torch.equal(tensor, plain[name] if name.endswith("alpha") else plain[name].to(expected)), name
 
 
-def test_what_cannot_be_done_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_impossible_conversions_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     def refused(*arguments: str) -> str:
         with pytest.raises(SystemExit) as stop:
             cli.main(["adapter", "convert", *arguments])
@@ -140,26 +140,26 @@ def test_what_cannot_be_done_is_refused_in_one_line(tmp_path: Path, capsys: pyte
     save_file({f"{stem}.lokr_w1": torch.ones(2, 2), f"{stem}.lokr_w2": torch.ones(2, 2)}, tmp_path / "k.safetensors")
     (tmp_path / "there.safetensors").write_bytes(b"mine")
     source, out = str(tmp_path / "big.safetensors"), ("--out", str(tmp_path / "out.safetensors"))
-    assert "is what is read; choose another" in refused(source, "--to", "kohya", "--out", source)
-    assert "exists: choose another --out, or --force" in refused(
+    assert "is an input of this command; choose another" in refused(source, "--to", "kohya", "--out", source)
+    assert "file exists; choose another name, or use --force" in refused(
         source, "--to", "kohya", "--out", str(tmp_path / "there.safetensors")
     )
-    assert "numbers that fp16 cannot hold; use --dtype bf16" in refused(
+    assert "has values that overflow fp16; use --dtype bf16" in refused(
         source, "--to", "kohya", "--dtype", "fp16", *out
     )
-    line = refused(kron := str(tmp_path / "k.safetensors"), "--to", "peft", *out)
-    assert f"{kron}: unet" in line and "LoKr has no place in a PEFT file; use --to kohya" in line
+    line = refused(lokr := str(tmp_path / "k.safetensors"), "--to", "peft", *out)
+    assert f"{lokr}: unet" in line and "a PEFT file cannot hold LoKr; use --to kohya" in line
     assert "--to" in refused(source, "--to", "comfy", *out)
     assert not (tmp_path / "out.safetensors").exists() and (tmp_path / "there.safetensors").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
-def test_rank_stabilised_scales_survive_the_way_from_peft_to_kohya_and_back(kind: str, tmp_path: Path):
-    """alpha 4 at rank 4 is a scale of 2 with rsLoRA and of 1 without: lost anywhere, every delta would be halved."""
-    stabilised = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_out.0", "conv1"], use_rslora=True)
+def test_rank_stabilized_scales_survive_the_round_trip_from_peft_to_kohya(kind: str, tmp_path: Path):
+    """With alpha 4 at rank 4, the scale is 2 with rsLoRA and 1 without, so losing the flag would halve every delta."""
+    rslora = LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_out.0", "conv1"], use_rslora=True)
     pipeline = PIPELINES[kind].from_pretrained(tiny_base(kind, tmp_path / "base"))
-    pipeline.unet.add_adapter(stabilised)
-    shake(pipeline.unet)
+    pipeline.unet.add_adapter(rslora)
+    randomize(pipeline.unet)
     layers = {"unet_lora_layers": get_peft_model_state_dict(pipeline.unet)}
     pipeline.save_lora_weights(tmp_path, **layers, **_collate_lora_metadata({"unet": pipeline.unet}))
     live = {path: layer.get_delta_weight("default").flatten(1) for path, layer in lora_layers(pipeline.unet)}
@@ -167,12 +167,12 @@ def test_rank_stabilised_scales_survive_the_way_from_peft_to_kohya_and_back(kind
     peft = convert(kohya, tmp_path / "peft.safetensors", "--to", "peft")
     again = convert(peft, tmp_path / "again.safetensors")
     for file in (kohya, peft, again):
-        modules = {place.path: module for place, module in read_adapter(file).modules.items()}
+        modules = {layer.path: module for layer, module in read_adapter(file).modules.items()}
         assert modules.keys() == live.keys()
         for path, module in modules.items():
             torch.testing.assert_close(module.delta(), live[path], msg=f"{file.name} {path}")
-    loaded = PIPELINES[kind].from_pretrained(tmp_path / "base").unet  # PEFT alone reads the file, at the scale of 1
-    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules=stabilised.target_modules), loaded, "default")
+    loaded = PIPELINES[kind].from_pretrained(tmp_path / "base").unet  # PEFT itself loads the file with a scale of 1
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4, target_modules=rslora.target_modules), loaded, "default")
     state = {name.removeprefix("unet."): tensor for name, tensor in read_tensors(peft)[0].items()}
     assert not set_peft_model_state_dict(loaded, state).unexpected_keys
     for path, layer in lora_layers(loaded):
@@ -184,27 +184,27 @@ def lora_layers(model: Any) -> list[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("rslora", [True, False])
-def test_a_folder_that_peft_saved_is_read_with_the_scale_of_its_config(rslora: bool, tmp_path: Path):
+def test_a_folder_saved_by_peft_is_read_with_the_scale_from_its_config(rslora: bool, tmp_path: Path):
     unet: Any = StableDiffusionPipeline.from_pretrained(tiny_base("sd1", tmp_path / "base")).unet
     config = LoraConfig(
         r=4, lora_alpha=6, target_modules=["to_q", "conv1"], use_rslora=rslora, alpha_pattern={"conv1": 3}
     )
     model = get_peft_model(unet, config)
-    shake(model)
+    randomize(model)
     model.save_pretrained(str(tmp_path / "peft"))
     adapter = read_adapter(tmp_path / "peft/adapter_model.safetensors")
     layers = lora_layers(model.base_model.model)
     assert len(layers) == len(adapter.modules)
-    for place, module in adapter.modules.items():
-        expected = dict(layers)[place.path].get_delta_weight("default").flatten(1)
-        torch.testing.assert_close(module.delta(), expected, msg=place.path)
+    for layer, module in adapter.modules.items():
+        expected = dict(layers)[layer.path].get_delta_weight("default").flatten(1)
+        torch.testing.assert_close(module.delta(), expected, msg=layer.path)
 
 
-def test_dora_is_not_written_where_it_would_mean_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """PEFT's magnitudes lie on outputs, the UIs' on inputs, and neither can be turned into the other."""
+def test_dora_is_not_converted_between_peft_and_kohya(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """PEFT has per-output magnitudes and UIs have per-input ones, and neither can be converted to the other."""
     unet: Any = StableDiffusionPipeline.from_pretrained(tiny_base("sd1", tmp_path / "base")).unet
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "conv1"], use_dora=True), unet, "default")
-    shake(unet)
+    randomize(unet)
     state = {f"unet.{name}": tensor.detach() for name, tensor in get_peft_model_state_dict(unet).items()}
     save_file(state, tmp_path / "peft.safetensors")
     same, _ = read_tensors(convert(tmp_path / "peft.safetensors", tmp_path / "same.safetensors", "--to", "peft"))
@@ -215,8 +215,8 @@ def test_dora_is_not_written_where_it_would_mean_something_else(tmp_path: Path, 
     parts = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(8, 2), "dora_scale": torch.ones(1, 8)}
     save_file({f"{stem}.{slot}": tensor for slot, tensor in parts.items()}, tmp_path / "kohya.safetensors")
     for source, dialect, line in (
-        ("peft", "kohya", "PEFT's DoRA has magnitudes by outputs, which no UI computes as PEFT does; bake it into"),
-        ("kohya", "peft", "DoRA by inputs has no place in a PEFT file; use --to kohya"),
+        ("peft", "kohya", "PEFT's DoRA has per-output magnitudes, which no UI computes the way PEFT does; merge it"),
+        ("kohya", "peft", "a PEFT file cannot hold DoRA with per-input magnitudes; use --to kohya"),
     ):
         with pytest.raises(SystemExit):
             convert(tmp_path / f"{source}.safetensors", tmp_path / "no.safetensors", "--to", dialect)

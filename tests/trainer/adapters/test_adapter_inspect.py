@@ -1,4 +1,4 @@
-"""Looking into adapters: norms against dense ones, hashes against hashlib, what is said of files that others wrote."""
+"""Inspecting adapters: norms against dense products, hashes against hashlib, and reports on untrusted files."""
 
 import hashlib
 import json
@@ -51,7 +51,7 @@ def shown(path: Path, width: int = 100) -> str:
     return console.export_text()
 
 
-def test_the_norm_of_lora_is_that_of_the_dense_product():
+def test_the_norm_of_a_lora_equals_that_of_the_dense_product():
     up, down = numbers(48, 6), numbers(6, 32)
     assert norm(Module("lora", {"lora_up": up, "lora_down": down}, 3.0)) == pytest.approx(
         float(torch.linalg.matrix_norm(0.5 * up.double() @ down.double())), rel=1e-9
@@ -67,14 +67,14 @@ def test_the_norm_of_lora_is_that_of_the_dense_product():
     assert norm(Module("lora", parts, 6.0)) == pytest.approx(float(dense.norm()), rel=1e-5)
 
 
-def test_the_norm_of_half_precision_does_not_overflow_nor_vanish():
+def test_the_norm_of_fp16_factors_neither_overflows_nor_underflows():
     for size in (300.0, 1e-4):
         up, down = (size * numbers(64, 4)).half(), (size * numbers(4, 64)).half()
         dense = float((up.double() @ down.double()).norm())
         assert norm(Module("lora", {"lora_up": up, "lora_down": down}, 4.0)) == pytest.approx(dense, rel=1e-9)
 
 
-def test_the_norms_of_loha_and_lokr_are_those_of_the_dense_products():
+def test_the_norms_of_loha_and_lokr_equal_those_of_the_dense_products():
     parts = {"hada_w1_a": numbers(24, 3), "hada_w1_b": numbers(3, 32), "hada_w2_a": numbers(24, 3)}
     parts["hada_w2_b"] = numbers(3, 32) + 1
     dense = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
@@ -84,20 +84,20 @@ def test_the_norms_of_loha_and_lokr_are_those_of_the_dense_products():
     assert norm(Module("lokr", parts, 1.0)) == pytest.approx(float(dense.norm()), rel=1e-5)
 
 
-def test_hashes_are_those_of_hashlib_and_a_changed_file_is_told(tmp_path: Path):
+def test_hashes_equal_those_of_hashlib_and_a_modified_file_is_reported(tmp_path: Path):
     path = tmp_path / "x.safetensors"
     write_adapter(tensors(), METADATA, path)
     data = path.read_bytes()
-    behind = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    model_hash = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
     report = inspect(path)
-    assert report.hashes.a1111 == behind[:12] and report.hashes.stored == behind
+    assert report.hashes.a1111 == model_hash[:12] and report.hashes.stored == model_hash
     assert report.hashes.auto_v2 == hashlib.sha256(data).hexdigest()[:10]
-    assert "changed after it was written" not in shown(path)
+    assert "modified after it was written" not in shown(path)
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    assert "changed after it was written" in shown(path)
+    assert "modified after it was written" in shown(path)
 
 
-def test_a_file_is_told_by_its_parts_words_and_settings(tmp_path: Path):
+def test_the_report_has_parts_trigger_words_and_settings(tmp_path: Path):
     path = tmp_path / "x.safetensors"
     write_adapter(tensors(), METADATA, path)
     report = inspect(path)
@@ -106,7 +106,7 @@ def test_a_file_is_told_by_its_parts_words_and_settings(tmp_path: Path):
         ("text encoder", 1, (8,), (None,)), ("UNet", 1, (4,), (2.0,)), ("UNet convolutions", 1, (2,), (1.0,)),
     ]  # fmt: skip
     assert report.trigger == "zwx" and report.tags == (("tree", 7), ("zwx", 5))
-    assert report.settings == {"base": "my.safetensors", "rate (UNet)": "0.0001"}
+    assert report.settings == {"base": "my.safetensors", "learning rate (UNet)": "0.0001"}
     assert [match.matched for match in report.uis] == [3] * 5
     text = shown(path)
     assert all(
@@ -115,19 +115,19 @@ def test_a_file_is_told_by_its_parts_words_and_settings(tmp_path: Path):
     )
 
 
-def test_blocks_add_squares_and_stand_in_the_order_of_the_signal(tmp_path: Path):
+def test_blocks_add_squared_norms_and_are_listed_in_forward_order(tmp_path: Path):
     path = tmp_path / "x.safetensors"
     write_adapter(tensors() | {f"{ATTN[:-1]}k.lora_{end}.weight": numbers(4, 4) for end in ("up", "down")}, {}, path)
     norms = inspect(path).norms
     blocks = block_norms(norms)
     assert list(blocks) == ["text encoder layers 4-7", "UNet down 0", "UNet up 1"]
-    squares = [size**2 for place, size in norms.items() if "down_blocks" in place.path]
+    squares = [size**2 for layer, size in norms.items() if "down_blocks" in layer.path]
     assert blocks["UNet down 0"] == (pytest.approx(sum(squares) ** 0.5), 2)
     assert block_of(ModulePath("unet", "mid_block.attentions.0.proj_in")) == "UNet mid"
     assert block_of(ModulePath("text2", "encoder.layers.31.mlp.fc1")) == "text encoder 2 layers 28-31"
 
 
-def test_the_longest_names_of_blocks_leave_room_for_whole_bars_on_80_columns(tmp_path: Path):
+def test_the_longest_block_names_leave_room_for_full_bars_in_80_columns(tmp_path: Path):
     deltas = {
         "lora_te2_text_model_encoder_layers_31_mlp_fc1": 4.0,
         "lora_unet_time_embed_0": 1.0,
@@ -145,32 +145,32 @@ def test_the_longest_names_of_blocks_leave_room_for_whole_bars_on_80_columns(tmp
     assert "2,000" in "".join(lines) and max(map(len, lines)) <= 80
 
 
-def test_of_many_ranks_the_smallest_and_the_largest_are_told(tmp_path: Path):
+def test_many_ranks_are_shown_as_a_range(tmp_path: Path):
     parts = {}
     for rank in range(1, 12):
         stem = TEXT.replace("5", str(rank - 1))
         parts |= {f"{stem}.lora_down.weight": numbers(rank, 32), f"{stem}.lora_up.weight": numbers(64, rank)}
     save_file(parts, tmp_path / "x.safetensors")
-    assert "1 to 11 (11 different)  none (scale 1)" in shown(tmp_path / "x.safetensors", width=80)
+    assert "1 to 11 (11 values)  none (scale 1)" in shown(tmp_path / "x.safetensors", width=80)
     save_file(tensors(), tmp_path / "x.safetensors")
     assert "UNet                     1  4" in shown(tmp_path / "x.safetensors", width=80)
 
 
-def test_dead_and_broken_modules_are_named(tmp_path: Path):
+def test_modules_with_zero_or_non_finite_values_are_named(tmp_path: Path):
     path = tmp_path / "x.safetensors"
     parts = tensors()
     parts[f"{ATTN}.lora_up.weight"].zero_()
     parts[f"{CONV}.lora_down.weight"][0, 0, 0, 0] = float("nan")
     save_file(parts, path)
     report = inspect(path)
-    assert [place.path for place in report.broken] == ["up_blocks.1.resnets.0.conv1"]
-    assert [place.path.rpartition(".")[2] for place in report.zero] == ["to_q"]
+    assert [layer.path for layer in report.broken] == ["up_blocks.1.resnets.0.conv1"]
+    assert [layer.path.rpartition(".")[2] for layer in report.zero] == ["to_q"]
     text = shown(path, width=200)
-    assert "1 module with numbers that are not finite: unet.up_blocks.1.resnets.0.conv1" in text
-    assert "1 module without effect, all zero" in text
+    assert "1 module with non-finite values: unet.up_blocks.1.resnets.0.conv1" in text
+    assert "1 module without effect (all zeros)" in text
 
 
-def test_what_strangers_wrote_reaches_the_terminal_as_plain_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_untrusted_metadata_is_printed_as_plain_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "x.safetensors"
     evil = {"modelspec.trigger_phrase": "[red]a[/] \x1b[2J\nb", "ss_tag_frequency": '{"a": [1]}'}
     save_file(tensors(), path, evil)
@@ -180,10 +180,10 @@ def test_what_strangers_wrote_reaches_the_terminal_as_plain_text(tmp_path: Path,
     save_file({"\x1b[31m\nred": torch.ones(1)}, path)
     with pytest.raises(SystemExit):
         cli.main(["adapter", "inspect", str(path)])
-    assert capsys.readouterr().err == f"scumble: {path}: 1 of 1 keys are no adapter's, first  [31m red\n"
+    assert capsys.readouterr().err == f"scumble: {path}: 1 of 1 keys are not adapter keys, first  [31m red\n"
 
 
-def test_the_command_speaks_json_loads_no_diffusers_and_refuses_in_one_line(
+def test_the_command_prints_json_without_loading_diffusers_and_refuses_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     path = tmp_path / "x.safetensors"
@@ -195,9 +195,9 @@ def test_the_command_speaks_json_loads_no_diffusers_and_refuses_in_one_line(
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     first, second, loaded = done.stdout.splitlines()
-    told = json.loads(first)
+    report = json.loads(first)
     assert first == second and loaded == "[]"
-    assert told["hashes"]["stored_is_true"] and told["uis"]["Forge"] == {"matched": 3, "total": 3, "refusal": ""}
+    assert report["hashes"]["stored_is_true"] and report["uis"]["Forge"] == {"matched": 3, "total": 3, "refusal": ""}
     for arguments, line in (
         ([], "adapter inspect: name at least one adapter file"),
         ([str(tmp_path / "none.safetensors")], "cannot be read (No such file or directory)"),

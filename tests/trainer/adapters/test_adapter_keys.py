@@ -1,4 +1,4 @@
-"""Names of adapter files: every layer of the real layouts, through every dialect and back."""
+"""Adapter keys: every layer of the real layouts survives a round trip through every dialect."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def text_paths(family: str, part: str) -> list[str]:
     return [name.removeprefix("text_model.") for name, _ in model.named_modules() if re.fullmatch(TEXT, name)]
 
 
-def places(family: str) -> list[ModulePath]:
+def layers(family: str) -> list[ModulePath]:
     found = [ModulePath("unet", path) for path in unet_paths(family, f"{FULL}|{CONVS}|{OTHERS}")]
     found += [ModulePath("text", path) for path in text_paths(family, "text_encoder")]
     if family == "sdxl":
@@ -45,19 +45,21 @@ def places(family: str) -> list[ModulePath]:
 
 
 @pytest.mark.parametrize(("family", "convs", "text"), [("sd1", 278, 72), ("sd2", 278, 138), ("sdxl", 788, 72 + 192)])
-def test_every_layer_of_the_real_layouts_comes_back_from_both_dialects(family: str, convs: int, text: int):
-    known = places(family)
-    others = [place for place in known if re.fullmatch(OTHERS, place.path)]
+def test_every_layer_of_the_real_layouts_survives_a_round_trip_through_both_dialects(
+    family: str, convs: int, text: int
+):
+    known = layers(family)
+    others = [layer for layer in known if re.fullmatch(OTHERS, layer.path)]
     assert len(known) == convs + text + len(others) and len(others) == (6 if family == "sdxl" else 4)
-    stems = {kohya_stem(place, family) for place in known}
+    stems = {kohya_stem(layer, family) for layer in known}
     assert len(stems) == len(known)
-    for place in known:
+    for layer in known:
         for name, dialect in (
-            (kohya_stem(place, family) + ".lora_down.weight", "kohya"),
-            (peft_stem(place) + ".lora_A.weight", "peft"),
+            (kohya_stem(layer, family) + ".lora_down.weight", "kohya"),
+            (peft_stem(layer) + ".lora_A.weight", "peft"),
         ):
             key = parse_key(name)
-            assert key and (key.place, key.slot, key.dialect) == (place, "lora_down", dialect), name
+            assert key and (key.layer, key.slot, key.dialect) == (layer, "lora_down", dialect), name
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
@@ -76,7 +78,7 @@ FC1 = ModulePath("text2", "encoder.layers.31.mlp.fc1")
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "slot"),
+    ("name", "layer", "slot"),
     [
         ("lora_unet_down_blocks_0_attentions_1_transformer_blocks_0_attn1_to_q.alpha", TO_Q, "alpha"),
         ("lora_unet_input_blocks_2_1_transformer_blocks_0_attn1_to_q.lora_up.weight", TO_Q, "lora_up"),
@@ -98,9 +100,9 @@ FC1 = ModulePath("text2", "encoder.layers.31.mlp.fc1")
         ("text_encoder_2.text_model.encoder.layers.31.mlp.fc1.lora_B.weight", FC1, "lora_up"),
     ],
 )  # fmt: skip
-def test_names_of_every_program_are_understood(name: str, place: ModulePath, slot: str):
+def test_keys_of_every_program_are_parsed(name: str, layer: ModulePath, slot: str):
     key = parse_key(name)
-    assert key and (key.place, key.slot) == (place, slot)
+    assert key and (key.layer, key.slot) == (layer, slot)
 
 
 @pytest.mark.parametrize(
@@ -112,5 +114,5 @@ def test_names_of_every_program_are_understood(name: str, place: ModulePath, slo
      "../../etc/passwd",
      "lora_te3_text_model_encoder_layers_0_mlp_fc1.alpha", "transformer.blocks.0.attn.to_q.lora_A.weight", ""],
 )  # fmt: skip
-def test_other_names_are_no_adapters(name: str):
+def test_other_names_are_not_adapter_keys(name: str):
     assert parse_key(name) is None

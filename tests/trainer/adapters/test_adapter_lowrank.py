@@ -1,4 +1,4 @@
-"""Low-rank SVD against torch's dense one."""
+"""Low-rank SVD against the dense SVD of torch."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("rows", "columns", "rank"), [(40, 30, 8), (30, 90, 8), (8, 8, 8), (6, 40, 16), (20, 5, 9)])
-def test_the_svd_through_the_factors_is_the_dense_one(rows: int, columns: int, rank: int):
+def test_the_svd_through_the_factors_equals_the_dense_svd(rows: int, columns: int, rank: int):
     up, down = draw(rows, rank), draw(rank, columns, seed=1)
     svd = svd_of_factors(up, down)
     dense = torch.linalg.svdvals(up @ down)[: len(svd.s)]
@@ -31,7 +31,7 @@ def test_the_svd_through_the_factors_is_the_dense_one(rows: int, columns: int, r
     torch.testing.assert_close(svd.vh @ svd.vh.T, torch.eye(len(svd.s)), rtol=1e-4, atol=1e-4)
 
 
-def test_the_truncated_factors_are_the_best_of_their_rank():
+def test_truncated_factors_are_the_best_of_their_rank():
     up, down = draw(50, 12), draw(12, 70, seed=1)
     u, s, vh = torch.linalg.svd(up @ down, full_matrices=False)
     svd = svd_of_factors(up, down)
@@ -43,21 +43,21 @@ def test_the_truncated_factors_are_the_best_of_their_rank():
         assert lost_energy(svd.s, rank) == pytest.approx(float(s[rank:12].square().sum()), rel=1e-3, abs=1e-6)
 
 
-def test_half_precision_is_computed_in_single_and_double_stays_double():
+def test_fp16_is_computed_in_fp32_and_fp64_stays_fp64():
     up, down = draw(20, 4), draw(4, 20, seed=1)
     assert svd_of_factors(up.half(), down.half()).s.dtype == torch.float32
     wide = svd_of_factors(up.double(), down.double())
     torch.testing.assert_close((wide.u * wide.s) @ wide.vh, up.double() @ down.double(), rtol=1e-12, atol=1e-12)
 
 
-def falling(power: float) -> torch.Tensor:
+def decaying(power: float) -> torch.Tensor:
     """A matrix (900, 700) with the singular values 1, 2^-power, 3^-power, …"""
     u, v = torch.linalg.qr(draw(900, 700))[0], torch.linalg.qr(draw(700, 700, seed=1))[0]
     return (u * torch.arange(1, 701).float().pow(-power)) @ v.T
 
 
 def dora_change() -> torch.Tensor:
-    """m · V / ‖V‖ - W (900, 700) for V = W + a product of rank 16, of full rank by its magnitudes."""
+    """m · V / ‖V‖ - W (900, 700) for V = W + a product of rank 16; the magnitudes make it full rank."""
     weight = draw(900, 700)
     direction = weight + 0.1 * draw(900, 16, seed=1) @ draw(16, 700, seed=2)
     magnitude = weight.norm(dim=0) * (1 + 0.05 * draw(700, seed=3))
@@ -66,15 +66,15 @@ def dora_change() -> torch.Tensor:
 
 LARGE = {
     "flat": lambda: draw(900, 700),
-    "falls slowly": lambda: falling(0.25),
-    "falls": lambda: falling(1.0),
-    "falls fast": lambda: falling(1.5),
+    "slow decay": lambda: decaying(0.25),
+    "decay": lambda: decaying(1.0),
+    "fast decay": lambda: decaying(1.5),
     "DoRA": dora_change,
 }
 
 
 @pytest.mark.parametrize("kind", LARGE)
-def test_a_large_matrix_is_reduced_within_a_hundredth_of_the_best(kind: str):
+def test_the_error_of_a_large_matrix_is_within_1_percent_of_the_optimum(kind: str):
     matrix, rank = LARGE[kind](), 32
     s = torch.linalg.svdvals(matrix.double())
     svd = svd_of_dense(matrix, rank)
@@ -85,7 +85,7 @@ def test_a_large_matrix_is_reduced_within_a_hundredth_of_the_best(kind: str):
     assert torch.equal(svd.s, svd_of_dense(matrix, rank).s)
 
 
-def test_the_rank_is_chosen_by_energy_by_ratio_and_by_a_limit():
+def test_the_rank_follows_from_energy_ratio_and_limit():
     s = torch.tensor([4.0, 2.0, 1.0, 0.1])  # energies 16, 4, 1, 0.01 of 21.01
     assert [rank_of_energy(s, share) for share in (0.5, 0.9, 0.96, 0.9999, 1.0)] == [1, 2, 3, 4, 4]
     assert [rank_of_ratio(s, ratio) for ratio in (1.0, 0.5, 0.2, 0.001)] == [1, 2, 3, 4]

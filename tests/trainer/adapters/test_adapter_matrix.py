@@ -1,6 +1,6 @@
-"""Every base × layers × kind of adapter, with text encoders and without: real steps, the file, what readers make of it.
+"""Every base × layers × kind of adapter, with and without text encoders: train two steps, export, and read the file.
 
-SD 1, SD 2 and SDXL are tiny, with random weights; the embedded base has learned ones.
+SD 1, SD 2 and SDXL are tiny models with random weights; the embedded base is trained.
 """
 
 from collections.abc import Sequence
@@ -36,12 +36,12 @@ NETWORKS = {
     "lokr": Network(algorithm="lokr", lokr_factor=4),
 }
 CASES = [("sketch", True), *((base, text) for base in ("sd1", "sd2", "sdxl") for text in (True, False))]
-LAYERS = {"attention": ("attention", 0), "full": ("full", 0), "convs": ("full", 3)}  # targets, rank of convolutions
+LAYERS = {"attention": ("attention", 0), "full": ("full", 0), "convs": ("full", 3)}  # targets, convolution rank
 
 
 @dataclass
 class Stage:
-    """A base with two pictures, encoded once; adapters come and go. `stock` is diffusers' own, for looking at files."""
+    """A base with two encoded images, shared by its tests. `stock` is a diffusers pipeline that loads the files."""
 
     kind: str
     base: Base
@@ -68,7 +68,7 @@ def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("layers", LAYERS)
 @pytest.mark.parametrize(("stage", "text"), CASES, indirect=["stage"], scope="module")
-def test_readers_of_the_file_do_what_the_live_adapter_does(
+def test_the_exported_file_has_the_same_effect_as_the_live_adapter(
     stage: Stage, layers: str, network: str, text: bool, tmp_path: Path
 ):
     targets, conv_rank = LAYERS[layers]
@@ -76,27 +76,27 @@ def test_readers_of_the_file_do_what_the_live_adapter_does(
     parts = [Part("unet", 4, 8.0, conv_rank, 2.0), *(Part(name, 2, 1.0) for name in texts)]
     trained = attach(stage.base, NETWORKS[network].model_copy(update={"targets": targets}), parts, seed=0)
     try:
-        stepped(stage, trained, parts)
+        train(stage, trained, parts)
         path = tmp_path / "it.safetensors"
         export(path, trained, {}, torch.float32)
         adapter = read_adapter(path)
         assert list(adapter.modules) == sorted(module.place for module in trained)
-        assert adapter.family == stage.base.family.name or not text  # tiny widths tell no family, a second encoder does
+        assert adapter.family == stage.base.family.name or not text  # tiny widths do not identify a family
         assert {module.part for module in trained} == {"unet", *texts}
         changed = 0
         for module in trained:
-            changed += read_as_live(module, adapter.modules[module.place])
-        assert changed > 0.9 * len(trained)  # what no token of so short a caption reaches may have stayed
-        if network in ("lora", "rslora") and layers == "convs":  # tests/test_lora.py looks at the others
-            live = painted(stage.base.pipeline)
+            changed += compare(module, adapter.modules[module.place])
+        assert changed > 0.9 * len(trained)  # a short caption may leave some layers without gradient
+        if network in ("lora", "rslora") and layers == "convs":  # test_lora.py covers the other layers
+            live = rendered(stage.base.pipeline)
             stage.stock.load_lora_weights(str(path))
-            np.testing.assert_allclose(painted(stage.stock), live, atol=2e-4)
+            np.testing.assert_allclose(rendered(stage.stock), live, atol=2e-4)
     finally:
-        removed(stage, trained)
+        remove(stage, trained)
 
 
-def stepped(stage: Stage, trained: Sequence[AdaptedLayer], parts: Sequence[Part]) -> None:
-    """Two steps of AdamW on the recipe's own loss, the first of which moves what starts at 0, the second the rest."""
+def train(stage: Stage, trained: Sequence[AdaptedLayer], parts: Sequence[Part]) -> None:
+    """Two AdamW steps on the real loss: the first changes the factors that start at 0, the second all others too."""
     objectives = Objectives(
         stage.base, stage.examples, stage.crops, stage.latents, Data(caption_dropout=0.0), Objective(), seed=1,
         text_is_trained=len(parts) > 1,
@@ -112,8 +112,8 @@ def stepped(stage: Stage, trained: Sequence[AdaptedLayer], parts: Sequence[Part]
 
 
 @torch.no_grad()
-def read_as_live(module: AdaptedLayer, read: Module) -> bool:
-    """Compare what the file makes of a layer with what the live one does on random inputs; did it change at all?"""
+def compare(module: AdaptedLayer, read: Module) -> bool:
+    """Compare the file's weights to the live layer on random inputs; return whether training changed the layer."""
     original = module.layer.get_base_layer()
     assert isinstance(original, torch.nn.Linear | torch.nn.Conv2d) and isinstance(module.layer, torch.nn.Module)
     weight = original.weight + read.delta().view(original.weight.shape)
@@ -129,10 +129,10 @@ def read_as_live(module: AdaptedLayer, read: Module) -> bool:
 
 
 def decomposed_by_uis(changed: torch.Tensor, dora_scale: torch.Tensor) -> torch.Tensor:
-    """How ComfyUI (`weight_decompose`) and A1111 (`apply_weight_decompose`) read DoRA, `changed` being W + dW.
+    """DoRA as in ComfyUI (`weight_decompose`) and A1111 (`apply_weight_decompose`); `changed` is W + dW.
 
-    ComfyUI takes magnitudes to be those of the outputs where their first size is the layer's: never, for one input a
-    column. It adds an epsilon to the norm besides, which fp32 hardly sees.
+    ComfyUI treats magnitudes as per-output if their first dimension equals that of the weight, which the assertion
+    excludes. It also adds an epsilon to the norm, which is negligible in fp32.
     """
     assert dora_scale.shape[0] != changed.shape[0]
     by_input = changed.transpose(0, 1).reshape(changed.shape[1], -1)
@@ -141,15 +141,15 @@ def decomposed_by_uis(changed: torch.Tensor, dora_scale: torch.Tensor) -> torch.
 
 
 @torch.no_grad()
-def painted(pipeline: Pipeline) -> np.ndarray:
+def rendered(pipeline: Pipeline) -> np.ndarray:
     return pipeline(
         "a cat", num_inference_steps=1, generator=torch.Generator().manual_seed(0), output_type="np",
         height=64, width=64,
     ).images[0]  # fmt: skip
 
 
-def removed(stage: Stage, trained: Sequence[AdaptedLayer]) -> None:
-    """Take the adapters off again."""
+def remove(stage: Stage, trained: Sequence[AdaptedLayer]) -> None:
+    """Remove the adapters from the base and from `stock`."""
     stage.stock.unload_lora_weights()
     for module in trained:
         component_of(stage.base, module.part).set_submodule(module.path, module.layer.get_base_layer())

@@ -1,4 +1,4 @@
-"""What a person's disk would tell: paths in anybody's metadata, and what no path is though it looks like one."""
+"""File paths in metadata are removed, and text that only looks like a path is kept."""
 
 import base64
 import json
@@ -28,7 +28,7 @@ def cut(text: str) -> str:
      "/workspace/annabel/out/x.safetensors", r"C:\Users\annabel\x.png", r"D:\lora\annabel\set one\x.png",
      "C:/Users/annabel/x", r"\\server\annabel\x.png", "/home/annabel/a long name of five words/x (1).png"],
 )  # fmt: skip
-def test_a_path_alone_becomes_its_last_part_as_pathlib_takes_it(path: str):
+def test_a_value_that_is_a_path_becomes_its_last_part_as_in_pathlib(path: str):
     kind = PurePosixPath if path.startswith("/") else PureWindowsPath
     assert cut(path) == kind(path).name
 
@@ -38,7 +38,7 @@ def test_a_path_alone_becomes_its_last_part_as_pathlib_takes_it(path: str):
     ["/home/annabel", "/home/annabel/", "/Users/annabel", r"C:\Users\Annabel Lee", "/mnt/c/Users/annabel", "~annabel/",
      r"C:\Documents and Settings\annabel"],
 )  # fmt: skip
-def test_a_home_itself_has_no_name(home: str):
+def test_a_home_folder_becomes_a_tilde(home: str):
     assert cut(home) == "~"
 
 
@@ -54,7 +54,7 @@ def test_a_home_itself_has_no_name(home: str):
         ("../../home/annabel/set, ~/lora/set", "set, set"),
     ],
 )
-def test_paths_are_found_in_a_text(text: str, expected: str):
+def test_paths_within_a_text_are_found(text: str, expected: str):
     assert cut(text) == expected
 
 
@@ -67,18 +67,18 @@ def test_paths_are_found_in_a_text(text: str, expected: str):
      '{"a": {"black/white": 1, "o/": 2}}',
      "data:image/jpeg;base64,/9j/4AAQ/SkZJRg/"],
 )  # fmt: skip
-def test_what_is_no_path_stays(text: str):
+def test_other_text_is_kept(text: str):
     assert without_paths({"it": text}) == ({"it": text}, [])
 
 
-def test_pictures_in_base64_stay_under_any_name():
-    picture = base64.b64encode(b"\xff\xd8\xff" + bytes(range(256)) * 40).decode()
-    told = {"ssmd_cover_images": json.dumps([picture]), "modelspec.thumbnail": picture, "other": picture}
-    assert picture.startswith("/9j/") and without_paths(told) == (told, [])
+def test_base64_images_are_kept_under_any_key():
+    image = base64.b64encode(b"\xff\xd8\xff" + bytes(range(256)) * 40).decode()
+    metadata = {"ssmd_cover_images": json.dumps([image]), "modelspec.thumbnail": image, "other": image}
+    assert image.startswith("/9j/") and without_paths(metadata) == (metadata, [])
 
 
-def test_json_is_cut_within_and_names_that_become_alike_lose_nothing():
-    told = {
+def test_paths_within_json_are_cut_and_keys_that_become_equal_are_numbered():
+    metadata = {
         "ss_dataset_dirs": json.dumps({"/home/annabel/set": {"img_count": 1}, r"D:\annabel\set": {"img_count": 2}}),
         "config": json.dumps(
             {"base": "C:\\Users\\annabel\\b.safetensors", "sets": [{"path": "/x/annabel/s"}], "n": 1.5}
@@ -86,40 +86,40 @@ def test_json_is_cut_within_and_names_that_become_alike_lose_nothing():
         "/home/annabel/x": "1",
         "ss_steps": "10",
     }
-    clean, changed = without_paths(told)
+    clean, changed = without_paths(metadata)
     assert json.loads(clean["ss_dataset_dirs"]) == {"set": {"img_count": 1}, "set (2)": {"img_count": 2}}
     assert json.loads(clean["config"]) == {"base": "b.safetensors", "sets": [{"path": "s"}], "n": 1.5}
     assert clean["x"] == "1" and changed == ["ss_dataset_dirs", "config", "/home/annabel/x"]
 
 
-def test_megabytes_of_slashes_do_not_take_forever():
+def test_megabytes_of_slashes_are_cleaned_in_seconds():
     start = time.monotonic()
     for evil in ("/", "/a ", "home/", "../", "C:", "~", "/a a a a a", "\\\\"):
         cut(evil * 50_000)
-    assert time.monotonic() - start < 20  # a few seconds; squares of the length would be hours
+    assert time.monotonic() - start < 20  # takes a few seconds; quadratic time would take hours
 
 
-def test_no_file_is_written_with_a_path_and_the_writer_says_which_entries_had_one(tmp_path: Path):
-    told = {"ss_sd_model_name": r"C:\Users\annabel\b.safetensors", "ss_steps": "10"}
-    assert write_adapter(TENSORS, told, tmp_path / "x.safetensors") == ["ss_sd_model_name"]
+def test_files_are_written_without_paths_and_the_edited_entries_are_returned(tmp_path: Path):
+    original = {"ss_sd_model_name": r"C:\Users\annabel\b.safetensors", "ss_steps": "10"}
+    assert write_adapter(TENSORS, original, tmp_path / "x.safetensors") == ["ss_sd_model_name"]
     metadata = read_header(tmp_path / "x.safetensors").metadata
     assert metadata["ss_sd_model_name"] == "b.safetensors" and metadata["ss_steps"] == "10"
 
 
 @pytest.mark.parametrize("command", [["convert"], ["convert", "--to", "peft"], ["merge"], ["resize", "--rank", "1"]])
-def test_every_command_cuts_the_paths_of_strangers_and_inspect_warns_of_them(
+def test_every_command_removes_file_paths_and_inspect_warns_about_them(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    told = {"ss_sd_model_name": "/home/annabel/b.safetensors", "modelspec.trigger_phrase": r"C:\Users\annabel\zwx",
-            "ot_config": json.dumps({"concept_file": r"C:\Users\annabel\c.json"})}  # fmt: skip
+    metadata = {"ss_sd_model_name": "/home/annabel/b.safetensors", "modelspec.trigger_phrase": r"C:\Users\annabel\zwx",
+                "ot_config": json.dumps({"concept_file": r"C:\Users\annabel\c.json"})}  # fmt: skip
     source, out = tmp_path / "x.safetensors", tmp_path / "out.safetensors"
-    save_file(TENSORS, source, told)
+    save_file(TENSORS, source, metadata)
     cli.main(["adapter", "inspect", str(source)])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "its metadata tells paths of a disk (" in shown and "ot_config" in shown
+    assert "the metadata contains file paths (" in shown and "ot_config" in shown
     cli.main(["adapter", command[0], str(source), *command[1:], "--out", str(out)])
-    said = capsys.readouterr().out
-    assert "paths of a disk were cut out of its metadata: " in said and "ss_sd_model_name" in said
+    printed = capsys.readouterr().out
+    assert "removed file paths from the metadata: " in printed and "ss_sd_model_name" in printed
     assert b"annabel" not in out.read_bytes()
     cli.main(["adapter", "inspect", "--json", str(out)])
     assert json.loads(capsys.readouterr().out)["paths_in_metadata"] == []

@@ -14,7 +14,7 @@ from small_parts import recorded
 from scumble.trainer.kernels import cuda_graphs
 from scumble.trainer.kernels.capture import Captured, Replay, Tensors, capture_for
 from scumble.trainer.kernels.cpu_tape import Recordings
-from scumble.trainer.kernels.cuda_graphs import WARM_UPS, CudaGraphs, memory_of, own_stream, warm_up
+from scumble.trainer.kernels.cuda_graphs import WARM_UPS, CudaGraphs, allocate_in, own_stream, warm_up
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 OUT_OF_MEMORY = [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")]
@@ -22,7 +22,7 @@ Pool = tuple[int, int]
 
 
 class Counting:
-    """A capture that counts how often it is used and fails with `error` until that is None."""
+    """A capture method that counts its calls, and raises `error` if that is not None."""
 
     def __init__(self, error: Exception | None = None):
         self.times, self.error = 0, error
@@ -52,7 +52,7 @@ def test_each_set_of_names_shapes_and_dtypes_is_captured_once():
     assert capture.times == len(batches)
 
 
-def test_a_replay_reads_the_values_of_the_last_batch_and_leaves_earlier_batches_alone():
+def test_a_replay_reads_the_values_of_the_last_batch_and_does_not_change_earlier_batches():
     captured = Captured(doubled, recorded)
     batches = [{"x": torch.full((2,), float(number))} for number in range(3)]
     assert [float(captured(batch)[0]) for batch in batches] == [0.0, 2.0, 4.0]
@@ -60,13 +60,13 @@ def test_a_replay_reads_the_values_of_the_last_batch_and_leaves_earlier_batches_
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("cannot be captured"), *OUT_OF_MEMORY])
-def test_a_capture_leaves_kept_tensors_and_random_state_as_they_were(error: Exception | None):
+def test_a_capture_does_not_change_accumulated_tensors_and_random_state(error: Exception | None):
     total = torch.ones(2)
 
     def run(batch: Tensors) -> torch.Tensor:
         return total.add_(torch.rand(2)).sum()
 
-    captured = Captured(run, Counting(error), kept=[total])
+    captured = Captured(run, Counting(error), accumulated=[total])
     state = torch.get_rng_state()
     if error in OUT_OF_MEMORY:
         with pytest.raises(RuntimeError):
@@ -79,20 +79,20 @@ def test_a_capture_leaves_kept_tensors_and_random_state_as_they_were(error: Exce
     assert torch.equal(total, torch.ones(2) + torch.rand(2)) and torch.equal(torch.get_rng_state(), after)
 
 
-def test_a_function_that_cannot_be_captured_runs_uncaptured_in_every_shape():
-    said: list[str] = []
+def test_a_function_that_cannot_be_captured_runs_uncaptured_for_every_shape():
+    reports: list[str] = []
     capture = Counting()
-    captured = Captured(doubled, capture, said.append)
+    captured = Captured(doubled, capture, reports.append)
     captured({"x": torch.ones(2)})
     capture.error = RuntimeError("not permitted\nsecond line")
     for size in (3, 2, 3):
         assert torch.equal(captured({"x": torch.ones(size)}), torch.full((size,), 2.0))
     assert capture.times == 2 and captured.by_shape == {}
-    assert len(said) == 1 and said[0].endswith(": not permitted")
+    assert len(reports) == 1 and reports[0].endswith(": not permitted")
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY)
-def test_a_capture_without_enough_memory_raises_and_is_tried_again(error: Exception):
+def test_a_capture_that_runs_out_of_memory_raises_and_is_tried_again(error: Exception):
     capture = Counting(error)
     captured = Captured(doubled, capture, pytest.fail)
     for _ in range(2):
@@ -102,7 +102,7 @@ def test_a_capture_without_enough_memory_raises_and_is_tried_again(error: Except
     assert float(captured({"x": torch.ones(2)})[0]) == 2.0 and capture.times == 3
 
 
-def test_forget_tells_whether_there_was_anything_and_the_next_call_captures_again():
+def test_forget_returns_whether_there_were_captures_and_the_next_call_captures_again():
     capture = Counting()
     captured = Captured(doubled, capture)
     assert not captured.forget()
@@ -112,7 +112,7 @@ def test_forget_tells_whether_there_was_anything_and_the_next_call_captures_agai
     assert capture.times == 2
 
 
-def test_run_as_it_is_drops_captures_and_captures_no_more():
+def test_disable_releases_captures_and_stops_capturing():
     capture = Counting()
     captured = Captured(doubled, capture, pytest.fail)
     captured({"x": torch.ones(2)})
@@ -121,7 +121,7 @@ def test_run_as_it_is_drops_captures_and_captures_no_more():
     assert float(captured({"x": torch.full((2,), 3.0)})[0]) == 6.0 and capture.times == 1
 
 
-def test_cuda_captures_graphs_the_cpu_records_and_other_devices_run_as_they_are():
+def test_cuda_captures_graphs_and_a_cpu_records_tapes_and_other_devices_capture_nothing():
     assert isinstance(capture_for(CUDA), CudaGraphs)
     assert isinstance(capture_for(CPU), Recordings)
     assert capture_for(torch.device("mps")) is None
@@ -136,15 +136,15 @@ class Stream:
 
 
 class Graph:
-    """torch.cuda.CUDAGraph, with the order of steps of torch 2.11."""
+    """A stub of torch.cuda.CUDAGraph that takes its steps in the order of torch 2.11."""
 
     def __init__(self, gpu: "Gpu"):
-        self.gpu, self.its_pool, self.is_invalid, self.is_complete = gpu, (0, 0), False, False
+        self.gpu, self.own_pool, self.is_invalid, self.is_complete = gpu, (0, 0), False, False
 
     def capture_begin(self, pool: Pool) -> None:
         assert self.gpu.current_stream().name != "default" and self.gpu.capturing is None
         self.gpu.begin(0, pool)
-        self.its_pool, self.gpu.capturing = pool, self
+        self.own_pool, self.gpu.capturing = pool, self
 
     def capture_end(self) -> None:
         if self.gpu.capturing is not self:
@@ -152,12 +152,12 @@ class Graph:
         self.gpu.capturing = None
         if self.is_invalid:
             raise RuntimeError("operation failed due to a previous error during capture")
-        self.gpu.end(0, self.its_pool)
+        self.gpu.end(0, self.own_pool)
         self.is_complete = True
 
     def pool(self) -> Pool:
         assert self.is_complete
-        return self.its_pool
+        return self.own_pool
 
     def replay(self) -> None:
         assert self.is_complete
@@ -165,11 +165,11 @@ class Graph:
 
     def __del__(self) -> None:
         if self.is_complete:
-            self.gpu.release(0, self.its_pool)
+            self.gpu.release(0, self.own_pool)
 
 
 class Gpu:
-    """What cuda_graphs.py calls of torch.cuda and its allocator. `uses` counts what holds each pool."""
+    """Stubs of what cuda_graphs.py calls in torch.cuda and its allocator. `uses` counts the holders of each pool."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -193,21 +193,21 @@ class Gpu:
             self.streams.pop()
 
     def begin(self, device: int, pool: Pool) -> None:
-        assert self.uses.get(pool) != 0, "torch refuses a pool that nothing holds any more"
+        assert self.uses.get(pool) != 0, "torch refuses a pool that has no holders any more"
         self.uses[pool] = self.uses.get(pool, 0) + 1
         self.allocating.append(pool)
 
     def end(self, device: int, pool: Pool) -> None:
         if pool not in self.allocating:
-            raise RuntimeError("nothing is allocated to this pool")
+            raise RuntimeError("no stream allocates from this pool")
         self.allocating.remove(pool)
 
     def release(self, device: int, pool: Pool) -> None:
-        assert self.uses[pool] > 0, "released more often than it was held"
+        assert self.uses[pool] > 0, "released more often than acquired"
         self.uses[pool] -= 1
 
     def invalidate(self) -> None:
-        """What a call that CUDA forbids does to a capture."""
+        """Has the effect on a capture of a call that CUDA forbids."""
         assert self.capturing
         self.capturing.is_invalid = True
 
@@ -236,7 +236,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Generator[Gpu]:
 
 
 def assert_idle(gpu: Gpu) -> None:
-    """No capture, no allocation to a pool, and the default stream, which waits for the other."""
+    """No capture, no allocation from a pool, and the default stream is current and waits for the side stream."""
     assert gpu.capturing is None and gpu.allocating == [] and gpu.current_stream().name == "default"
     assert gpu.calls[-1] == "default waits for side"
 
@@ -260,7 +260,7 @@ def test_a_function_is_warmed_up_and_captured_on_the_side_stream(gpu: Gpu):
     assert gpu.calls[-2:] == ["replay"] * 2 and len(runs) == WARM_UPS + 1
 
 
-def test_later_graphs_share_the_pool_of_the_first_while_any_graph_is_left(gpu: Gpu):
+def test_later_graphs_share_the_pool_of_the_first_while_any_graph_exists(gpu: Gpu):
     capture = CudaGraphs()
     replays = [capture(one) for _ in range(3)]
     assert [*gpu.uses.values()] == [3]
@@ -271,14 +271,14 @@ def test_later_graphs_share_the_pool_of_the_first_while_any_graph_is_left(gpu: G
     assert [*gpu.uses.values()] == [0]
 
 
-def test_a_pool_whose_graphs_are_all_gone_is_not_used_again(gpu: Gpu):
+def test_a_pool_whose_graphs_are_all_deleted_is_not_reused(gpu: Gpu):
     capture = CudaGraphs()
     capture(one)
     replay = capture(one)
     assert [*gpu.uses.values()] == [0, len([replay])]
 
 
-def test_two_users_of_graphs_have_a_pool_each(gpu: Gpu):
+def test_each_cuda_graphs_object_has_its_own_pool(gpu: Gpu):
     replays = [CudaGraphs()(one) for _ in range(2)]
     assert [*gpu.uses.values()] == [1] * len(replays)
 
@@ -294,8 +294,8 @@ def refused(gpu: Gpu) -> None:
 
 FAILURES: dict[str, tuple[Callable[[Gpu], None], str]] = {
     "an error of the function": (lambda gpu: raising(ValueError("wrong value")), "wrong value"),
-    "an interruption": (lambda gpu: raising(KeyboardInterrupt("stop")), "stop"),
-    "not enough memory": (lambda gpu: raising(torch.OutOfMemoryError("CUDA out of memory")), "CUDA out of memory"),
+    "an interrupt": (lambda gpu: raising(KeyboardInterrupt("stop")), "stop"),
+    "out of memory": (lambda gpu: raising(torch.OutOfMemoryError("CUDA out of memory")), "CUDA out of memory"),
     "a call that CUDA refuses": (refused, "not permitted when stream is capturing"),
     "an invalid capture": (Gpu.invalidate, "previous error during capture"),
 }
@@ -312,11 +312,11 @@ def fail_to_capture(gpu: Gpu, capture: CudaGraphs, failure: str) -> None:
 
     with pytest.raises(BaseException, match=message):
         capture(run)
-    gc.collect()  # the graph is in the frames of the error
+    gc.collect()  # the frames of the error refer to the graph
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_failed_capture_ends_with_its_own_error_and_the_next_one_works(failure: str, gpu: Gpu):
+def test_a_failed_capture_raises_its_own_error_and_the_next_capture_works(failure: str, gpu: Gpu):
     capture = CudaGraphs()
     fail_to_capture(gpu, capture, failure)
     assert_idle(gpu)
@@ -327,17 +327,15 @@ def test_a_failed_capture_ends_with_its_own_error_and_the_next_one_works(failure
 
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("is_shared", [False, True])
-def test_a_failed_capture_gives_back_its_hold_on_the_pool(
-    failure: str, is_shared: bool, gpu: Gpu, request: pytest.FixtureRequest
-):
+def test_a_failed_capture_releases_the_pool(failure: str, is_shared: bool, gpu: Gpu, request: pytest.FixtureRequest):
     capture = CudaGraphs()
     graphs = [capture(one)] if is_shared else []
     fail_to_capture(gpu, capture, failure)
     assert sum(gpu.uses.values()) == len(graphs)
 
 
-def lacking_memory(gpu: Gpu, runs: list[bool], always: bool = False) -> Callable[[], torch.Tensor]:
-    """A function that has enough memory only in a pool, if at all; `runs` tells whether cuDNN searched in each run."""
+def short_of_memory(gpu: Gpu, runs: list[bool], always: bool = False) -> Callable[[], torch.Tensor]:
+    """A function with enough memory only in a pool, or never; `runs` records for each run whether cuDNN autotunes."""
 
     def run() -> torch.Tensor:
         if always or not gpu.allocating:
@@ -349,16 +347,16 @@ def lacking_memory(gpu: Gpu, runs: list[bool], always: bool = False) -> Callable
 
 
 @pytest.fixture
-def searching(monkeypatch: pytest.MonkeyPatch) -> None:
+def autotuning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
 
 
-def test_a_warm_up_that_lacks_memory_runs_in_the_pool_without_a_search_of_cudnn(gpu: Gpu, searching: None):
+def test_a_warm_up_without_enough_memory_runs_in_the_pool_without_autotuning(gpu: Gpu, autotuning: None):
     runs: list[bool] = []
     capture = CudaGraphs()
     replay = capture(one)
     gpu.calls.clear()
-    second = capture(lacking_memory(gpu, runs))
+    second = capture(short_of_memory(gpu, runs))
     assert runs == [False] * WARM_UPS + [True]
     assert torch.backends.cudnn.benchmark
     freed = ["empty_cache", "synchronize", "empty_cache"]
@@ -367,30 +365,30 @@ def test_a_warm_up_that_lacks_memory_runs_in_the_pool_without_a_search_of_cudnn(
     assert_idle(gpu)
 
 
-def test_a_warm_up_that_lacks_memory_without_a_pool_raises(gpu: Gpu, searching: None):
+def test_a_warm_up_without_enough_memory_and_without_a_pool_raises(gpu: Gpu, autotuning: None):
     with pytest.raises(torch.OutOfMemoryError):
-        CudaGraphs()(lacking_memory(gpu, []))
+        CudaGraphs()(short_of_memory(gpu, []))
     assert_idle(gpu)
     assert gpu.uses == {} and torch.backends.cudnn.benchmark
 
 
-def test_a_warm_up_that_fails_in_the_pool_too_restores_the_search_and_releases_the_pool(gpu: Gpu, searching: None):
+def test_a_warm_up_that_also_fails_in_the_pool_restores_autotuning_and_releases_the_pool(gpu: Gpu, autotuning: None):
     with pytest.raises(torch.OutOfMemoryError):
-        warm_up(lacking_memory(gpu, [], always=True), (0, 7))
+        warm_up(short_of_memory(gpu, [], always=True), (0, 7))
     assert torch.backends.cudnn.benchmark and gpu.allocating == [] and gpu.uses == {(0, 7): 0}
 
 
-def test_memory_of_a_pool_ends_and_releases_whether_or_not_the_block_fails(gpu: Gpu):
-    with memory_of((0, 7)):
+def test_allocation_in_a_pool_ends_and_releases_the_pool_whether_or_not_the_block_fails(gpu: Gpu):
+    with allocate_in((0, 7)):
         assert gpu.allocating == [(0, 7)] and gpu.uses == {(0, 7): 1}
     assert gpu.allocating == [] and gpu.uses == {(0, 7): 0}
-    with pytest.raises(ValueError), memory_of((0, 8)):
+    with pytest.raises(ValueError), allocate_in((0, 8)):
         raise ValueError
     assert gpu.allocating == [] and gpu.uses[0, 8] == 0
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_own_stream_is_the_side_stream_and_each_waits_for_the_other(fails: bool, gpu: Gpu):
+def test_own_stream_is_the_side_stream_and_each_stream_waits_for_the_other(fails: bool, gpu: Gpu):
     try:
         with own_stream(CUDA):
             assert gpu.current_stream() is cuda_graphs.side_stream()

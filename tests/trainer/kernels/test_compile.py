@@ -1,4 +1,4 @@
-"""torch.compile: kept where a step is faster for it, undone where not or where the compiler fails."""
+"""torch.compile: kept if a step gets faster, undone if not or if the compiler fails."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +10,7 @@ from scumble.trainer.kernels.compile import compile_blocks
 
 
 class Unet(torch.nn.Module):
-    """Compiles as diffusers' UNets do: each block is called through what the compiler made."""
+    """Compiles like the UNets of diffusers: each block is called through its compiled function."""
 
     def __init__(self, error: Exception | None = None):
         super().__init__()
@@ -26,27 +26,27 @@ class Unet(torch.nn.Module):
         return self.block._compiled_call_impl is not None
 
 
-def taking(*seconds: float) -> Callable[[], float]:
-    left: Iterator[float] = iter(seconds)
-    return lambda: next(left)
+def step_times(*seconds: float) -> Callable[[], float]:
+    remaining: Iterator[float] = iter(seconds)
+    return lambda: next(remaining)
 
 
-@pytest.mark.parametrize(("whatever", "after", "kept"), [(False, 0.8, True), (False, 1.2, False), (True, 1.2, True)])
-def test_what_is_compiled_stays_where_a_step_is_faster_or_where_it_was_asked_for(
-    whatever: bool, after: float, kept: bool
+@pytest.mark.parametrize(("forced", "after_s", "kept"), [(False, 0.8, True), (False, 1.2, False), (True, 1.2, True)])
+def test_compiled_blocks_are_kept_if_a_step_is_faster_or_compilation_was_requested(
+    forced: bool, after_s: float, kept: bool
 ):
     unet: Any = Unet()
-    said: list[str] = []
-    found = compile_blocks(unet, taking(60.0, after + 0.1, after), 1.0, whatever, said.append)
-    assert unet.is_compiled == kept and found == (after if kept else None)
+    reports: list[str] = []
+    found = compile_blocks(unet, step_times(60.0, after_s + 0.1, after_s), 1.0, forced, reports.append)
+    assert unet.is_compiled == kept and found == (after_s if kept else None)
     if kept:
-        assert said == [f"compiled: a step takes {after:.3g} s instead of 1 s"]
+        assert reports == [f"compiled: a step takes {after_s:.3g} s instead of 1 s"]
     else:
-        assert said == ["torch.compile is off: a step would take 1.2 s instead of 1 s"]
+        assert reports == ["torch.compile is off: a step would take 1.2 s instead of 1 s"]
 
 
-def test_a_compiler_that_fails_leaves_the_run_as_it_was_with_the_reason():
+def test_if_the_compiler_fails_the_blocks_stay_uncompiled_and_the_reason_is_reported():
     unet: Any = Unet(RuntimeError("no C++ compiler\nmore"))
-    said: list[str] = []
-    assert compile_blocks(unet, taking(), 1.0, True, said.append) is None
-    assert not unet.is_compiled and said == ["torch.compile is off: RuntimeError: no C++ compiler"]
+    reports: list[str] = []
+    assert compile_blocks(unet, step_times(), 1.0, True, reports.append) is None
+    assert not unet.is_compiled and reports == ["torch.compile is off: RuntimeError: no C++ compiler"]

@@ -1,4 +1,4 @@
-"""Our own kernels: right by Triton's interpreter, compiled for cards that are not there, left out where they fail."""
+"""Fused Triton kernels: correct in Triton's interpreter, compiled for other GPUs, and not used where they fail."""
 
 import json
 import os
@@ -30,14 +30,14 @@ for capability, variant in product(map(int, sys.argv[1:]), VARIANTS):
         function = getattr(kernels, name)
         constants = {one: variant.get(one, getattr(kernels, one, None)) for one in function.arg_names if one.isupper()}
         kinds = {one: "constexpr" if one in constants else KINDS.get(one, "*bf16") for one in function.arg_names}
-        made = triton.compile(ASTSource(function, kinds, constants), target=GPUTarget("cuda", capability, 32))
-        sizes[f"{name} {capability} {list(constants.values())}"] = len(made.asm["cubin"])
+        kernel = triton.compile(ASTSource(function, kinds, constants), target=GPUTarget("cuda", capability, 32))
+        sizes[f"{name} {capability} {list(constants.values())}"] = len(kernel.asm["cubin"])
 print(json.dumps(sizes))
 """
 
 
 @pytest.mark.slow
-def test_kernels_give_what_torch_and_diffusers_do_by_tritons_interpreter():
+def test_in_tritons_interpreter_the_kernels_match_torch_and_diffusers():
     pytest.importorskip("triton")
     command = [
         sys.executable,
@@ -47,25 +47,23 @@ def test_kernels_give_what_torch_and_diffusers_do_by_tritons_interpreter():
         "-p",
         "no:cacheprovider",
     ]
-    surroundings = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=surroundings, cwd=CHECKOUT)
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=CHECKOUT)
     assert done.returncode == 0 and re.search(r"\d{2,} passed", done.stdout), done.stdout[-4000:]
 
 
 @pytest.mark.slow
-def test_kernels_compile_for_cards_that_are_not_here(tmp_path: Path):
+def test_kernels_compile_for_gpus_that_this_machine_does_not_have(tmp_path: Path):
     pytest.importorskip("triton")
-    surroundings = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED, "80", "90"], capture_output=True, text=True, env=surroundings
-    )
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILED, "80", "90"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     sizes = json.loads(done.stdout)
     assert len(sizes) == 2 * 13 and min(sizes.values()) > 1000
 
 
 @pytest.mark.parametrize("error", [ImportError("no"), RuntimeError("Failed to find C compiler.\nmore")])
-def test_where_kernels_cannot_be_had_the_unet_stays_and_the_reason_is_told(
+def test_if_the_kernels_cannot_be_used_the_unet_does_not_change_and_the_reason_is_returned(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ):
     def failing(name: str) -> None:
@@ -78,7 +76,7 @@ def test_where_kernels_cannot_be_had_the_unet_stays_and_the_reason_is_told(
     finally:
         fused_norms.why_not.cache_clear()
     assert reason == (
-        "there is no Triton" if isinstance(error, ImportError) else "RuntimeError: Failed to find C compiler."
+        "Triton is not installed" if isinstance(error, ImportError) else "RuntimeError: Failed to find C compiler."
     )
     assert not any("forward" in vars(module) for module in model.modules())
     assert torch.isfinite(model(torch.randn(1, 4, 8, 8), 3, torch.randn(1, 7, 24)).sample).all()

@@ -1,5 +1,6 @@
 """Interrupted runs resume bit for bit, changes are reported, and two processes never train the same run."""
 
+import hashlib
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from scumble.trainer import cli
 from scumble.trainer.adapters.targets import LAYOUT
 from scumble.trainer.run import fingerprint
 from scumble.trainer.run.events import Event
-from scumble.trainer.run.folder import RunFolder, status_of, write_json
+from scumble.trainer.run.folder import FORMAT, RunFolder, status_of, write_json
 from scumble.trainer.run.state import newest_state
 
 OPTIMIZERS = ["adamw", "adamw8bit", "lion", "prodigy", "adafactor", "schedule_free"]
@@ -329,3 +330,26 @@ def test_clock_changes_do_not_affect_a_run(tmp_path: Path, monkeypatch: pytest.M
     assert [note["text"] for note in jumped.of("note")] == [note["text"] for note in plain.of("note")]
     assert all(event["steps_per_s"] > 0 for event in jumped.of("step"))
     assert_same(adapter_of(run), adapter_of(plain.folder))
+
+
+def test_a_run_of_another_version_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = begun(tmp_path, 1)
+    owner = json.loads((run / "owner.json").read_text())
+    assert owner["format"] == FORMAT
+    for found, words in ((None, "no format number, older than the first release"), (99, "format 99")):
+        changed = {key: value for key, value in owner.items() if key != "format"} | ({"format": found} if found else {})
+        (run / "owner.json").write_text(json.dumps(changed))
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["train", str(run)])
+        assert stop.value.code == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and f"{run}: written by another version of scumble ({words}; " in line
+
+
+def test_a_state_of_another_version_is_refused_and_never_skipped(tmp_path: Path):
+    run = begun(tmp_path, 1)
+    (numbers,) = run.glob("state/*/state.json")
+    text = json.dumps(json.loads(numbers.read_text().splitlines()[0]) | {"format": 99})
+    numbers.write_text(f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n")
+    with pytest.raises(Refused, match="written by another version of scumble; start a new run"):
+        newest_state(run, pytest.fail)

@@ -1,4 +1,4 @@
-"""DoRA by inputs: nothing changes at the start; values and gradients are those of the formula written out."""
+"""DoRA with magnitudes per input: it starts as the identity, and values and gradients match the formula."""
 
 from pathlib import Path
 
@@ -15,74 +15,72 @@ from scumble.trainer.training.checkpointing import recompute_activations
 from scumble.trainer.training.export import network_arguments, tensors_of
 from scumble.trainer.training.lora import ADAPTER, AdaptedLayer, attach, component_of
 
-Plain = torch.nn.Linear | torch.nn.Conv2d
-
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> list[AdaptedLayer]:
-    """A Linear and convolutions of 1 x 1 and 3 x 3 (one with stride), their factors and magnitudes shaken."""
+def layers(tmp_path_factory: pytest.TempPathFactory) -> list[AdaptedLayer]:
+    """A Linear and convolutions of 1 x 1 and 3 x 3 (one with stride), with random factors and magnitudes."""
     base = loaded("sd1", tmp_path_factory.mktemp("sd1"))
     targets = r"down_blocks\.0\.(attentions\.0\.(proj_in|transformer_blocks\.0\.attn2\.to_k)|downsamplers\.0\.conv)"
-    adapted = attach(base, Network(algorithm="dora", targets=targets), [Part("unet", 4, 8.0)], seed=0)
+    layers = attach(base, Network(algorithm="dora", targets=targets), [Part("unet", 4, 8.0)], seed=0)
     generator = torch.Generator().manual_seed(1)
-    for module in adapted:
-        up, magnitude = module.tensors["lora_up"], module.tensors["dora_scale"]
+    for layer in layers:
+        up, magnitude = layer.tensors["lora_up"], layer.tensors["dora_scale"]
         up.data = 0.3 * torch.randn(up.shape, generator=generator)
         magnitude.data *= 1 + 0.2 * torch.randn(magnitude.shape, generator=generator)
-    return adapted
+    return layers
 
 
-def dense(module: AdaptedLayer, inputs: torch.Tensor) -> torch.Tensor:
-    """The layer with W' = m · V / ‖V‖, V = W + s · up @ down, written out; the norm is a constant (section 4.3)."""
-    layer = plain(module)
-    up, down, magnitude = (module.tensors[slot] for slot in ("lora_up", "lora_down", "dora_scale"))
-    changed = layer.weight + 2.0 * (up.flatten(1) @ down.flatten(1)).reshape(layer.weight.shape)
+def reference(layer: AdaptedLayer, inputs: torch.Tensor) -> torch.Tensor:
+    """The layer with W' = m · V / ‖V‖, V = W + s · up @ down, as one weight; the norm is a constant (section 4.3)."""
+    base = base_of(layer)
+    up, down, magnitude = (layer.tensors[slot] for slot in ("lora_up", "lora_down", "dora_scale"))
+    changed = base.weight + 2.0 * (up.flatten(1) @ down.flatten(1)).reshape(base.weight.shape)
     norm = changed.detach().pow(2).sum((0, 2, 3) if changed.dim() == 4 else 0, keepdim=True).sqrt()
     weight = magnitude * changed / norm
-    if isinstance(layer, torch.nn.Conv2d):
-        return conv2d(inputs, weight, layer.bias, layer.stride, layer.padding)
-    return linear(inputs, weight, layer.bias)
+    if isinstance(base, torch.nn.Conv2d):
+        return conv2d(inputs, weight, base.bias, base.stride, base.padding)
+    return linear(inputs, weight, base.bias)
 
 
-def plain(module: AdaptedLayer) -> Plain:
-    layer = module.layer.get_base_layer()
-    assert isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)
-    return layer
+def base_of(layer: AdaptedLayer) -> torch.nn.Linear | torch.nn.Conv2d:
+    base = layer.layer.get_base_layer()
+    assert isinstance(base, torch.nn.Linear | torch.nn.Conv2d)
+    return base
 
 
-def live(module: AdaptedLayer) -> torch.nn.Module:
-    assert isinstance(module.layer, torch.nn.Module)
-    return module.layer
+def live(layer: AdaptedLayer) -> torch.nn.Module:
+    assert isinstance(layer.layer, torch.nn.Module)
+    return layer.layer
 
 
-def inputs_for(module: AdaptedLayer) -> torch.Tensor:
-    width = plain(module).weight.shape[1]
-    shape = (2, width, 8, 8) if isinstance(plain(module), torch.nn.Conv2d) else (2, 7, width)
+def inputs_for(layer: AdaptedLayer) -> torch.Tensor:
+    width = base_of(layer).weight.shape[1]
+    shape = (2, width, 8, 8) if isinstance(base_of(layer), torch.nn.Conv2d) else (2, 7, width)
     return torch.randn(shape, generator=torch.Generator().manual_seed(2))
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
-def test_at_the_start_nothing_changes_not_even_a_bit(kind: str, tmp_path: Path):
+def test_a_new_adapter_changes_no_bit_of_the_image(kind: str, tmp_path: Path):
     base = loaded(kind, tmp_path)
     before = painted(base)
-    trained = attach(base, Network(algorithm="dora", targets="full"), parts_of(base, 3), seed=0)
+    layers = attach(base, Network(algorithm="dora", targets="full"), parts_of(base, 3), seed=0)
     np.testing.assert_array_equal(painted(base), before)
-    for module in trained:
-        weight = plain(module).weight
-        magnitude = module.tensors["dora_scale"]
+    for layer in layers:
+        weight = base_of(layer).weight
+        magnitude = layer.tensors["dora_scale"]
         assert magnitude.shape == (1, weight.shape[1], *[1] * (weight.dim() - 2)) and magnitude.requires_grad
-        assert {parameter.dtype for parameter in module.tensors.values()} == {torch.float32}
+        assert {parameter.dtype for parameter in layer.tensors.values()} == {torch.float32}
 
 
-def test_values_and_gradients_are_those_of_the_formula(trained: list[AdaptedLayer]):
-    assert {type(plain(module)) for module in trained} == {torch.nn.Linear, torch.nn.Conv2d}
-    for module in trained:
+def test_values_and_gradients_match_the_formula(layers: list[AdaptedLayer]):
+    assert {type(base_of(layer)) for layer in layers} == {torch.nn.Linear, torch.nn.Conv2d}
+    for layer in layers:
         found = []
-        for forward in (live(module), lambda x, module=module: dense(module, x)):
-            inputs = inputs_for(module).requires_grad_(True)
+        for forward in (live(layer), lambda x, layer=layer: reference(layer, x)):
+            inputs = inputs_for(layer).requires_grad_(True)
             outputs = forward(inputs)
             outputs.pow(2).sum().backward()
-            parameters = module.tensors.values()
+            parameters = layer.tensors.values()
             found.append([outputs.detach(), inputs.grad, *(parameter.grad for parameter in parameters)])
             for parameter in parameters:
                 parameter.grad = None
@@ -91,62 +89,62 @@ def test_values_and_gradients_are_those_of_the_formula(trained: list[AdaptedLaye
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
-def test_autocast_stays_near_the_formula_and_takes_the_norm_in_full_precision(trained: list[AdaptedLayer]):
-    for module in trained:
-        inputs = inputs_for(module)
+def test_autocast_stays_close_to_the_formula_and_keeps_gradients_in_fp32(layers: list[AdaptedLayer]):
+    for layer in layers:
+        inputs = inputs_for(layer)
         with torch.autocast("cpu", torch.bfloat16):
-            outputs = live(module)(inputs.bfloat16())
+            outputs = live(layer)(inputs.bfloat16())
         outputs.float().pow(2).sum().backward()
-        expected = dense(module, inputs).detach()
+        expected = reference(layer, inputs).detach()
         assert outputs.dtype == torch.bfloat16
         torch.testing.assert_close(outputs.float(), expected, rtol=0, atol=0.03 * float(expected.abs().max()))
-        for parameter in module.tensors.values():
+        for parameter in layer.tensors.values():
             assert parameter.grad is not None and parameter.grad.dtype == torch.float32
             assert parameter.grad.isfinite().all()
             parameter.grad = None
 
 
-def test_dropout_is_that_of_pefts_lora_and_switching_off_takes_the_magnitudes_off(trained: list[AdaptedLayer]):
-    for module in trained:
-        layer, inputs = live(module), inputs_for(module)
-        assert isinstance(layer, LoraLayer)
-        layer.lora_dropout[ADAPTER] = torch.nn.Dropout(0.5)
-        layer.train()
+def test_dropout_applies_and_disabling_adapters_disables_the_magnitudes(layers: list[AdaptedLayer]):
+    for layer in layers:
+        module, inputs = live(layer), inputs_for(layer)
+        assert isinstance(module, LoraLayer)
+        module.lora_dropout[ADAPTER] = torch.nn.Dropout(0.5)
+        module.train()
         torch.manual_seed(0)
-        one = layer(inputs)
+        first = module(inputs)
         torch.manual_seed(0)
-        assert torch.equal(one, layer(inputs)) and not torch.equal(one, layer(inputs))
-        layer.eval()
-        torch.testing.assert_close(layer(inputs), dense(module, inputs), rtol=1e-4, atol=1e-4)
-        layer.enable_adapters(False)
-        torch.testing.assert_close(layer(inputs), plain(module)(inputs), rtol=0, atol=0)
-        layer.enable_adapters(True)
+        assert torch.equal(first, module(inputs)) and not torch.equal(first, module(inputs))
+        module.eval()
+        torch.testing.assert_close(module(inputs), reference(layer, inputs), rtol=1e-4, atol=1e-4)
+        module.enable_adapters(False)
+        torch.testing.assert_close(module(inputs), base_of(layer)(inputs), rtol=0, atol=0)
+        module.enable_adapters(True)
 
 
-def test_recomputed_activations_give_the_same_gradients(tmp_path: Path):
+def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path):
     parts = [Part("unet", 2, 2.0), Part("text", 2, 2.0)]
     found = []
-    for recomputed in (False, True):
-        base = loaded("sd1", tmp_path / str(recomputed))
-        trained = attach(base, Network(algorithm="dora"), parts, seed=0)
+    for is_checkpointed in (False, True):
+        base = loaded("sd1", tmp_path / str(is_checkpointed))
+        layers = attach(base, Network(algorithm="dora"), parts, seed=0)
         for part in parts:
             component_of(base, part.name).train()
-        if recomputed:
+        if is_checkpointed:
             recompute_activations(base, parts)
         hidden = base.text_encoders[0](torch.arange(77)[None])[0]
         latents = torch.ones(1, 4, 16, 16)
         base.unet(latents, torch.tensor([500]), hidden).sample.pow(2).mean().backward()
-        gradients = [module.tensors["dora_scale"].grad for module in trained]
+        gradients = [layer.tensors["dora_scale"].grad for layer in layers]
         found.append([gradient for gradient in gradients if gradient is not None])
-        assert len(found[-1]) == len(trained)
+        assert len(found[-1]) == len(layers)
     assert any(gradient.abs().max() > 0 for gradient in found[0])
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two)
 
 
-def test_the_file_keeps_magnitudes_in_full_precision_and_its_metadata_tells_of_them(trained: list[AdaptedLayer]):
-    tensors = tensors_of(trained, torch.float16)
-    for module in trained:
-        assert torch.equal(tensors[f"{module.key}.dora_scale"], module.tensors["dora_scale"])
-        assert tensors[f"{module.key}.lora_up.weight"].dtype == torch.float16
+def test_the_file_stores_magnitudes_in_fp32_and_its_metadata_mentions_dora(layers: list[AdaptedLayer]):
+    tensors = tensors_of(layers, torch.float16)
+    for layer in layers:
+        assert torch.equal(tensors[f"{layer.key}.dora_scale"], layer.tensors["dora_scale"])
+        assert tensors[f"{layer.key}.lora_up.weight"].dtype == torch.float16
     assert network_arguments(Network(algorithm="dora"), Part("unet", 4, 4.0)) == {"dora_wd": True}

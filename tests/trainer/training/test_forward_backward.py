@@ -1,4 +1,4 @@
-"""What a CUDA graph asks of a pass, proved without a card: it never waits for the device, nor brings anything to it."""
+"""A pass can be captured as a CUDA graph, proved without a GPU: it never waits for the device or copies to it."""
 
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,10 @@ OBJECTIVES = {
 }
 
 
-class OnDeviceAlone(TorchDispatchMode):
-    """Refuses operators that read from the device or bring something there; a number made on the way is none of it.
+class OnDeviceOnly(TorchDispatchMode):
+    """Fails on operators that copy between CPU and device; CPU scalars as arguments are allowed.
 
-    The meta device stands for CUDA: its tensors have no numbers, so whatever asks for one fails as well.
+    The meta device stands in for CUDA: its tensors have no values, so reading one fails as well.
     """
 
     def __init__(self) -> None:
@@ -45,16 +45,16 @@ class OnDeviceAlone(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.add(func.name())
-        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
-        made = func(*args, **(kwargs or {}))
-        devices = {one.device.type for one in (*given, *tree_leaves(made)) if isinstance(one, torch.Tensor)}
-        scalars = all(one.dim() == 0 for one in given if one.device.type == "cpu") and "copy" not in func.name()
-        assert devices != {"cpu", "meta"} or scalars, f"{func} goes between machine and device"
-        return made
+        inputs = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        outputs = func(*args, **(kwargs or {}))
+        devices = {one.device.type for one in (*inputs, *tree_leaves(outputs)) if isinstance(one, torch.Tensor)}
+        scalars = all(one.dim() == 0 for one in inputs if one.device.type == "cpu") and "copy" not in func.name()
+        assert devices != {"cpu", "meta"} or scalars, f"{func} copies between CPU and device"
+        return outputs
 
 
 @pytest.mark.parametrize(
-    ("kind", "objective", "text_is_trained", "recomputes"),
+    ("kind", "objective", "text_is_trained", "is_checkpointed"),
     [
         ("sd1", "min_snr", True, False),
         ("sd1", "huber", False, True),
@@ -64,20 +64,22 @@ class OnDeviceAlone(TorchDispatchMode):
         ("sdxl", "min_snr", True, True),
     ],
 )
-def test_a_pass_stays_on_the_device(kind: str, objective: str, text_is_trained: bool, recomputes: bool, tmp_path: Path):
+def test_a_pass_stays_on_the_device(
+    kind: str, objective: str, text_is_trained: bool, is_checkpointed: bool, tmp_path: Path
+):
     model = Model(base=str(tiny_base(kind, tmp_path)))
     base = load(model, detect_base(model), torch.device("cpu"), torch.bfloat16)
     parts = [Part("unet", 4, 4.0, 2, 2.0)]
     if text_is_trained:
         parts += [Part(name, 2, 2.0) for name in ["text", "text2"][: len(base.text_encoders)]]
-    trained = attach(base, Network(targets="full"), parts, seed=0)
+    layers = attach(base, Network(targets="full"), parts, seed=0)
     for module in (base.unet, *base.text_encoders):
         module.to(META).train()
     base.device = META
-    groups = grouped([(1e-3, [parameter for module in trained for parameter in module.tensors.values()])])
+    groups = grouped([(1e-3, [parameter for layer in layers for parameter in layer.tensors.values()])])
     flat = Flat([group["params"] for group in groups], torch.bfloat16)
-    assert use_fast_lora([module.layer for module in trained], ADAPTER, flat.lowered)
-    if recomputes:
+    assert use_fast_lora([layer.layer for layer in layers], ADAPTER, flat.lowered)
+    if is_checkpointed:
         recompute_activations(base, parts)
     size = Size(64, 64)
     latents = Latents(*([[torch.zeros(4, 16, 16, device=META)]] * 2 for _ in range(2)), 0.18)
@@ -86,13 +88,13 @@ def test_a_pass_stays_on_the_device(kind: str, objective: str, text_is_trained: 
         latents, Data(caption_dropout=0.0), OBJECTIVES[objective], 0, text_is_trained,
         [(torch.ones(16, 16),), (torch.ones(16, 16),)],
     )  # fmt: skip
-    seen: list[bool] = []
+    on_device: list[bool] = []
 
     def capture(run: Any) -> Any:
-        with OnDeviceAlone() as mode:
-            seen.append(run().device == META)
+        with OnDeviceOnly() as mode:
+            on_device.append(run().device == META)
         assert any("backward" in name for name in mode.names)
         return recorded(run)
 
-    Passes(objectives, flat, capture=capture, say=pytest.fail)([Sample(0, 0, 0), Sample(1, 0, 1)], 2.0)
-    assert seen == [True]
+    Passes(objectives, flat, capture=capture, report=pytest.fail)([Sample(0, 0, 0), Sample(1, 0, 1)], 2.0)
+    assert on_device == [True]

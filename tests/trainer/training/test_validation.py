@@ -1,4 +1,4 @@
-"""Held-out pictures: chosen by content, never trained on, measured as stock diffusers would, no chance used up."""
+"""Held-out images: chosen by content, never trained on, measured as with stock diffusers, no effect on training."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ FOUR_OF_20: dict[str, Any] = {
 }
 
 
-def pictures_in(folder: Path) -> list[Path]:
+def images_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix in (".png", ".webp", ".jpg"))
 
 
@@ -40,14 +40,14 @@ def held_out(images: Path, **data: Any) -> set[str]:
     return {example.image.name for example in read_examples(options).examples if example.is_held_out}
 
 
-def test_the_choice_depends_on_what_pictures_hold_and_keeps_copies_together(tmp_path: Path):
-    folder = tmp_path / "pictures"
+def test_the_choice_depends_on_image_content_and_keeps_copies_together(tmp_path: Path):
+    folder = tmp_path / "images"
     shutil.copytree(SAMPLES, folder)
     chosen = held_out(folder)
     assert len(chosen) == 4
-    (kept,) = [path for path in pictures_in(folder) if path.name not in chosen][:1]
-    kept.unlink()
-    assert held_out(folder) == chosen  # 4 of 19 as well
+    trained = next(path for path in images_in(folder) if path.name not in chosen)
+    trained.unlink()
+    assert held_out(folder) == chosen  # still 4, of 19
     first = min(chosen)
     suffix = Path(first).suffix
     shutil.copy(folder / first, folder / f"copy{suffix}")
@@ -60,8 +60,8 @@ def options_with(split: object) -> Options:
     return Options.model_validate({"data": {"validation_split": split}})
 
 
-def test_regularization_images_stay_and_at_least_one_image_is_held_out_and_one_trained():
-    digests = [digest_of_file(path) for path in pictures_in(SAMPLES)]
+def test_regularization_images_are_kept_and_at_least_one_image_is_held_out_and_one_trained():
+    digests = [digest_of_file(path) for path in images_in(SAMPLES)]
     examples = [
         Example(Path(one), "", 3, is_regularization=number > 1, digest=one) for number, one in enumerate(digests)
     ]
@@ -84,23 +84,23 @@ def test_the_number_of_held_out_images_is_a_count_a_share_or_follows_the_size(
     assert num_held_out(split, num_images) == expected
 
 
-def test_a_folder_of_validation_images_is_measured_and_its_copies_are_not_trained_on(tmp_path: Path):
-    exam = tmp_path / "exam"
-    exam.mkdir()
-    shutil.copy(SAMPLES / "fox.webp", exam / "copy.webp")
-    Image.new("RGB", (64, 64), "red").save(exam / "red.png")
-    found = read_examples(Options.model_validate({"data": {"images": str(SAMPLES), "validation_split": str(exam)}}))
+def test_a_folder_of_validation_images_is_added_and_copies_of_them_are_not_trained_on(tmp_path: Path):
+    folder = tmp_path / "validation"
+    folder.mkdir()
+    shutil.copy(SAMPLES / "fox.webp", folder / "copy.webp")
+    Image.new("RGB", (64, 64), "red").save(folder / "red.png")
+    found = read_examples(Options.model_validate({"data": {"images": str(SAMPLES), "validation_split": str(folder)}}))
     out = {example.image.name for example in found.examples if example.is_held_out}
     trained = {example.image.name for example in found.examples if not example.is_held_out}
     assert out == {"copy.webp", "red.png"} and len(trained) == 19 and "fox.webp" not in trained
 
 
 def test_a_validation_folder_that_holds_every_training_image_is_refused():
-    with pytest.raises(Refused, match="it holds every training image"):
+    with pytest.raises(Refused, match="contains every training image"):
         read_examples(Options.model_validate({"data": {"images": str(SAMPLES), "validation_split": str(SAMPLES)}}))
 
 
-def test_a_run_that_holds_pictures_out_is_the_run_that_never_had_them(tmp_path: Path):
+def test_a_run_with_held_out_images_equals_a_run_without_these_images(tmp_path: Path):
     measured = ran(tmp_path / "a", **FOUR_OF_20, network={"lora_dropout": 0.2})
     fewer = tmp_path / "fewer"
     shutil.copytree(SAMPLES, fewer)
@@ -112,20 +112,20 @@ def test_a_run_that_holds_pictures_out_is_the_run_that_never_had_them(tmp_path: 
     assert [event["step"] for event in measured.of("validation")] == [0, 3] and not other.of("validation")
     assert measured.losses == other.losses
     assert_same(adapter_of(measured.folder), adapter_of(other.folder))
-    told = [read_tensors(run.folder / "clay.safetensors")[1]["ss_num_train_images"] for run in (measured, other)]
-    assert told == ["16", "16"]
-    assert any("20 pictures in 1 bucket (64x64), 4 of them held out, for sketch" in line
+    counts = [read_tensors(run.folder / "clay.safetensors")[1]["ss_num_train_images"] for run in (measured, other)]
+    assert counts == ["16", "16"]
+    assert any("20 images in 1 bucket (64x64), 4 of them held out, for sketch" in line
                for line in measured.of("plan")[0]["reasons"])  # fmt: skip
 
 
-def test_timesteps_fall_evenly_into_each_part_of_the_range():
-    every = torch.arange(100, 900)
-    parts = [stratified(every, part, 4, 100, 899) for part in range(4)]
-    assert [(int(part.min()), int(part.max())) for part in parts] == [(100, 299), (300, 499), (500, 699), (700, 899)]
-    assert torch.equal(torch.cat(parts).bincount(minlength=900)[100:], torch.full((800,), 4))
+def test_timesteps_are_uniform_in_each_stratum():
+    timesteps = torch.arange(100, 900)
+    strata = [stratified(timesteps, stratum, 4, 100, 899) for stratum in range(4)]
+    assert [(int(one.min()), int(one.max())) for one in strata] == [(100, 299), (300, 499), (500, 699), (700, 899)]
+    assert torch.equal(torch.cat(strata).bincount(minlength=900)[100:], torch.full((800,), 4))
 
 
-def test_the_loss_is_that_of_stock_diffusers_with_the_saved_file(tmp_path: Path):
+def test_the_loss_equals_that_of_stock_diffusers_with_the_saved_file(tmp_path: Path):
     run = ran(
         tmp_path, data={"validation_split": 0.2, "caption_dropout": 1.0}, network={"text_encoder_rank": 4},
         objective={"loss_weighting": "none", "min_timestep": 50}, optimization={"steps": 6},
@@ -138,19 +138,19 @@ def test_the_loss_is_that_of_stock_diffusers_with_the_saved_file(tmp_path: Path)
     @torch.no_grad()
     def loss() -> float:
         total = 0.0
-        for slot, example in enumerate(examples):
-            picture = Image.open(example.image).convert("RGBA")
-            white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        for position, example in enumerate(examples):
+            image = Image.open(example.image).convert("RGBA")
+            white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
             pixels = stock.image_processor.preprocess(white.resize((64, 64), Image.Resampling.LANCZOS))
             posterior = stock.vae.encode(pixels).latent_dist
             ids = stock.tokenizer(example.caption, padding="max_length", return_tensors="pt").input_ids
             hidden = stock.text_encoder(ids)[0]
             for draw in range(DRAWS):
-                generator = generator_for(0, draw, slot)
-                of_posterior, noise = torch.randn((2, *posterior.mean.shape[1:]), generator=generator)
+                generator = generator_for(0, draw, position)
+                posterior_noise, noise = torch.randn((2, *posterior.mean.shape[1:]), generator=generator)
                 drawn = torch.randint(50, 1000, (), generator=generator)
                 timestep = 50 + (drawn - 50 + draw * 950) // DRAWS
-                latents = (posterior.mean + posterior.std * of_posterior) * stock.vae.config["scaling_factor"]
+                latents = (posterior.mean + posterior.std * posterior_noise) * stock.vae.config["scaling_factor"]
                 noisy = stock.scheduler.add_noise(latents, noise[None], timestep[None])
                 prediction = stock.unet(noisy, timestep, hidden).sample
                 total += float((prediction - noise).square().mean())
@@ -160,19 +160,15 @@ def test_the_loss_is_that_of_stock_diffusers_with_the_saved_file(tmp_path: Path)
     assert before["loss"] == pytest.approx(loss(), rel=1e-4)
     stock.load_lora_weights(str(run.folder / "clay.safetensors"))
     assert after["loss"] == pytest.approx(loss(), rel=1e-4) and abs(after["loss"] / before["loss"] - 1) > 1e-3
-    assert after["text"] == f"  held-out pictures, step 6: loss {after['loss']:.4f}, " \
-        f"{after['loss'] / before['loss'] - 1:+.1%} against before"  # fmt: skip
+    change = after["loss"] / before["loss"] - 1
+    assert after["text"] == f"  validation, step 6: loss {after['loss']:.4f}, {change:+.1%} compared with the base"
 
 
-def test_a_run_that_goes_on_knows_what_was_measured_and_keeps_the_best(tmp_path: Path):
+def test_a_resumed_run_keeps_its_validation_losses_and_its_best_checkpoint(tmp_path: Path):
     tables: dict[str, Any] = {
         "data": {"validation_split": 0.2},
-        "optimization": {
-            "steps": 8,
-            "learning_rate": 0.1,
-            "lr_warmup_steps": 0.0,
-            "ema_decay": 0.5,
-        },  # a rate that breaks what was learned
+        # the learning rate is so high that the loss rises
+        "optimization": {"steps": 8, "learning_rate": 0.1, "lr_warmup_steps": 0.0, "ema_decay": 0.5},
         "output": {
             "preview_every": 0,
             "save_every": 2,
@@ -186,31 +182,30 @@ def test_a_run_that_goes_on_knows_what_was_measured_and_keeps_the_best(tmp_path:
     assert list(losses) == [0, 2, 4, 6, 8]
     best = min((2, 4, 6), key=lambda step: losses[step])
     assert [path.name for path in (unbroken.folder / "checkpoints").iterdir()] == [f"clay-{best:06}.safetensors"]
-    end = unbroken.events[-1]["text"].splitlines()
-    assert f"held-out pictures: loss {losses[8]:.4f} after step 8, but {min(losses.values()):.4f} after step 0; " \
-        "what came later did not help with pictures unseen" in end  # fmt: skip
-    cut = begun(tmp_path / "b", stop_at=3, **tables)
-    again = go_on(cut)
-    assert [(event["step"], event["loss"]) for event in again.of("validation")] == [*losses.items()][2:]
-    kept = newest_state(cut, pytest.fail)
-    assert kept and dict(kept.state.validation_losses) == losses
-    assert_same(adapter_of(cut), adapter_of(unbroken.folder))
-    with pytest.raises(Refused, match=r"--validation-split 0.5: the run has 0.2, and cannot change on its way"):
-        go_on(cut, data={"validation_split": 0.5}, optimization={"steps": 10})
+    assert unbroken.events[-1]["text"].splitlines()[-1] == (
+        f"validation: loss {losses[8]:.4f} after step 8; it was lowest after step 0 ({min(losses.values()):.4f}) "
+        "and has risen on unseen images since"
+    )
+    stopped = begun(tmp_path / "b", stop_at=3, **tables)
+    resumed = go_on(stopped)
+    assert [(event["step"], event["loss"]) for event in resumed.of("validation")] == [*losses.items()][2:]
+    loaded = newest_state(stopped, pytest.fail)
+    assert loaded and dict(loaded.state.validation_losses) == losses
+    assert_same(adapter_of(stopped), adapter_of(unbroken.folder))
+    with pytest.raises(Refused, match=r"--validation-split 0.5: the run uses 0.2, which cannot change within a run"):
+        go_on(stopped, data={"validation_split": 0.5}, optimization={"steps": 10})
 
 
-def test_a_state_from_before_anything_was_measured_is_whole(tmp_path: Path):
-    cut = begun(tmp_path, stop_at=2, output={"preview_every": 0})
-    (numbers,) = (cut / "state").glob("*/state.json")
+def test_a_run_without_validation_losses_can_be_resumed(tmp_path: Path):
+    stopped = begun(tmp_path, stop_at=2, output={"preview_every": 0})
+    (numbers,) = (stopped / "state").glob("*/state.json")
     assert json.loads(numbers.read_text().splitlines()[0])["validation_losses"] == []
-    assert go_on(cut).events[-1]["kind"] == "done"
+    assert go_on(stopped).events[-1]["kind"] == "done"
 
 
-def test_the_curve_has_a_second_line_for_held_out_pictures():
+def test_the_loss_curve_has_a_second_line_for_validation():
     losses = [0.1] * 50
     plain, both = loss_curve(losses, "clay"), loss_curve(losses, "clay", {0: 0.12, 25: 0.1, 50: 0.09})
     blue = (30, 100, 180)
-    counts = [
-        sum(count for count, colour in image.getcolors(1 << 20) or () if colour == blue) for image in (plain, both)
-    ]
+    counts = [sum(count for count, color in image.getcolors(1 << 20) or () if color == blue) for image in (plain, both)]
     assert counts[0] == 0 and counts[1] > 500
