@@ -12,7 +12,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Auto = Literal["auto"]
@@ -71,7 +71,9 @@ class Model(Section):
 
     base: str = option("sketch", "Base model: sketch, a diffusers folder, a hub id or a .safetensors file")
     vae: str = option("", "VAE to use instead of the base's own: a folder, a hub id or a .safetensors file")
-    prediction_type: Literal["auto", "epsilon", "v_prediction"] = option("auto", "What the base predicts")
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = option(
+        "auto", "What the base predicts; auto: read from the base"
+    )
     zero_terminal_snr: bool | Auto = option("auto", "Train on the noise schedule that ends in pure noise")
 
 
@@ -85,7 +87,7 @@ class Captions(Section):
     caption_lines: Literal["join", "pick"] = option(
         "join", "Captions of several lines: join the lines, or pick one at random each time"
     )
-    wildcards: bool = option(True, "Replace {a|b} by one of its choices each time; {{a|b}} keeps the braces")
+    wildcards: bool = option(True, "Replace {a|b} with one of its choices each time; {{a|b}} keeps the braces")
     shuffle_tags: bool = option(False, "Shuffle comma-separated tags each time")
     keep_tags: CountOrNone = option(1, "Tags at the front that are neither shuffled nor dropped")
     tag_dropout: ShareBelowOne = option(0.0, "Probability that each of the other tags is dropped")
@@ -118,7 +120,8 @@ class Data(Captions):
         4, "Number of crops per image with crop = random, drawn once from the seed"
     )
     masks: Literal["auto", "alpha", "off"] = option(
-        "auto", "What the loss counts: auto: mask files where there are some; alpha: transparency too; off: everything"
+        "auto",
+        "Where the loss counts: auto: in the masks, if there are mask files; alpha: transparency too; off: everywhere",
     )
     mask_floor: Share = option(0.0, "Loss weight of masked-out areas; the rest has 1")
     repeats: Count = option(1, "How often each image is seen per epoch")
@@ -141,9 +144,11 @@ class Network(Section):
     algorithm: Literal["lora", "dora", "loha", "lokr"] = option(
         "lora", "Kind of adapter; diffusers loads only lora, the UIs load all four"
     )
-    rank: Rank | Auto = option("auto", "Rank on the UNet's attention layers")
+    rank: Rank | Auto = option("auto", "Rank on the UNet's layers")
     alpha: Alpha | Auto = option("auto", "The adapter is scaled by alpha / rank; auto: alpha = rank")
-    targets: str = option("attention", "UNet layers: attention, full (also feed-forward and projections), or a regex")
+    targets: str = option(
+        "attention", "Layers of the UNet to train: attention, full (also feed-forward and projections), or a regex"
+    )
     conv_rank: RankOrNone = option(0, "Rank on the UNet's convolutions; 0: none")
     conv_alpha: Alpha | Auto = option("auto", "Alpha of the convolutions; auto: their rank")
     text_encoder_rank: RankOrNone | Auto = option("auto", "Rank on the first text encoder; 0: not trained")
@@ -198,7 +203,7 @@ class Optimization(Section):
     )
     epochs: Count | Auto = option("auto", "Passes over the images; auto: from steps")
     steps: Count | Auto = option("auto", "Optimizer steps; auto: from the kind and the number of images")
-    batch_size: Count | Auto = option("auto", "Images in one forward pass, of all devices together")
+    batch_size: Count | Auto = option("auto", "Images in one forward pass, across all devices")
     gradient_accumulation_steps: Count = option(1, "Forward passes whose gradients are summed for one optimizer step")
     max_grad_norm: Weight = option(1.0, "Gradients are clipped to this norm; 0: not clipped")
     ema_decay: ShareBelowOne = option(
@@ -211,7 +216,7 @@ class Machine(Section):
 
     device: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "Device to train on")
     mixed_precision: Annotated[Literal["auto", "bf16", "fp16", "fp32", "no", "float"], IS_FP32] = option(
-        "auto", "Precision of the base; the adapter is always fp32; no and float are other names for fp32"
+        "auto", 'Precision of the base; the adapter is always fp32; "no" and "float" mean fp32'
     )
     torch_compile: Literal["auto", "on", "off"] = option(
         "auto", "torch.compile the UNet's blocks; auto: on CUDA, for a long run, if a measured step gets faster"
@@ -264,18 +269,24 @@ class Output(Section):
     )
     keep_checkpoints: Literal["all", "last", "best"] = option(
         "all",
-        "Checkpoints that stay on the disk: all, the last, or those with the lowest loss (validation loss if there is)",
+        "Checkpoints that stay on the disk: all, the last, or those with the lowest loss (validation loss if images "
+        "are held out)",
     )
-    keep_count: Count = option(3, "Number of checkpoints that stay with keep_checkpoints = last or best")
+    keep_count: Count = option(3, "Number of checkpoints to keep with keep_checkpoints = last or best")
     save_precision: Annotated[Literal["fp16", "bf16", "fp32", "float"], IS_FP32] = option(
-        "fp16", "Number format of the adapter file; float is another name for fp32"
+        "fp16", 'Number format of the adapter file; "float" means fp32'
     )
-    seed: Seed = option(0, "Seed of every random number")
+    seed: Seed = option(0, "Random seed")
+
+
+TITLES = "Model", "Data", "Network", "Objective", "Optimization", "Machine", "Previews", "Output"
+"""Sections in the order of `--help`."""
 
 
 def section(title: str) -> Parameter:
     """Flags are the option's name alone; `--help` groups them under the section's title."""
-    return Parameter(name="*", group=title, negative_iterable=())
+    order = TITLES.index(title) if title in TITLES else len(TITLES)
+    return Parameter(name="*", group=Group(title, sort_key=order), negative_iterable=())
 
 
 class Options(Section):

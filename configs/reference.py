@@ -6,7 +6,7 @@ HEAD = """# Options
 
 Each option has one name: `learning_rate` in the table `[optimization]` of a TOML file is `--learning-rate` on the
 command line. Values come from defaults < preset < file < flags. `auto` is chosen from the base, the images and the
-machine; the plan of the run gives the reason. `scumble options` prints this page.
+machine; the run prints its plan. `scumble options` prints this page.
 """
 
 

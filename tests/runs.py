@@ -31,7 +31,7 @@ class Run:
         return [event["loss"] for event in self.of("step")]
 
 
-def ran(folder: Path, dry_run: bool = False, readers: Sequence[Reader] = (), **tables: Any) -> Run:
+def train_run(folder: Path, dry_run: bool = False, readers: Sequence[Reader] = (), **tables: Any) -> Run:
     """Train on the clay-style samples, with few, cheap steps by default. `tables` override the options."""
     flags: dict[str, dict] = {
         "data": {"images": str(SAMPLES)},
@@ -47,7 +47,7 @@ def ran(folder: Path, dry_run: bool = False, readers: Sequence[Reader] = (), **t
     return Run(result.adapter.parent if result else folder, events)
 
 
-def go_on(run: Path, force: bool = False, stop_at: int = 0, **tables: Any) -> Run:
+def resume_run(run: Path, force: bool = False, stop_at: int = 0, **tables: Any) -> Run:
     """Resume a run. `stop_at` requests a stop after that step."""
     events: list[Event] = []
 
@@ -60,7 +60,7 @@ def go_on(run: Path, force: bool = False, stop_at: int = 0, **tables: Any) -> Ru
     return Run(run, events)
 
 
-def begun(folder: Path, stop_at: int, **tables: Any) -> Path:
+def interrupted_run(folder: Path, stop_at: int, **tables: Any) -> Path:
     """Start a run and stop it after `stop_at` steps. Returns its folder."""
     run = folder / "runs/clay"
 
@@ -68,7 +68,7 @@ def begun(folder: Path, stop_at: int, **tables: Any) -> Path:
         if event["kind"] == "step" and event["step"] == stop_at:
             request(run, "stop")
 
-    ran(folder, readers=[read], **tables)
+    train_run(folder, readers=[read], **tables)
     assert status_of(run).state == "stopped" and status_of(run).step == stop_at
     return run
 

@@ -28,7 +28,7 @@ def parts_of(base: Base, conv_rank: int = 0) -> list[Part]:
     return [Part("unet", 4, 8.0, conv_rank, 2.0), *(Part(name, 2, 1.0) for name in texts)]
 
 
-def painted(base: Base) -> np.ndarray:
+def rendered(base: Base) -> np.ndarray:
     with torch.no_grad():
         return base.pipeline(
             "a cat", num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="np",

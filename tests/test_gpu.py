@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import ran
+from runs import train_run
 from tiny import tiny_base
 
 from scumble.configs.errors import Refused
@@ -22,7 +22,7 @@ from scumble.trainer.kernels.lora_matmul import _adds_to_fp32, _given
 from scumble.trainer.preflight import try_out
 from scumble.trainer.previews.prompts import PreviewPrompt
 from scumble.trainer.previews.sampling import SAMPLERS, render
-from scumble.trainer.training.flat_parameters import Flat
+from scumble.trainer.training.flat_parameters import FlatParameters
 from scumble.trainer.training.objective import Batch, Objectives
 from scumble.trainer.training.optimizer_step import OptimizerStep
 
@@ -34,7 +34,7 @@ pytestmark = [
 
 def losses_on_cuda(folder: Path, precision: str, checkpointing: bool | str = "auto") -> list[float]:
     machine = {"device": "cuda", "mixed_precision": precision, "gradient_checkpointing": checkpointing}
-    run = ran(folder, machine=machine, optimization={"steps": 20}, output={"preview_every": 10})
+    run = train_run(folder, machine=machine, optimization={"steps": 20}, output={"preview_every": 10})
     tensors, _ = read_tensors(run.folder / "clay.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if name.endswith("lora_up.weight"))
@@ -43,7 +43,7 @@ def losses_on_cuda(folder: Path, precision: str, checkpointing: bool | str = "au
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "auto"])
 def test_every_precision_trains_like_the_cpu(precision: str, tmp_path: Path):
-    cpu = ran(tmp_path / "cpu", optimization={"steps": 20}, output={"preview_every": 0}).losses
+    cpu = train_run(tmp_path / "cpu", optimization={"steps": 20}, output={"preview_every": 0}).losses
     cuda = losses_on_cuda(tmp_path / "cuda", precision)
     assert sum(cuda) == pytest.approx(sum(cpu), rel=0.01 if precision == "fp32" else 0.05)
 
@@ -66,7 +66,7 @@ def test_a_pass_that_does_not_fit_falls_back_or_is_refused(tmp_path: Path, monke
     tables: Any = {"machine": {"device": "cuda"}, "data": {"resolution": 1024}}
     try:
         with pytest.raises(Refused, match=r"does not fit into the memory of the cuda device: .* lower --batch-size"):
-            ran(tmp_path, optimization={"steps": 1, "batch_size": 16}, **tables)
+            train_run(tmp_path, optimization={"steps": 1, "batch_size": 16}, **tables)
         events = (tmp_path / "runs/clay/events.jsonl").read_text()
         assert "gradient checkpointing for some blocks" in events and "1 image per pass" in events
     finally:
@@ -85,10 +85,10 @@ def test_captured_passes_have_the_losses_of_eager_ones(
 ):
     machine = {"device": "cuda", "mixed_precision": precision, "gradient_checkpointing": checkpointing}
     tables: Any = {"machine": machine, "optimization": {"steps": 20}, "output": {"preview_every": 10}}
-    captured = ran(tmp_path / "captured", **tables)
+    captured = train_run(tmp_path / "captured", **tables)
     assert not [event for event in captured.of("note") if "CUDA graphs are off" in event["text"]]
     monkeypatch.setattr(recipe, "capture_for", lambda *args: None)
-    eager = ran(tmp_path / "eager", **tables)
+    eager = train_run(tmp_path / "eager", **tables)
     assert captured.losses == pytest.approx(eager.losses, rel=1e-4 if precision == "fp32" else 1e-2)
 
 
@@ -101,10 +101,10 @@ def test_a_gpu_that_is_one_step_ahead_has_the_losses_of_one_that_is_waited_for(
     monkeypatch.setattr(OptimizerStep, "take", lambda self, *args: queued.append(self.max_queued) or take(self, *args))
     machine = {"device": "cuda", "mixed_precision": precision}
     tables: Any = {"machine": machine, "optimization": {"steps": 20, "ema_decay": 0.9}, "output": {"preview_every": 10}}
-    first = ran(tmp_path / "queued", **tables)
+    first = train_run(tmp_path / "queued", **tables)
     assert queued == [1] * 20
     monkeypatch.setattr(OptimizerStep, "max_queued", property(lambda self: 0, lambda self, number: None), raising=False)
-    waited = ran(tmp_path / "waited", **tables)
+    waited = train_run(tmp_path / "waited", **tables)
     assert queued[20:] == [0] * 20
     assert [event["step"] for event in first.of("step")] == list(range(1, 21))
     assert first.losses == pytest.approx(waited.losses, rel=1e-4 if precision == "fp32" else 1e-2)
@@ -121,7 +121,7 @@ def test_a_step_that_is_not_finite_is_skipped_by_the_gpu(tmp_path: Path):
     }
     output = {"preview_every": 0, "save_every": 1}
     with pytest.raises(Refused, match=r"as of step \d+ is .*clay\.safetensors"):
-        ran(tmp_path, machine={"device": "cuda", "mixed_precision": "fp32"}, optimization=wanted, output=output)
+        train_run(tmp_path, machine={"device": "cuda", "mixed_precision": "fp32"}, optimization=wanted, output=output)
     tensors, _ = read_tensors(tmp_path / "runs/clay/clay.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
@@ -139,7 +139,9 @@ def test_nothing_waits_for_the_gpu_in_a_step(tmp_path: Path, monkeypatch: pytest
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(OptimizerStep, "take", take_without_sync)
-    ran(tmp_path, machine={"device": "cuda"}, optimization={"steps": 20}, output={"preview_every": 0, "save_every": 0})
+    train_run(
+        tmp_path, machine={"device": "cuda"}, optimization={"steps": 20}, output={"preview_every": 0, "save_every": 0}
+    )
     assert taken == list(range(20))
 
 
@@ -155,7 +157,7 @@ def test_a_pass_that_cannot_be_captured_runs_eagerly_and_leaves_the_gpu_state_un
 
     monkeypatch.setattr(Objectives, "losses_of", losses_with_sync)
     before = torch.cuda.current_stream()
-    run = ran(
+    run = train_run(
         tmp_path, machine={"device": "cuda"}, network={"lora_dropout": 0.1}, optimization={"steps": 4},
         output={"preview_every": 2},
     )  # fmt: skip
@@ -194,7 +196,7 @@ def test_gradients_of_factors_are_accumulated_in_fp32(num_layers: int):
     if num_layers == 1:
         left, right = left[0], right[0]
     parameters = [torch.nn.Parameter(torch.zeros(64, 64, device="cuda")) for _ in range(num_layers)]
-    flat = Flat([parameters])
+    flat = FlatParameters([parameters])
     flat.gradients[0].fill_(1)
     assert not any(one is not None for one in _given(parameters, left, right, 0.5))
     expected = 1 + 0.5 * (left.double() @ right.double())
@@ -225,7 +227,7 @@ def test_fewer_bits_use_less_gpu_memory():
 
 def test_compiled_blocks_have_the_losses_of_eager_ones(tmp_path: Path):
     plain = losses_on_cuda(tmp_path / "plain", "fp32")
-    compiled = ran(
+    compiled = train_run(
         tmp_path / "compiled", machine={"device": "cuda", "mixed_precision": "fp32", "torch_compile": "on"},
         optimization={"steps": 20}, output={"preview_every": 10},
     )  # fmt: skip

@@ -206,9 +206,9 @@ class Artifacts:
             write_png(loss_curve(self.losses, f"{name}: loss", self.validation_losses), folder / "loss.png")
         lines = [f"adapter: {self.path} ({format_bytes(self.path.stat().st_size)})"]
         if (previews := folder / "previews").is_dir():
-            lines.append(f"previews: {previews}")
-        if total := sum(self.preview_s):
-            lines.append(f"previews: {total / (total + self.training_s):.0%} of run time")
+            total = sum(self.preview_s)
+            share = f" ({total / (total + self.training_s):.0%} of run time)" if total else ""
+            lines.append(f"previews: {previews}{share}")
         if self.validation_losses:
             lines.append(describe_lowest_validation(self.validation_losses, [file for file, _ in self.checkpoints]))
         if self.run.code:

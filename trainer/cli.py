@@ -10,7 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError, ValidationError
+from cyclopts import (
+    App,
+    CycloptsError,
+    MissingArgumentError,
+    Parameter,
+    UnknownOptionError,
+    UnusedCliTokensError,
+    ValidationError,
+)
 from cyclopts.exceptions import ConsumeMultipleError
 from pydantic import ValidationError as PydanticError
 
@@ -100,12 +108,12 @@ def train(
     else:
         resolved = files.resolve(Path(source) if source.endswith(".toml") else None, preset, flags)
     with quick_imports():
-        from .run.events import json_reader, while_it_lasts
+        from .run.events import json_reader, until_closed
         from .run.terminal import Terminal
         from .train import train as run
 
     with nullcontext(json_reader) if json else Terminal() as reader:
-        readers = [while_it_lasts(reader)]
+        readers = [until_closed(reader)]
         result = run(resolved, readers, resume=run_folder, force=force, dry_run=dry_run, measured=measure)
     if result and result.code:
         raise SystemExit(result.code)
@@ -234,13 +242,15 @@ def _lists_folders(path: Path) -> bool:
 def _one_line(error: CycloptsError) -> str:
     """The parser's refusal as one line."""
     if isinstance(error, UnknownOptionError):
-        flag = str(error.token.keyword or error.token.value)
+        flag = str(error.token.keyword or error.token.value).partition("=")[0]
         key = flag.lstrip("-").replace("-", "_")
         if elsewhere := hint(flag):
             return f"{flag}: {elsewhere}"
         known = [name.removeprefix("--").replace("-", "_") for name in flags_of(app)]
         close = "" if key in known else did_you_mean(key, known).replace("_", "-").replace("mean ", "mean --")
         return f"{flag}: no such option of this command{close}; see --help, or `scumble options` for all of them"
+    if isinstance(error, MissingArgumentError) and error.argument:
+        return f"{' '.join(error.command_chain or ())}: {error.argument.name} is required; see --help".strip()
     if isinstance(error, UnusedCliTokensError):
         return f"{' '.join(error.unused_tokens or ())}: unexpected argument; see --help"
     if isinstance(error, ConsumeMultipleError) and error.argument:

@@ -10,7 +10,7 @@ from scumble.datasets.batches import epoch_batches
 from scumble.datasets.reading.images import Size
 
 from .base_model.load import Base
-from .kernels.compile import PAYS_S, compile_blocks
+from .kernels.compile import MIN_RUN_S, compile_blocks
 from .plan.job import Job
 from .run.events import Events
 from .run.retention import check_disk, disk_needed
@@ -90,13 +90,13 @@ def compiled_if_it_pays(
 ) -> StepCost:
     """Compile the UNet's blocks if asked to, or on CUDA if the run is long enough and a step gets faster."""
     wanted, device, passes = job.options.machine.torch_compile, job.accelerator.device, optimizer_step.passes
-    is_long = device.type == "cuda" and expected_s > PAYS_S
+    is_long = device.type == "cuda" and expected_s > MIN_RUN_S
     if not (wanted == "on" or (wanted == "auto" and is_long) or (was_compiled and wanted != "off")):
         return cost
     passes.forget()
     compiled_s = compile_blocks(
         base.unet, lambda: timed(lambda: optimizer_step.trial(batch), device), cost.seconds,
-        whatever=wanted == "on" or was_compiled, say=lambda line: events.emit("note", text=f"  {line}"),
+        force=wanted == "on" or was_compiled, report=lambda line: events.emit("note", text=f"  {line}"),
     )  # fmt: skip
     passes.set_compiled(compiled_s is not None)
     return replace(cost, seconds=compiled_s or cost.seconds)

@@ -35,15 +35,15 @@ from .run.state import LoadedState, State, newest_state
 from .system.device import device_may_fail
 from .system.out_of_memory import TooLarge, unless_too_large
 from .system.signals import Interrupted, Interrupts
-from .training.checkpointing import recompute_activations
-from .training.flat_parameters import Flat
+from .training.checkpointing import enable_gradient_checkpointing
+from .training.flat_parameters import FlatParameters
 from .training.forward_backward import Passes
 from .training.lora import ADAPTER, AdaptedLayer, attach, component_of, memory_order, num_parameters
 from .training.lr_schedules import lr_multiplier
 from .training.memory_fallback import MemoryFallback
 from .training.objective import Objectives, Sample
 from .training.optimizer_step import STOPPED_AFTER, OptimizerStep, samples_of
-from .training.optimizers import grouped, make_optimizer
+from .training.optimizers import make_optimizer, param_groups
 from .training.validation import Validation
 
 
@@ -137,8 +137,8 @@ def prepare(job: Job, events: Events, loaded: LoadedState | None = None) -> Prep
     with on_device(base, base.vae):
         latents = encode_set(
             base, [(one.example.image, one.crops) for one in job.cropped],
-            tell=lambda done: events.emit("encoded", done=done, total=len(job.cropped)), cache=cache,
-            say=report, digests={example.image: example.digest for example in job.examples},
+            progress=lambda done: events.emit("encoded", done=done, total=len(job.cropped)), cache=cache,
+            report=report, digests={example.image: example.digest for example in job.examples},
         )  # fmt: skip
     objectives = Objectives(
         base, job.examples, job.crops, latents, options.data, options.objective, options.output.seed,
@@ -152,7 +152,7 @@ def prepare(job: Job, events: Events, loaded: LoadedState | None = None) -> Prep
     # 2. Attach the adapter, and choose the kernels.
     adapter = attach(base, options.network, plan.parts, options.output.seed)
     largest = max(job.buckets, key=lambda size: size.width * size.height)
-    choose_kernels(base.unet, options.machine.attention, largest, job.source.latent_px, say=report)
+    choose_kernels(base.unet, options.machine.attention, largest, job.source.latent_px, report=report)
     count = num_parameters(adapter)
     report(f"{count:,} trainable parameters in {len(adapter)} layers, {count / base.num_weights:.2%} of the base")
 
@@ -163,8 +163,8 @@ def prepare(job: Job, events: Events, loaded: LoadedState | None = None) -> Prep
     ]
     named = {f"{layer.key}.{slot}": p for layer in adapter for slot, p in layer.tensors.items()}
     no_decay = [layer.tensors["dora_scale"] for layer in adapter if "dora_scale" in layer.tensors]
-    groups = grouped(learning_rates, no_decay)
-    flat = Flat([group["params"] for group in groups], job.dtype)
+    groups = param_groups(learning_rates, no_decay)
+    flat = FlatParameters([group["params"] for group in groups], job.dtype)
     optimizer = make_optimizer(wanted.optimizer, groups, wanted.weight_decay, flat)
 
     # 4. The forward and backward pass, and the optimizer step over it.
@@ -177,12 +177,12 @@ def prepare(job: Job, events: Events, loaded: LoadedState | None = None) -> Prep
     for part in plan.parts:
         component_of(base, part.name).train()
     if options.machine.gradient_checkpointing is True:
-        recompute_activations(base, plan.parts)
+        enable_gradient_checkpointing(base, plan.parts)
     state = loaded.state if loaded else State()
     fallback = MemoryFallback(
         passes, device, report,
         checkpointing=[
-            partial(recompute_activations, base, plan.parts, only_shallow=shallow) for shallow in (True, False)
+            partial(enable_gradient_checkpointing, base, plan.parts, only_shallow=shallow) for shallow in (True, False)
         ] if options.machine.gradient_checkpointing == "auto" else (),
         quantize=partial(take_fewer_bits, base, options.model) if options.machine.base_quantization == "auto" else None,
         micro_batch=state.micro_batch, checkpointing_level=state.checkpointing_level,
@@ -236,7 +236,7 @@ def learn(job: Job, prepared: Prepared, state: State, run: RunFolder, interrupts
             wanted.lr_scheduler, step, plan.num_steps, wanted.lr_warmup_steps, wanted.lr_num_cycles
         )
         optimizer_step.take(step, batches, multiplier, following[0])
-        pauses = artifacts.is_due(step + 1) or run.is_asked or bool(interrupts)
+        pauses = artifacts.is_due(step + 1) or run.has_requests or bool(interrupts)
         for outcome in optimizer_step.outcomes(wait=pauses):
             if outcome.is_hopeless:
                 trouble = (
@@ -252,7 +252,7 @@ def learn(job: Job, prepared: Prepared, state: State, run: RunFolder, interrupts
         asked = run.requests()
         artifacts.after(asked)
         if interrupts or "stop" in asked:
-            run.stopped(interrupts.code or RESUMABLE, f"stopped {f'by {interrupts.by}' if interrupts else 'as asked'}")
+            run.set_exit(interrupts.code or RESUMABLE, f"stopped {f'by {interrupts.by}' if interrupts else 'as asked'}")
             break
 
     if trouble and (good := newest_state(run.path, lambda line: None, before=artifacts.last_finite + 1)):

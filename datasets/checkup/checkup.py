@@ -198,22 +198,22 @@ def check_images(
     kind: Literal["style", "character"],
     trigger: str,
     windows: Sequence[Window],
-    heard: Callable[[Example], str],
+    caption_text: Callable[[Example], str],
     with_thumbs: bool = True,
-    tell: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Checkup:
     """Check every image and caption of a dataset. Regularization images are counted but not checked.
 
-    `heard` returns the caption text of an example as training uses it; `tell` is called with the number of images
-    measured so far. Raises `Refused` naming an image that can no longer be read.
+    `caption_text` returns the caption text of an example as training uses it; `progress` is called with the number of
+    images measured so far. Raises `Refused` naming an image that can no longer be read.
     """
     subjects = subjects_of(one for one in cropped if not one.example.is_regularization)
     measures = []
     with_thumbs = with_thumbs and len(subjects) <= FEW  # of a larger set, the images that are shown are read again
     for measured in measure_images(subjects, with_thumbs):
         measures.append(measured if len(measures) < FEW else replace(measured, corners=Corners(None)))
-        tell(len(measures))
-    captions = [heard(subject.example) for subject in subjects]
+        progress(len(measures))
+    captions = [caption_text(subject.example) for subject in subjects]
     evidence = Evidence(
         tuple(measures), tuple(found.left_out), tuple(found.remarks), kind, trigger, tuple(windows), tuple(captions)
     )

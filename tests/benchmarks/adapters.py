@@ -117,7 +117,7 @@ def draw_base(known: dict[str, torch.Size], path: Path, whole: bool) -> None:
             named[f"model.diffusion_model.{theirs}"] = shape
     entries, position = {}, 0
     for name, shape in (named | (other_shapes() if whole else {})).items():
-        entries[name] = Entry("F16", tuple(shape), position, position + 2 * shape.numel()).told()
+        entries[name] = Entry("F16", tuple(shape), position, position + 2 * shape.numel()).to_json()
         position += 2 * shape.numel()
     noise = (0.02 * torch.randn(8 * 2**20, generator=torch.Generator().manual_seed(0))).half().numpy().tobytes()
     with path.open("wb") as file:

@@ -36,8 +36,8 @@ from scumble.trainer.base_model.one_block import place_together
 from scumble.trainer.base_model.quantize import PACKINGS, quantize
 from scumble.trainer.kernels.cuda_graphs import own_stream
 from scumble.trainer.kernels.lora_matmul import use_fast_lora
-from scumble.trainer.training.checkpointing import recompute_unet
-from scumble.trainer.training.flat_parameters import Flat
+from scumble.trainer.training.checkpointing import enable_unet_checkpointing
+from scumble.trainer.training.flat_parameters import FlatParameters
 from scumble.trainer.training.lora import ADAPTER
 
 BLOCK, STEPS = 512, 4
@@ -108,13 +108,13 @@ def count_step(layout: Layout, recompute: tuple[bool, ...], bits: int, counts_fl
             ):
                 quantize(unet, bits, CPU, unet)
         for only_shallow in recompute:
-            recompute_unet(unet, only_shallow)
+            enable_unet_checkpointing(unet, only_shallow)
         side, width = layout.side_px // layout.latent_px, config["cross_attention_dim"]
         parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
         with live:
             for tensor in [*unet.parameters(), *unet.buffers()]:
                 live.add(tensor)
-            flat = Flat([parameters], torch.bfloat16)
+            flat = FlatParameters([parameters], torch.bfloat16)
             use_fast_lora([module for module in unet.modules() if hasattr(module, "lora_A")], ADAPTER, flat.lowered)
             weights = live.now
             added = {"text_embeds": torch.empty(1, 1280, dtype=torch.bfloat16), "time_ids": torch.empty(1, 6)}

@@ -49,13 +49,13 @@ from scumble.trainer.kernels.capture import capture_for
 from scumble.trainer.kernels.cuda_graphs import own_stream
 from scumble.trainer.kernels.lora_matmul import use_fast_lora
 from scumble.trainer.system.out_of_memory import TooLarge
-from scumble.trainer.training.checkpointing import recompute_unet
-from scumble.trainer.training.flat_parameters import Flat
+from scumble.trainer.training.checkpointing import enable_unet_checkpointing
+from scumble.trainer.training.flat_parameters import FlatParameters
 from scumble.trainer.training.forward_backward import Passes
 from scumble.trainer.training.lora import ADAPTER, attach, memory_order
 from scumble.trainer.training.objective import Objectives
 from scumble.trainer.training.optimizer_step import OptimizerStep
-from scumble.trainer.training.optimizers import grouped, make_optimizer
+from scumble.trainer.training.optimizers import make_optimizer, param_groups
 
 HERE = Path(__file__).parent
 SAMPLES = HERE.parent.parent / "datasets/samples/clay-style"
@@ -164,13 +164,13 @@ class Bench:
         base = Base(source, unused, unet, unused, encoders, [], self.scheduler.alphas_cumprod, 1, self.device)
         trained = attach(base, Network(), [Part("unet", RANK, RANK)], seed=0)
         if only_shallow is not None:
-            recompute_unet(unet, only_shallow)
+            enable_unet_checkpointing(unet, only_shallow)
         if "kernels" not in without:
             use_packing, use_fused_norms = "packing" not in without, "fused" not in without
             choose_kernels(unet, "sdpa", size, self.layout.latent_px, use_packing, use_fused_norms, print)
         named = {f"{one.key}.{slot}": p for one in trained for slot, p in one.tensors.items()}
-        groups = grouped([(1e-4, memory_order(trained))])
-        flat = Flat([group["params"] for group in groups], self.dtype)
+        groups = param_groups([(1e-4, memory_order(trained))])
+        flat = FlatParameters([group["params"] for group in groups], self.dtype)
         fast = "product" not in without and use_fast_lora([one.layer for one in trained], ADAPTER, flat.lowered)
         crop = Crop(size, size, 0, 0, size)
         examples = [Example(Path(f"{index}.png"), "a", 1) for index in range(NUM_IMAGES)]

@@ -177,11 +177,10 @@ def test_no_two_options_share_a_flag_and_each_has_help():
     assert all(len(entry.help) >= 5 and not entry.help.endswith(".") for entry in declared())
 
 
-def test_every_option_is_in_the_help_and_in_the_reference(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("COLUMNS", "120")
-    _, text, _ = run(capsys, "train", "--help")
+def test_every_option_is_in_the_help_and_in_the_reference():
+    command = [sys.executable, "-m", "scumble.trainer.cli", "train", "--help"]
+    wide = os.environ | {"COLUMNS": "120"}
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=wide).stdout
     for entry in declared():
         assert f"{entry.flag} " in text, entry.flag
         assert f"| `{entry.key}` | `{entry.flag}` |" in reference()

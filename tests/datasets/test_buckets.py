@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageDraw
-from runs import SAMPLES, ran
+from runs import SAMPLES, train_run
 from small_parts import CPU
 from tiny import tiny_base
 
@@ -25,12 +25,12 @@ from scumble.trainer.adapters.targets import Part
 from scumble.trainer.base_model.detect import detect_base
 from scumble.trainer.base_model.latents import encode_set
 from scumble.trainer.base_model.load import load
-from scumble.trainer.training.flat_parameters import Flat
+from scumble.trainer.training.flat_parameters import FlatParameters
 from scumble.trainer.training.forward_backward import Passes
 from scumble.trainer.training.lora import attach
 from scumble.trainer.training.objective import Objectives, Sample
 from scumble.trainer.training.optimizer_step import OptimizerStep
-from scumble.trainer.training.optimizers import grouped, make_optimizer
+from scumble.trainer.training.optimizers import make_optimizer, param_groups
 
 SHAPES = [
     (50, 300),
@@ -108,7 +108,7 @@ def test_limits_that_leave_no_bucket_are_refused_by_option():
 def test_a_bucket_step_that_the_base_cannot_downsample_is_refused(tmp_path: Path):
     data = {"bucket_reso_steps": 40, "resolution": 64}
     with pytest.raises(Refused, match="--bucket-reso-steps 40: must be a multiple of 16 for Stable Diffusion XL"):
-        ran(tmp_path, dry_run=True, model={"base": str(tiny_base("sdxl", tmp_path / "sdxl"))}, data=data)
+        train_run(tmp_path, dry_run=True, model={"base": str(tiny_base("sdxl", tmp_path / "sdxl"))}, data=data)
 
 
 def test_random_crops_are_drawn_once_and_cover_the_whole_image(tmp_path: Path):
@@ -276,8 +276,8 @@ def test_a_sample_has_the_same_weight_in_a_small_batch_as_in_a_full_one():
     trained = attach(base, Options().network, [Part("unet", 4, 4.0)], seed=0)
     named = {f"{module.key}.{slot}": tensor for module in trained for slot, tensor in module.tensors.items()}
     objectives = Objectives(base, examples, crops, latents, Data(caption_dropout=0.0), Objective(), 0, False)
-    flat = Flat([list(named.values())])
-    optimizer = make_optimizer("adamw", grouped([(1e-3, list(named.values()))]), 0.0, flat)
+    flat = FlatParameters([list(named.values())])
+    optimizer = make_optimizer("adamw", param_groups([(1e-3, list(named.values()))]), 0.0, flat)
     passes = Passes(objectives, flat)
     update = OptimizerStep(Accelerator(cpu=True), passes, named, flat, optimizer, 1.0, 0.0, samples_per_step=2)
 

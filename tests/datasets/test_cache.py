@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageOps
-from runs import SAMPLES, ran
+from runs import SAMPLES, train_run
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Model
@@ -134,7 +134,7 @@ def test_a_dataset_that_does_not_fit_in_memory_is_read_on_demand(base: Base, vie
 def test_a_read_only_cache_is_reported_and_training_continues_without_it(base: Base, views: list[View], tmp_path: Path):
     (tmp_path / "file").touch()
     messages: list[str] = []
-    found = encode_set(base, views, cache=Cache(tmp_path / "file"), say=messages.append)
+    found = encode_set(base, views, cache=Cache(tmp_path / "file"), report=messages.append)
     assert_same(found, encoded(base, views, None)[0])
     assert len(messages) == 1 and "cannot be written (Not a directory); continuing without the cache" in messages[0]
     with pytest.raises(Refused, match=r"cannot be written \(Not a directory\)") as error:
@@ -156,7 +156,8 @@ def test_a_second_run_uses_cached_latents_and_the_cache_can_be_listed_and_cleare
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     cache = str(tmp_path / "cache")
-    first, second = (ran(tmp_path, data={"images": str(SAMPLES), "latent_cache": cache}, output={"preview_every": 0})
+    no_previews = {"preview_every": 0}
+    first, second = (train_run(tmp_path, data={"images": str(SAMPLES), "latent_cache": cache}, output=no_previews)
                      for _ in range(2))  # fmt: skip
     assert first.losses == second.losses
     cli.main(["cache", "list", "--folder", cache])

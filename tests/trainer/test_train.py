@@ -15,7 +15,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
-from runs import CPU, SAMPLES, Run, ran
+from runs import CPU, SAMPLES, Run, train_run
 from tiny import tiny_base
 
 from scumble.configs import files
@@ -43,7 +43,9 @@ from scumble.trainer.training.objective import Objectives, Sample, generator_for
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return ran(tmp_path_factory.mktemp("run"), optimization={"steps": 7}, output={"preview_every": 5, "save_every": 5})
+    return train_run(
+        tmp_path_factory.mktemp("run"), optimization={"steps": 7}, output={"preview_every": 5, "save_every": 5}
+    )
 
 
 def test_a_run_writes_the_files_that_the_readme_lists(run: Run):
@@ -100,12 +102,12 @@ def test_the_metadata_identifies_the_file_and_contains_no_path(run: Run):
 
 
 def test_a_second_run_with_the_same_name_gets_its_own_folder(run: Run):
-    second = ran(run.folder.parent.parent, optimization={"steps": 1}, output={"preview_every": 0})
+    second = train_run(run.folder.parent.parent, optimization={"steps": 1}, output={"preview_every": 0})
     assert second.folder.name == "clay-2" and (second.folder / "clay-2.safetensors").is_file()
 
 
 def test_a_dry_run_reports_the_plan_and_writes_nothing(tmp_path: Path):
-    plan = ran(tmp_path, dry_run=True, optimization={"steps": "auto"}).of("plan")[0]
+    plan = train_run(tmp_path, dry_run=True, optimization={"steps": "auto"}).of("plan")[0]
     assert plan["steps"] == 160 and plan["epochs"] == 32
     for fact in ("20 images", "embedded base"):
         assert any(fact in line for line in plan["reasons"])
@@ -113,7 +115,7 @@ def test_a_dry_run_reports_the_plan_and_writes_nothing(tmp_path: Path):
 
 
 def test_previews_do_not_affect_training(run: Run, tmp_path: Path):
-    without = ran(tmp_path, optimization={"steps": 7}, output={"preview_every": 0})
+    without = train_run(tmp_path, optimization={"steps": 7}, output={"preview_every": 0})
     assert "previews: " in run.events[-1]["text"] and "previews: " not in without.events[-1]["text"]
     assert without.losses == run.losses
 
@@ -124,8 +126,8 @@ def test_accumulated_small_batches_equal_one_large_batch(tmp_path: Path):
 
     seed = next(seed for seed in range(100) if order(20, seed) == order(10, seed))  # each sample at the same position
     output = {"preview_every": 0, "seed": seed, "save_precision": "fp32"}
-    large = ran(tmp_path / "a", optimization={"steps": 1, "batch_size": 20}, output=output)
-    small = ran(
+    large = train_run(tmp_path / "a", optimization={"steps": 1, "batch_size": 20}, output=output)
+    small = train_run(
         tmp_path / "b", optimization={"steps": 1, "batch_size": 10, "gradient_accumulation_steps": 2}, output=output
     )
     assert small.losses == pytest.approx(large.losses, rel=1e-5)
@@ -147,7 +149,7 @@ def test_training_lowers_the_loss_compared_with_an_idle_run_on_the_same_samples(
             "learning_rate": learning_rate,
             "text_encoder_lr": learning_rate,
         }
-        return ran(tmp_path, optimization=options, output={"preview_every": 0}).losses
+        return train_run(tmp_path, optimization=options, output={"preview_every": 0}).losses
 
     assert sum(losses(2e-3)[10:]) < sum(losses(1e-12)[10:])
 
@@ -198,7 +200,7 @@ def test_the_loss_equals_that_of_a_plain_loop_with_diffusers_and_peft():
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sd2-v", "sdxl"])
 def test_every_family_trains_and_writes_its_label(kind: str, tmp_path: Path):
-    run = ran(
+    run = train_run(
         tmp_path, model={"base": str(tiny_base(kind, tmp_path / kind))}, data={"resolution": 64},
         optimization={"steps": 1, "batch_size": 2},
         network={"text_encoder_rank": 2, "text_encoder_2_rank": 2 if kind == "sdxl" else 0},
@@ -220,7 +222,7 @@ def test_every_family_trains_and_writes_its_label(kind: str, tmp_path: Path):
 def test_every_algorithm_trains_and_reports_which_programs_load_its_file(
     algorithm: str, times: int, module: str, arguments: dict, note: str, tmp_path: Path
 ):
-    run = ran(
+    run = train_run(
         tmp_path, network={"algorithm": algorithm}, optimization={"steps": 4, "ema_decay": 0.5},
         machine={"mixed_precision": "bf16", "gradient_checkpointing": True}, output={"preview_every": 4},
     )  # fmt: skip
@@ -244,7 +246,7 @@ def test_regularization_images_are_repeated_to_match_the_training_images(tmp_pat
         Image.new("RGB", (64, 64), "red").save(tmp_path / name)
     (tmp_path / "reg").mkdir()
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "reg" / "r.png")
-    plan = ran(
+    plan = train_run(
         tmp_path / "out",
         dry_run=True,
         data={"images": str(tmp_path)},
@@ -300,14 +302,14 @@ def test_the_last_step_of_an_epoch_may_have_fewer_batches():
 )
 def test_invalid_options_are_refused_before_weights_are_loaded(tables: dict, line: str, tmp_path: Path):
     with pytest.raises(Refused, match=line):
-        ran(tmp_path, **tables)
+        train_run(tmp_path, **tables)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_output_folder_that_cannot_be_created_is_refused_before_weights_are_loaded(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(Refused, match=r"--output-dir .*file: .* cannot be created \(Not a directory\)") as error:
-        ran(tmp_path, output={"output_dir": str(tmp_path / "file")})
+        train_run(tmp_path, output={"output_dir": str(tmp_path / "file")})
     assert error.value.exit_code == 73
 
 
@@ -330,7 +332,7 @@ def test_steps_equal_those_of_peft_and_the_adamw_of_torch(tmp_path: Path):
         "max_grad_norm": 0.05,
     }
     output = {"preview_every": 0, "save_precision": "fp32", "seed": 4}
-    run = ran(tmp_path, data={"caption_dropout": 0.0}, optimization=wanted, output=output)
+    run = train_run(tmp_path, data={"caption_dropout": 0.0}, optimization=wanted, output=output)
     ours, _ = read_tensors(run.folder / "clay.safetensors")
 
     pipeline = StableDiffusionPipeline.from_pretrained(EMBEDDED)
@@ -346,7 +348,7 @@ def test_steps_equal_those_of_peft_and_the_adamw_of_torch(tmp_path: Path):
                 path, _, which = name.partition(".lora_")
                 stem = prefix + path.removeprefix("text_model.").replace(".", "_")
                 stems[f"{stem}.lora_{'down' if which[0] == 'A' else 'up'}.weight"] = parameter
-    initial = ran(
+    initial = train_run(
         tmp_path / "start", optimization={"steps": 1, "learning_rate": 1e-30, "text_encoder_lr": 1e-30}, output=output
     )
     start, _ = read_tensors(initial.folder / "clay.safetensors")
@@ -423,29 +425,29 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_finite_weight
         Refused,
         match=r"step \d+: the (loss|gradient) is not finite, as in the 11 steps before; try a lower --learning.*clay",
     ):
-        ran(tmp_path, optimization=wanted, output={"preview_every": 0})
+        train_run(tmp_path, optimization=wanted, output={"preview_every": 0})
     tensors, _ = read_tensors(tmp_path / "runs/clay/clay.safetensors")
     assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "lion", "prodigy", "schedule_free"])
 def test_every_optimizer_of_the_extra_trains_and_saves_its_weights(optimizer: str, tmp_path: Path):
-    run = ran(tmp_path, optimization={"optimizer": optimizer, "steps": 8}, output={"preview_every": 4})
+    run = train_run(tmp_path, optimization={"optimizer": optimizer, "steps": 8}, output={"preview_every": 4})
     assert len(run.losses) == 8
     tensors, metadata = read_tensors(run.folder / "clay.safetensors")
     assert metadata["ss_optimizer"] == optimizer
     assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if name.endswith("lora_up.weight"))
     reasons = " ".join(run.of("plan")[0]["reasons"])
-    expected = {"prodigy": "times the rate that it finds", "schedule_free": "schedule_free, constant, learning rate"}
+    expected = {"prodigy": "times its own estimate", "schedule_free": "schedule_free, constant, learning rate"}
     assert expected.get(optimizer, f"{optimizer}, cosine, learning rate") in reasons
 
 
 def test_dropout_depends_on_the_step_only_so_that_previews_do_not_change_it(tmp_path: Path):
     network = {"lora_dropout": 0.3}
-    with_previews = ran(tmp_path / "a", network=network, optimization={"steps": 4}, output={"preview_every": 1})
-    without = ran(tmp_path / "b", network=network, optimization={"steps": 4}, output={"preview_every": 0})
+    with_previews = train_run(tmp_path / "a", network=network, optimization={"steps": 4}, output={"preview_every": 1})
+    without = train_run(tmp_path / "b", network=network, optimization={"steps": 4}, output={"preview_every": 0})
     assert with_previews.losses == without.losses
-    plain = ran(tmp_path / "c", optimization={"steps": 4}, output={"preview_every": 0})
+    plain = train_run(tmp_path / "c", optimization={"steps": 4}, output={"preview_every": 0})
     assert plain.losses[0] == without.losses[0]  # up is still 0, so dropout has no effect
     assert plain.losses[3] != without.losses[3]
 
@@ -474,8 +476,8 @@ def test_the_last_preview_matches_stock_diffusers_with_the_exported_file(run: Ru
 
 def test_the_moving_average_is_saved_and_training_continues_from_the_live_weights(tmp_path: Path):
     optimization, output = {"steps": 4, "lr_scheduler": "constant"}, {"preview_every": 2, "save_precision": "fp32"}
-    live = ran(tmp_path / "a", optimization=optimization, output=output | {"save_every": 1})
-    averaged = ran(tmp_path / "b", optimization=optimization | {"ema_decay": 0.5}, output=output)
+    live = train_run(tmp_path / "a", optimization=optimization, output=output | {"save_every": 1})
+    averaged = train_run(tmp_path / "b", optimization=optimization | {"ema_decay": 0.5}, output=output)
     assert averaged.losses == live.losses
     states = [read_tensors(path)[0] for path in sorted((live.folder / "checkpoints").glob("*.safetensors"))]
     states.append(read_tensors(live.folder / "clay.safetensors")[0])
@@ -513,7 +515,7 @@ def test_the_loss_depends_on_prior_loss_weight_and_mirrored_crops():
 def test_previews_above_preview_share_are_skipped_except_the_first_and_the_last(tmp_path: Path):
     output = {"preview_every": 1, "save_every": 0}
     previews = {"prompts": ("owl",), "num_inference_steps": 2, "preview_share": 0.0}
-    run = ran(tmp_path, optimization={"steps": 3}, output=output, previews=previews)
+    run = train_run(tmp_path, optimization={"steps": 3}, output=output, previews=previews)
     assert [event["step"] for event in run.of("preview")] == [0, 3]
     assert [event["text"] for event in run.of("note") if "--preview-share" in event["text"]] == [
         "  preview at step 1 skipped (--preview-share)", "  preview at step 2 skipped (--preview-share)",

@@ -16,7 +16,7 @@ import torch
 from scumble.configs.atomic import cannot_write, replace_folder, temporary_name
 from scumble.configs.errors import Refused
 
-from ..system.output_paths import check_room
+from ..system.output_paths import check_disk_space
 from ..system.safetensors_header import read_header
 from .adapter import Adapter
 from .compatibility import check_fit
@@ -60,7 +60,7 @@ def bake(base: Path, out: Path, adapters: Sequence[BakedAdapter], undo: bool = F
         return describe_removed_paths(bake_folder(base, out, adapters, comment_for(adapters)))
     if out.suffix != ".safetensors":
         raise Refused(f"--out {out}: the base is a single file; use a name that ends in .safetensors")
-    check_room(out, base.stat().st_size)
+    check_disk_space(out, base.stat().st_size)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -75,7 +75,7 @@ def bake_folder(base: Path, out: Path, adapters: Sequence[BakedAdapter], comment
     temporary, edited = temporary_name(out), []
     if out.exists() and not (out / "model_index.json").is_file():
         raise Refused(f"--out {out}: is not a diffusers folder, so --force does not replace it; choose another name")
-    check_room(out, sum(file.stat().st_size for name in subfolders(base) for file in kept_files(base / name)))
+    check_disk_space(out, sum(file.stat().st_size for name in subfolders(base) for file in kept_files(base / name)))
     try:
         temporary.mkdir(parents=True)
         for name in subfolders(base):

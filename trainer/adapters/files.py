@@ -52,7 +52,7 @@ def write_adapter(
     entries, position, digest = {}, 0, hashlib.sha256()
     for name, tensor in ordered:
         data = bytes_of(tensor)
-        entries[name] = Entry(DTYPES[tensor.dtype], tuple(tensor.shape), position, position + len(data)).told()
+        entries[name] = Entry(DTYPES[tensor.dtype], tuple(tensor.shape), position, position + len(data)).to_json()
         position += len(data)
         digest.update(data)
     header = header_bytes(entries, clean | {"sshs_model_hash": digest.hexdigest()})

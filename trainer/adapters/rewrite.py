@@ -28,7 +28,7 @@ def rewrite(source: Path, target: Path, changes: Mapping[str, Change], metadata:
     """
     header = read_header(source)
     with atomic_write(target, sync=True) as temporary, source.open("rb") as old, temporary.open("wb") as new:
-        new.write(header_bytes({name: entry.told() for name, entry in header.entries.items()}, metadata))
+        new.write(header_bytes({name: entry.to_json() for name, entry in header.entries.items()}, metadata))
         in_order = sorted(header.entries.items(), key=lambda item: (item[1].start, item[1].end))
         for name, entry in tracked(in_order, f"writing {target.name}", len(in_order)):
             old.seek(header.size + entry.start)

@@ -8,7 +8,7 @@ from scumble.configs.errors import Refused
 ATTENTION = r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
 FULL = r".*\.attentions\.\d+\.(proj_in|proj_out|.*\.(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2))"
 CONVS = r".*\.resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)|.*\.(downsamplers|upsamplers)\.0\.conv"
-LAYOUT = 2  # bump if the order of `laid_out` changes, since the optimizer state depends on it
+LAYOUT = 2  # bump if the order of `memory_order` changes, since the optimizer state depends on it
 TEXT = r".*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)"
 PRESET_TARGETS = {"attention": ATTENTION, "full": FULL}
 

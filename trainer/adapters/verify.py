@@ -59,7 +59,7 @@ def verify(file: Path, base: str, quick: bool = False) -> Verdict:
     if adapter.family != source.family.name:
         labels = FAMILY_LABELS[adapter.family], FAMILY_LABELS[source.family.name]
         raise Refused(f"{file}: made for {labels[0]}, but --base {base} is {labels[1]}; use a base of the same family")
-    weights = find_weights(Path(source.place))
+    weights = find_weights(Path(source.path))
     uis = tuple(matches(tensors, weights.layers, adapter.family))
     network = network_of(adapter)
     limit, incomplete = diffusers_limit(network), incomplete_uis(uis, network)

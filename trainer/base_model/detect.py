@@ -50,7 +50,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class DetectedBase:
-    """A base as detected from its files. `place` is a folder or a file.
+    """A base as detected from its files. `path` is a folder or a file.
 
     `resolution_px` is the side of the square images that it was trained on, and `step_px` the recommended step between
     bucket sides. Sides must be multiples of `whole_px`, the total downsampling of VAE and UNet. One latent covers
@@ -58,7 +58,7 @@ class DetectedBase:
     """
 
     name: str
-    place: str
+    path: str
     is_file: bool
     family: Family
     prediction: str
@@ -76,7 +76,7 @@ class DetectedBase:
     @property
     def configs(self) -> Path:
         """The folder of component configs; a single file uses those of its family."""
-        return BASES / self.family.configs[self.prediction] if self.is_file else Path(self.place)
+        return BASES / self.family.configs[self.prediction] if self.is_file else Path(self.path)
 
     @property
     def tokenizers(self) -> list[Path]:

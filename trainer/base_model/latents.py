@@ -69,15 +69,15 @@ class StreamedLatents(Sequence[Sequence[torch.Tensor]]):
 def encode_set(
     base: Base,
     views: Sequence[ImageCrops],
-    tell: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda done: None,
     cache: Cache | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
     max_resident_bytes: int = MAX_RESIDENT_BYTES,
     digests: Mapping[Path, str] = MappingProxyType({}),
 ) -> Latents:
     """Encode every image with the VAE of the base, or read its latents from the cache.
 
-    `tell` receives the number of encoded images, `say` receives warnings. Raises `Refused` if the VAE outputs
+    `progress` receives the number of encoded images, `report` receives warnings. Raises `Refused` if the VAE outputs
     non-finite values, and (73) if a set too large for memory cannot be written to the cache or has no cache.
     """
     device, scale = base.device, float(base.vae.config["scaling_factor"])
@@ -105,13 +105,13 @@ def encode_set(
             if cache and (failure := _put(cache, dict(zip(names, entries, strict=True)))):
                 if large:
                     raise Refused(failure, CANNOT_WRITE)
-                say(f"{failure}; continuing without the cache")
+                report(f"{failure}; continuing without the cache")
                 cache = None
         if large:
             keys += names
         else:
             kept += [{slot: tensor.to(device) for slot, tensor in entry.items()} for entry in entries]
-        tell(len(keys) + len(kept))
+        progress(len(keys) + len(kept))
     if large:
         assert cache
         read = lru_cache(maxsize=64)(lambda key: _present(cache, key))

@@ -66,11 +66,11 @@ def load(model: Model, source: DetectedBase, device: torch.device, dtype: torch.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch_dtype.*")  # renamed to dtype in newer diffusers
         if source.is_file:
-            pipeline = kind.from_single_file(source.place, config=str(source.configs), **settings)
+            pipeline = kind.from_single_file(source.path, config=str(source.configs), **settings)
         else:
-            if weights_in(Path(source.place) / "unet", variant=False) is None:
+            if weights_in(Path(source.path) / "unet", variant=False) is None:
                 settings["variant"] = "fp16"
-            pipeline = kind.from_pretrained(source.place, **settings)
+            pipeline = kind.from_pretrained(source.path, **settings)
     if model.vae:
         pipeline.register_modules(vae=load_vae(model.vae, source.family, dtype))
     schedule: dict[str, object] = {"prediction_type": source.prediction}

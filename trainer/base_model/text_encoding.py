@@ -50,7 +50,7 @@ def encode_ids(base: Base, ids: Sequence[torch.Tensor]) -> Conditioning:
     return Conditioning(torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds)
 
 
-def size_numbers(crops: Sequence[Crop]) -> torch.Tensor:
+def time_ids(crops: Sequence[Crop]) -> torch.Tensor:
     """SDXL's time ids (B, 6): original height, width, crop top, left, target height, width (Podell et al. 2023, 2.2).
 
     The original size is that of the image before any resizing. The crop corner is in pixels of the resized image.

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from scumble.configs.errors import Refused
 
 from ..system.formatting import format_bytes
-from ..system.output_paths import check_out, check_place
+from ..system.output_paths import check_out, check_path
 
 SUFFIX = ".safetensors"
 Method = Literal["linear", "svd", "ties", "dare", "dare_ties"]
@@ -136,7 +136,7 @@ def extract(
 
     dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
     source = detect_base(Model(base=base))
-    result = extracted(Path(source.place), tuned, Rule(rank, energy), text, convs, dtypes[dtype])
+    result = extracted(Path(source.path), tuned, Rule(rank, energy), text, convs, dtypes[dtype])
     comment = f"extracted with scumble (rank {rank}{f', energy {energy:g}' if energy else ''}): {tuned.stem}"
     predicts_v = source.prediction == "v_prediction"
     metadata = metadata_of_base(source.family.name, predicts_v, source.resolution_px, source.name)
@@ -156,7 +156,7 @@ def bake(
     """Merge adapters into a base permanently, or subtract them again."""
     if not files:
         raise Refused("adapter bake: name at least one adapter file")
-    check_place(out, *files)
+    check_path(out, *files)
     amounts = one_per_file(strengths, files, "--strengths")
     from ..adapters.adapter import read_adapter
     from ..adapters.bake import BakedAdapter
@@ -225,7 +225,7 @@ def base_path(base: str) -> Path:
 
     from ..base_model.detect import detect_base
 
-    return Path(detect_base(Model(base=base)).place)
+    return Path(detect_base(Model(base=base)).path)
 
 
 def print_lines(lines: list[str]) -> None:

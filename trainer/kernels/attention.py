@@ -33,13 +33,13 @@ def choose_kernels(
     latent_px: int,
     use_packing: bool = True,
     use_fused_norms: bool = True,
-    say: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Choose attention, memory layout and cuDNN autotuning for images of up to the size `largest`.
 
     In bf16 on a CPU with few tokens, torch's flash attention takes up to three times as long as plain matrix products
     (tests/benchmarks/LOG.md). xformers is used only if `attention` requests it. Raises `Refused` (69) if it fails.
-    `say` is called with the reason if the fused CUDA kernels cannot be used.
+    `report` is called with the reason if the fused CUDA kernels cannot be used.
     """
     if attention == "xformers":
         try_xformers(unet.device, unet.dtype)
@@ -55,7 +55,7 @@ def choose_kernels(
         unet.to(memory_format=torch.channels_last)
         torch.backends.cudnn.benchmark = True
         if use_fused_norms and (reason := fuse(unet)):
-            say(f"fused norm and GEGLU kernels are off (torch's own need more memory): {reason}")
+            report(f"fused norm and GEGLU kernels are off (torch's own need more memory): {reason}")
         if unet.dtype != torch.float32:
             torch.set_float32_matmul_precision("high")
 

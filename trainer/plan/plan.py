@@ -1,4 +1,4 @@
-"""The plan of a run: every "auto" becomes a number before a weight is loaded, and each choice has its reason."""
+"""The plan of a run: every "auto" that decides its numbers is settled before a weight is loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -141,7 +141,7 @@ def make_plan(
     learning_rates, lr_reasons = _learning_rates(options, source, parts)
     lr_scheduler = OPTIMIZERS[wanted.optimizer].lr_scheduler if wanted.lr_scheduler == "auto" else wanted.lr_scheduler
     rates = ", ".join(f"{learning_rates[part.name]:g} ({part.name})" for part in parts)
-    found = " times the rate that it finds" if OPTIMIZERS[wanted.optimizer].finds_rate else ""
+    found = " times its own estimate" if OPTIMIZERS[wanted.optimizer].is_self_tuning else ""
     reasons.append(f"{wanted.optimizer}, {lr_scheduler}, learning rate {rates}{found}")
     return Plan(
         parts=parts,
@@ -221,17 +221,21 @@ def _num_steps(
 ) -> tuple[int, str]:
     """The number of optimizer steps, and why."""
     wanted, defaults, kind = options.optimization, defaults_for(source), options.data.kind
+
+    def steps(number: int) -> str:
+        return f"{counted(number, 'step')} of batch size {batch_size_of(options, source)}"
+
     if wanted.steps != "auto" and wanted.epochs != "auto":
         raise Refused(f"--steps {wanted.steps} and --epochs {wanted.epochs}: give only one of them")
     if wanted.steps != "auto":
-        return wanted.steps, f"{wanted.steps} steps as asked"
+        return wanted.steps, f"{steps(wanted.steps)} as requested"
     if wanted.epochs != "auto":
         num_steps = wanted.epochs * steps_per_epoch
-        return num_steps, f"{num_steps} steps: {counted(wanted.epochs, 'epoch')} as asked"
+        return num_steps, f"{steps(num_steps)}: {counted(wanted.epochs, 'epoch')} as requested"
     samples = num_images * defaults.samples_per_image[kind]
     samples = min(max(samples, defaults.fewest_samples), defaults.most_samples)
     num_steps = max(1, round(samples / num_samples)) * steps_per_epoch
-    reason = f"{num_steps} steps: {counted(num_images, 'image')}, {kind}: about {samples} training samples"
+    reason = f"{steps(num_steps)}: {counted(num_images, 'image')}, {kind}: about {samples} training samples"
     return num_steps, f"{reason} ({samples // num_images} per image) for {source.label}"
 
 
@@ -245,20 +249,20 @@ def _learning_rates(
     def chosen(asked: float | str, default: float) -> float:
         if isinstance(asked, float | int):
             return asked
-        return 1.0 if optimizer.finds_rate else default * optimizer.lr_multiple * algorithm.lr_multiple
+        return 1.0 if optimizer.is_self_tuning else default * optimizer.lr_multiple * algorithm.lr_multiple
 
     unet = chosen(wanted.learning_rate, defaults.learning_rate)
     text = chosen(wanted.text_encoder_lr, defaults.text_encoder_lr)
-    if optimizer.finds_rate and wanted.text_encoder_lr == "auto":
+    if optimizer.is_self_tuning and wanted.text_encoder_lr == "auto":
         text = unet
     text_2 = text if wanted.text_encoder_2_lr == "auto" else wanted.text_encoder_2_lr
     rates = {"unet": unet, "text": text, "text2": text_2}
-    if optimizer.finds_rate and len({rates[part.name] for part in parts}) > 1:
+    if optimizer.is_self_tuning and len({rates[part.name] for part in parts}) > 1:
         raise Refused(
             f"--text-encoder-lr {text:g}: {wanted.optimizer} uses one learning rate for all parts; "
             "give only --learning-rate"
         )
-    is_multiplied = algorithm.lr_multiple != 1 and not optimizer.finds_rate
+    is_multiplied = algorithm.lr_multiple != 1 and not optimizer.is_self_tuning
     if is_multiplied and "auto" in (wanted.learning_rate, wanted.text_encoder_lr):
         reason = f"the learning rate is {algorithm.lr_multiple:g} times LoRA's: {algorithm.name} then learns as fast"
         return rates, [reason]

@@ -126,6 +126,6 @@ def run_checkup(
     return check_images(
         found, cropped, kind=options.data.kind, trigger=options.data.trigger,
         windows=read_windows(source.tokenizers),
-        heard=lambda example: caption_text(example, options),
-        with_thumbs=with_thumbs, tell=advance,
+        caption_text=lambda example: caption_text(example, options),
+        with_thumbs=with_thumbs, progress=advance,
     )  # fmt: skip

@@ -131,7 +131,7 @@ def check_renderable(file: Path, adapter: Adapter, source: DetectedBase) -> None
             f"{file}: made for {adapter.family}, but --base {source.name} is {source.family.name}; "
             "use a base of the same family"
         )
-    check_fit(str(file), adapter, find_weights(Path(source.place)))
+    check_fit(str(file), adapter, find_weights(Path(source.path)))
 
 
 def names_of(files: Sequence[Path]) -> list[str]:

@@ -49,7 +49,7 @@ class Gallery:
     def add(self, label: str, epoch: int, step: int) -> None:
         """Render all prompts with the current adapter into `folder`, and add a grid row labeled `label`."""
         images = render(
-            self.base, self.prompts, self.sampler, say=lambda line: self.events.emit("note", text=f"  {line}")
+            self.base, self.prompts, self.sampler, report=lambda line: self.events.emit("note", text=f"  {line}")
         )
         for index, (prompt, image) in enumerate(zip(self.prompts, images, strict=True)):
             write_png(image, self._file(step, index), settings_of(prompt, self.sampler, self.base.source.name))

@@ -36,13 +36,13 @@ def render(
     base: Base,
     prompts: Sequence[PreviewPrompt],
     sampler: str,
-    say: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
     capture: Capture | None = None,
 ) -> list[Image.Image]:
     """Render one image per prompt, as stock diffusers does. Noise is drawn on the CPU, independent of the batch size.
 
     UNet calls with small batches are captured by `capture` (None: as CUDA graphs on a CUDA device). If capturing fails,
-    `say` is called with the reason.
+    `report` is called with the reason.
     """
     if capture is None and base.device.type == "cuda":
         capture = CudaGraphs()
@@ -56,7 +56,7 @@ def render(
     for module in was_training:
         module.eval()
     try:
-        with _captured_calls(base.unet, capture, say) as captured, _decode_in_vae_dtype(base.vae):
+        with _captured_calls(base.unet, capture, report) as captured, _decode_in_vae_dtype(base.vae):
             for batch in _batches(prompts):
                 images |= dict(
                     zip(batch, _render_batch(base, [prompts[index] for index in batch], captured), strict=True)
@@ -69,7 +69,7 @@ def render(
 
 
 @contextmanager
-def _captured_calls(unet: Any, capture: Capture | None, say: Callable[[str], None]) -> Generator[Captured]:
+def _captured_calls(unet: Any, capture: Capture | None, report: Callable[[str], None]) -> Generator[Captured]:
     """Inside the block, UNet calls with small batches are captured once per shape and replayed."""
     forward = unet.forward
 
@@ -78,7 +78,7 @@ def _captured_calls(unet: Any, capture: Capture | None, say: Callable[[str], Non
         hidden = tensors["hidden"]
         return forward(tensors["sample"], tensors["timestep"], hidden, added_cond_kwargs=added, return_dict=False)[0]
 
-    captured = Captured(run, capture, say)
+    captured = Captured(run, capture, report)
 
     def call(sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, **others: Any) -> Any:
         added = others.get("added_cond_kwargs") or {}

@@ -46,7 +46,7 @@ def json_reader(event: Event) -> None:
     print(to_json_line(event), flush=True)
 
 
-def while_it_lasts(reader: Reader) -> Reader:
+def until_closed(reader: Reader) -> Reader:
     """Wrap a reader so that it is dropped once its pipe or terminal is closed, and the run continues without it."""
     is_closed = False
 

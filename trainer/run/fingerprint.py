@@ -33,7 +33,7 @@ def identity_of(
     """The identity of a run: its options, its base, and each image with caption and crop."""
     return {
         "options": options.model_dump(mode="json", warnings=False),  # 16 is fine for a float field
-        "base": fingerprint_of_base(Path(source.place)),
+        "base": fingerprint_of_base(Path(source.path)),
         "layout": LAYOUT,
         "pictures": fingerprints_of(examples, crops, Path(options.data.images)),
     }

@@ -108,7 +108,7 @@ class RunFolder:
             write_json(self.path / HEARTBEAT, {"t": time.time(), "step": step, "num_steps": num_steps})
 
     @property
-    def is_asked(self) -> bool:
+    def has_requests(self) -> bool:
         """Whether requests are pending."""
         try:
             return any(path.name in REQUEST_KINDS for path in (self.path / REQUESTS).iterdir())
@@ -125,7 +125,7 @@ class RunFolder:
                     found.add(path.name)
         return found
 
-    def stopped(self, code: int, reason: str) -> None:
+    def set_exit(self, code: int, reason: str) -> None:
         """Set the exit code and the reason for the exit record."""
         self.code, self.reason = code, reason
 
@@ -136,11 +136,11 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Refused):
-            self.stopped(error.exit_code, str(error))
+            self.set_exit(error.exit_code, str(error))
         elif isinstance(error, Interrupted):
-            self.stopped(error.code, f"stopped by {error.by}")
+            self.set_exit(error.code, f"stopped by {error.by}")
         elif error is not None:
-            self.stopped(1, f"{type(error).__name__}: {error}")
+            self.set_exit(1, f"{type(error).__name__}: {error}")
         record = {"code": self.code, "reason": self.reason, "step": self.step, "num_steps": self.num_steps}
         try:
             self.check_owner()

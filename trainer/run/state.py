@@ -103,8 +103,8 @@ def save_state(
     return final
 
 
-def newest_state(run: Path, say: Callable[[str], None], before: float = inf) -> LoadedState | None:
-    """Load the newest intact state of a step below `before`, or None. `say` receives a line for each damaged one.
+def newest_state(run: Path, report: Callable[[str], None], before: float = inf) -> LoadedState | None:
+    """Load the newest intact state of a step below `before`, or None. `report` receives a line for each damaged one.
 
     Raises `Refused` if another version of scumble wrote it.
     """
@@ -122,7 +122,7 @@ def newest_state(run: Path, say: Callable[[str], None], before: float = inf) -> 
                     numbers[name] = [tuple(row) for row in numbers.get(name, ())]
                 optimizer = torch.load(path / OPTIMIZER, weights_only=True, map_location="cpu")
                 return LoadedState(State(**numbers), load_file(path / ADAPTER), optimizer)
-        say(f"{path} is damaged; skipping it")
+        report(f"{path} is damaged; skipping it")
     return None
 
 

@@ -12,17 +12,17 @@ from .formatting import format_bytes
 
 
 def check_out(out: Path, suffix: str, force: bool, *sources: Path) -> None:
-    """Raises `Refused` if `out` has the wrong suffix, exists without `force`, or fails `check_place`."""
+    """Raises `Refused` if `out` has the wrong suffix, exists without `force`, or fails `check_path`."""
     if out.suffix != suffix:
         raise Refused(f"--out {out}: must end in {suffix}")
-    check_place(out, *sources)
+    check_path(out, *sources)
     if out.is_dir():
         raise Refused(f"--out {out}: is a folder; choose another name")
     if out.exists() and not force:
         raise Refused(f"--out {out}: file exists; choose another name, or use --force to overwrite it")
 
 
-def check_place(out: Path, *sources: Path) -> None:
+def check_path(out: Path, *sources: Path) -> None:
     """Raises `Refused` if `out` is or contains a source, and (73) if it cannot be written."""
     place = out.resolve()
     for source in sources:
@@ -41,7 +41,7 @@ def free_bytes(place: Path) -> int:
     return shutil.disk_usage(next(path for path in (place, *place.parents) if path.exists())).free
 
 
-def check_room(out: Path, needed: int) -> None:
+def check_disk_space(out: Path, needed: int) -> None:
     """Raises `Refused` (73) if the disk of `out` has fewer than `needed` bytes free."""
     free = free_bytes(out)
     if needed > free:

@@ -29,7 +29,7 @@ class Entry:
     start: int
     end: int
 
-    def told(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, object]:
         """The JSON object of this tensor in the header."""
         return {"dtype": self.dtype, "shape": list(self.shape), "data_offsets": [self.start, self.end]}
 

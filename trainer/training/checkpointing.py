@@ -14,7 +14,7 @@ from ..base_model.load import Base
 from .lora import component_of
 
 
-def recompute_activations(base: Base, parts: Sequence[Part], only_shallow: bool = False) -> None:
+def enable_gradient_checkpointing(base: Base, parts: Sequence[Part], only_shallow: bool = False) -> None:
     """Enable gradient checkpointing in every trained part: less memory, the same gradients, more time.
 
     With `only_shallow`, only in the blocks where it saves the most memory for the time it takes (`shallow_blocks`).
@@ -22,14 +22,14 @@ def recompute_activations(base: Base, parts: Sequence[Part], only_shallow: bool 
     for part in parts:
         component = component_of(base, part.name)
         if isinstance(component, UNet2DConditionModel):
-            recompute_unet(component, only_shallow)
+            enable_unet_checkpointing(component, only_shallow)
         elif not only_shallow:
             with warnings.catch_warnings():  # deprecated, but older versions of transformers have no other name
                 warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable.*")
                 component.gradient_checkpointing_enable(_how_to_checkpoint(component))
 
 
-def recompute_unet(unet: UNet2DConditionModel, only_shallow: bool = False) -> None:
+def enable_unet_checkpointing(unet: UNet2DConditionModel, only_shallow: bool = False) -> None:
     """Enable gradient checkpointing in all blocks of a UNet, or only in its `shallow_blocks`."""
     function = partial(_checkpointed, _how_to_checkpoint(unet))
     if not only_shallow:

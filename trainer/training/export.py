@@ -52,7 +52,7 @@ def tensors_of(layers: Sequence[AdaptedLayer], dtype: torch.dtype) -> dict[str, 
 
     Magnitudes are few, and training changes them by little relative to their size.
     """
-    adapter = Adapter({layer.place: module_of(layer) for layer in layers}, family=layers[0].family)
+    adapter = Adapter({layer.module_path: module_of(layer) for layer in layers}, family=layers[0].family)
     return {
         name: tensor.cpu() if name.endswith((".alpha", ".dora_scale")) else tensor.to("cpu", dtype)
         for name, tensor in to_tensors(adapter).items()

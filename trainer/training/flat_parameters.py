@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 
-class Flat:
+class FlatParameters:
     """Turns parameters into views of `groups`, one flat parameter (n,) per group, and `.grad` into views of its.
 
     `lowered` returns views of a copy in `dtype`, which `lower` updates. In fp32 the copy is the parameters themselves.

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from ..kernels.capture import Capture, Captured
-from .flat_parameters import Flat
+from .flat_parameters import FlatParameters
 from .objective import Batch, Sample
 
 
@@ -29,7 +29,7 @@ class Passes:
     def __init__(
         self,
         objectives: Differentiable,
-        flat: Flat,
+        flat: FlatParameters,
         backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
         autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
         capture: Capture | None = None,

@@ -37,13 +37,13 @@ class AdaptedLayer:
     layer: LoraLayer | LoHaLayer | LoKrLayer
 
     @property
-    def place(self) -> ModulePath:
+    def module_path(self) -> ModulePath:
         return ModulePath(self.part, self.path.removeprefix("text_model."))  # only some transformers versions have it
 
     @property
     def key(self) -> str:
         """The stem of the layer's keys in the file."""
-        return kohya_stem(self.place, self.family)
+        return kohya_stem(self.module_path, self.family)
 
     @property
     def kind(self) -> str:

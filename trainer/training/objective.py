@@ -21,7 +21,7 @@ from scumble.datasets.tensors import mask_weights
 from ..base_model.latents import Latents
 from ..base_model.load import Base
 from ..base_model.offload import on_device
-from ..base_model.text_encoding import Conditioning, encode_ids, encode_prompts, size_numbers, token_ids
+from ..base_model.text_encoding import Conditioning, encode_ids, encode_prompts, time_ids, token_ids
 from ..system.device import to_device
 from . import diffusion
 
@@ -96,7 +96,7 @@ class Objectives:
         if any(self.masks[sample.index] for sample in samples):
             batch["masks"] = self._sent(self._masks(places))
         if len(self.base.text_encoders) > 1:
-            batch["time_ids"] = self._sent(size_numbers([self.crops[index][crop] for index, crop in places]))
+            batch["time_ids"] = self._sent(time_ids([self.crops[index][crop] for index, crop in places]))
         captions = [self._caption(sample) for sample in samples]
         if self.text_is_trained:
             return batch | dict(zip(("ids", "ids2"), token_ids(self.base, captions), strict=False))

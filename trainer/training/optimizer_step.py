@@ -18,7 +18,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..system.device import AsyncValue, set_seed
-from .flat_parameters import Flat
+from .flat_parameters import FlatParameters
 from .forward_backward import Passes
 from .memory_fallback import MemoryFallback
 from .objective import Sample, seed_for
@@ -61,7 +61,7 @@ class OptimizerStep:
         accelerator: Accelerator,
         passes: Passes,
         parameters: Mapping[str, torch.nn.Parameter],
-        flat: Flat,
+        flat: FlatParameters,
         optimizer: torch.optim.Optimizer,
         max_grad_norm: float,
         ema_decay: float,

@@ -13,7 +13,7 @@ from transformers.optimization import Adafactor
 from scumble.configs.errors import Refused
 from scumble.configs.exit_codes import UNAVAILABLE
 
-from .flat_parameters import Flat
+from .flat_parameters import FlatParameters
 
 Groups = list[dict[str, Any]]
 
@@ -22,15 +22,15 @@ Groups = list[dict[str, Any]]
 class OptimizerInfo:
     """How to make an optimizer, from which package, and the defaults that suit it.
 
-    `lr_multiple` is its learning rate as a multiple of AdamW's. If `finds_rate`, it estimates the learning rate itself,
-    and the option multiplies the estimate. `lr_scheduler` is what its authors recommend. An optimizer that is not
-    `elementwise` depends on the shape of each tensor.
+    `lr_multiple` is its learning rate as a multiple of AdamW's. If `is_self_tuning`, it estimates the learning rate
+    itself, and the option multiplies its estimate. `lr_scheduler` is what its authors recommend. An optimizer that is
+    not `elementwise` depends on the shape of each tensor.
     """
 
     make: Callable[[Any, Groups, float], torch.optim.Optimizer]
     package: str = "torch"
     lr_multiple: float = 1.0
-    finds_rate: bool = False
+    is_self_tuning: bool = False
     lr_scheduler: str = "cosine"
     elementwise: bool = True
 
@@ -65,7 +65,7 @@ OPTIMIZERS: dict[str, OptimizerInfo] = {
     "adamw": OptimizerInfo(_adamw),
     "adamw8bit": OptimizerInfo(_adamw8bit, "bitsandbytes", elementwise=False),
     "lion": OptimizerInfo(_lion, "lion_pytorch", lr_multiple=0.2),
-    "prodigy": OptimizerInfo(_prodigy, "prodigyopt", finds_rate=True),
+    "prodigy": OptimizerInfo(_prodigy, "prodigyopt", is_self_tuning=True),
     "adafactor": OptimizerInfo(_adafactor, "transformers", elementwise=False),
     "schedule_free": OptimizerInfo(_schedule_free, "schedulefree", lr_scheduler="constant"),
 }
@@ -78,7 +78,7 @@ def check_optimizer(name: str, device: str) -> None:
         raise Refused(f"--optimizer {name}: bitsandbytes does not support the mps device; use adamw")
 
 
-def grouped(
+def param_groups(
     parameters: Iterable[tuple[float, list[torch.nn.Parameter]]], no_decay: Iterable[torch.nn.Parameter] = ()
 ) -> Groups:
     """The parameter groups of an optimizer from pairs of (peak learning rate, parameters); `peak` keeps the peak.
@@ -95,8 +95,10 @@ def grouped(
     return groups
 
 
-def make_optimizer(name: str, groups: Groups, weight_decay: float, flat: Flat | None = None) -> torch.optim.Optimizer:
-    """The optimizer over `grouped` parameters; an elementwise one updates the flat parameters of `flat` instead."""
+def make_optimizer(
+    name: str, groups: Groups, weight_decay: float, flat: FlatParameters | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer over `groups`; an elementwise one updates the flat parameters of `flat` instead."""
     if flat and OPTIMIZERS[name].elementwise:
         groups = [group | {"params": [one]} for group, one in zip(groups, flat.groups, strict=True)]
     with redirect_stdout(StringIO()):  # prodigyopt prints, and stdout is for events

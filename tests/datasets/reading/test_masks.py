@@ -7,7 +7,7 @@ import pytest
 import torch
 from odd_pictures import plain
 from PIL import Image
-from runs import SAMPLES, ran
+from runs import SAMPLES, train_run
 from small_parts import CPU
 
 from scumble.configs.errors import Refused
@@ -139,9 +139,9 @@ def test_a_mask_that_is_black_inside_the_crop_is_refused_before_anything_is_load
     mask.save(tmp_path / "wide-masklabel.png")
     data = {"images": str(tmp_path), "max_bucket_reso": 64}
     with pytest.raises(Refused, match=r"wide\.png: its mask is black inside the crop; .*--crop focus"):
-        ran(tmp_path / "runs", dry_run=True, data=data)
-    ran(tmp_path / "runs", dry_run=True, data=data | {"crop": "focus"})
-    ran(tmp_path / "runs", dry_run=True, data=data | {"masks": "off"})
+        train_run(tmp_path / "runs", dry_run=True, data=data)
+    train_run(tmp_path / "runs", dry_run=True, data=data | {"crop": "focus"})
+    train_run(tmp_path / "runs", dry_run=True, data=data | {"masks": "off"})
 
 
 def test_a_masked_loss_is_the_plain_loss_over_the_unmasked_area():
@@ -200,7 +200,7 @@ def test_masks_in_a_folder_change_the_training_loss(tmp_path: Path):
 
     def losses(masks: str) -> list[float]:
         data = {"images": str(folder), "masks": masks}
-        return ran(tmp_path / masks, data=data, optimization={"steps": 2}, output={"preview_every": 0}).losses
+        return train_run(tmp_path / masks, data=data, optimization={"steps": 2}, output={"preview_every": 0}).losses
 
     assert losses("auto") != losses("off") and all(loss > 0 for loss in losses("alpha"))
 

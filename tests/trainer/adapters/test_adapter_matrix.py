@@ -25,7 +25,7 @@ from scumble.trainer.base_model.load import PIPELINES, Base, Pipeline, load
 from scumble.trainer.training.export import export
 from scumble.trainer.training.lora import AdaptedLayer, attach, component_of
 from scumble.trainer.training.objective import Objectives, Sample
-from scumble.trainer.training.optimizers import grouped, make_optimizer
+from scumble.trainer.training.optimizers import make_optimizer, param_groups
 
 SAMPLES = CHECKOUT / "datasets/samples/clay-style"
 NETWORKS = {
@@ -80,12 +80,12 @@ def test_the_exported_file_has_the_same_effect_as_the_live_adapter(
         path = tmp_path / "it.safetensors"
         export(path, trained, {}, torch.float32)
         adapter = read_adapter(path)
-        assert list(adapter.modules) == sorted(module.place for module in trained)
+        assert list(adapter.modules) == sorted(module.module_path for module in trained)
         assert adapter.family == stage.base.family.name or not text  # tiny widths do not identify a family
         assert {module.part for module in trained} == {"unet", *texts}
         changed = 0
         for module in trained:
-            changed += compare(module, adapter.modules[module.place])
+            changed += compare(module, adapter.modules[module.module_path])
         assert changed > 0.9 * len(trained)  # a short caption may leave some layers without gradient
         if network in ("lora", "rslora") and layers == "convs":  # test_lora.py covers the other layers
             live = rendered(stage.base.pipeline)
@@ -104,7 +104,7 @@ def train(stage: Stage, trained: Sequence[AdaptedLayer], parts: Sequence[Part]) 
     groups = [
         (1e-2, [p for module in trained if module.part == part.name for p in module.tensors.values()]) for part in parts
     ]
-    optimizer = make_optimizer("adamw", grouped(groups), 0.0)
+    optimizer = make_optimizer("adamw", param_groups(groups), 0.0)
     for step in range(2):
         objectives.losses([Sample(0, step, 0), Sample(1, step, 1)]).mean().backward()
         optimizer.step()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ran
+from runs import train_run
 from tiny import tiny_base
 
 from scumble.configs.options import Model
@@ -89,9 +89,9 @@ def test_steps_run_with_only_the_unet_on_the_device_and_train_the_same_adapter(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ):
     tables = options(tmp_path, kind)
-    plain = ran(tmp_path / "plain", **tables)
+    plain = train_run(tmp_path / "plain", **tables)
     offloading: Offloading = request.getfixturevalue("offloading")
-    run = ran(tmp_path / "offloaded", **tables)
+    run = train_run(tmp_path / "offloaded", **tables)
     assert run.losses == plain.losses
     ours, expected = (read_tensors(one.folder / "clay.safetensors")[0] for one in (run, plain))
     assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in expected)
@@ -102,7 +102,7 @@ def test_steps_run_with_only_the_unet_on_the_device_and_train_the_same_adapter(
 
 
 def test_a_trained_text_encoder_stays_on_the_device(tmp_path: Path, offloading: Offloading):
-    ran(tmp_path, **options(tmp_path, "sd1", network={"text_encoder_rank": 4}))
+    train_run(tmp_path, **options(tmp_path, "sd1", network={"text_encoder_rank": 4}))
     assert all(offloaded == {"unet": False, "vae": True, "text": False} for offloaded in offloading.in_passes)
 
 
@@ -110,7 +110,7 @@ def test_text_encoders_stay_on_the_device_if_the_captions_exceed_the_encoding_ca
     tmp_path: Path, offloading: Offloading, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(objective, "MAX_ENCODINGS", 2)
-    ran(tmp_path, **options(tmp_path, "sd1"))
+    train_run(tmp_path, **options(tmp_path, "sd1"))
     assert all(offloaded == {"unet": False, "vae": True, "text": False} for offloaded in offloading.in_passes)
 
 

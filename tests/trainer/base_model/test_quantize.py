@@ -12,7 +12,7 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import Linear as PeftLora
 from peft.tuners.lora import LoraConfig
 from peft.tuners.lora.bnb import Linear4bit as PeftLora4bit
-from runs import adapter_of, assert_same, begun, go_on, ran
+from runs import adapter_of, assert_same, interrupted_run, resume_run, train_run
 from small_parts import PARTS, loss_of
 from tiny import tiny_base
 
@@ -138,11 +138,11 @@ def test_a_run_on_a_quantized_base_renders_previews_exports_and_resumes_bit_for_
         "machine": {"base_quantization": kind}, "optimization": {"steps": 4},
         "output": {"preview_every": 2, "save_every": 2},
     }  # fmt: skip
-    uninterrupted = ran(tmp_path / "uninterrupted", **tables)
-    interrupted = begun(tmp_path / "interrupted", 2, **tables)
-    go_on(interrupted)
+    uninterrupted = train_run(tmp_path / "uninterrupted", **tables)
+    interrupted = interrupted_run(tmp_path / "interrupted", 2, **tables)
+    resume_run(interrupted)
     assert_same(adapter_of(interrupted), adapter_of(uninterrupted.folder))
-    dense = ran(tmp_path / "dense", optimization={"steps": 4}, output={"preview_every": 0})
+    dense = train_run(tmp_path / "dense", optimization={"steps": 4}, output={"preview_every": 0})
     assert uninterrupted.losses != dense.losses and uninterrupted.losses == pytest.approx(dense.losses, rel=0.1)
     assert len(list((interrupted / "previews").glob("step*.png"))) == 6
     (measured,) = uninterrupted.of("measured")
@@ -171,11 +171,11 @@ def test_auto_saves_memory_in_order_of_cost_and_a_resumed_run_keeps_the_settings
     tmp_path: Path, memory: list[tuple[bool, int, int]]
 ):
     tables: dict[str, Any] = {"optimization": {"steps": 3}, "output": {"preview_every": 0}}
-    run = begun(tmp_path, 1, **tables)
+    run = interrupted_run(tmp_path, 1, **tables)
     attempts = list(dict.fromkeys(memory))
     assert attempts == [(False, 4, 16), (True, 4, 16), (True, 2, 16), (True, 1, 16), (True, 1, 8), (True, 1, 4)]
     memory.clear()
-    resumed = go_on(run)
+    resumed = resume_run(run)
     assert set(memory) == {(True, 1, 4)}
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     notes = [event["text"] for event in events if event["kind"] == "note" and "out of memory" in event["text"]]
@@ -192,7 +192,7 @@ def test_an_explicit_bit_width_is_kept_and_a_step_that_does_not_fit_is_refused(
     quantization: str, tmp_path: Path, memory: list[tuple[bool, int, int]]
 ):
     with pytest.raises(Refused, match=r"the memory of the cpu device: 4 images of .* lower --batch-size"):
-        ran(tmp_path, machine={"base_quantization": quantization})
+        train_run(tmp_path, machine={"base_quantization": quantization})
     assert {bits for _, _, bits in memory} == {{"off": 16, "int8": 8}[quantization]}
 
 
@@ -205,10 +205,10 @@ def test_a_base_that_does_not_fit_is_quantized(tmp_path: Path, monkeypatch: pyte
         return place_unet(base, model, bits)
 
     monkeypatch.setattr(train, "place_unet", small)
-    run = ran(tmp_path, optimization={"steps": 1}, output={"preview_every": 0})
+    run = train_run(tmp_path, optimization={"steps": 1}, output={"preview_every": 0})
     assert [event["bits"] for event in run.of("measured")] == [8]
     with pytest.raises(Refused, match="does not fit into the memory of the cpu device") as error:
-        ran(tmp_path, machine={"base_quantization": "off"})
+        train_run(tmp_path, machine={"base_quantization": "off"})
     assert error.value.exit_code == 69
 
 
@@ -225,8 +225,8 @@ def test_nf4_without_bitsandbytes_is_refused_with_a_fix_and_auto_stops_at_8_bits
 
 
 def test_a_resumed_run_reports_a_changed_bit_width(tmp_path: Path):
-    run = begun(tmp_path, 1, optimization={"steps": 3}, output={"preview_every": 0})
-    (plan,) = go_on(run, machine={"base_quantization": "int8"}).of("plan")
+    run = interrupted_run(tmp_path, 1, optimization={"steps": 3}, output={"preview_every": 0})
+    (plan,) = resume_run(run, machine={"base_quantization": "int8"}).of("plan")
     assert "changed: --base-quantization int8 instead of auto" in plan["reasons"]
 
 

@@ -11,7 +11,7 @@ from scumble.configs.options import Model
 from scumble.datasets.reading.images import Size, center_crop
 from scumble.trainer.base_model.detect import detect_base
 from scumble.trainer.base_model.load import load
-from scumble.trainer.base_model.text_encoding import encode_prompts, size_numbers
+from scumble.trainer.base_model.text_encoding import encode_prompts, time_ids
 
 PROMPTS = ["a photo of a cat", "", "a " + "very " * 100 + "long prompt"]
 
@@ -42,4 +42,4 @@ def test_time_ids_match_the_sdxl_pipeline(tmp_path: Path):
     expected = pipeline._get_add_time_ids(
         (1000, 1500), (0, 16), (832, 1216), dtype=torch.float32, text_encoder_projection_dim=48
     )
-    torch.testing.assert_close(size_numbers([crop]), expected)
+    torch.testing.assert_close(time_ids([crop]), expected)

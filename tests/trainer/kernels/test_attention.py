@@ -17,7 +17,7 @@ from scumble.trainer.base_model.projection import project_tokens
 from scumble.trainer.kernels import attention
 from scumble.trainer.kernels.attention import use_joint_qkv, use_matmul_attention
 from scumble.trainer.kernels.lora_matmul import is_plain, joint_linear, use_fast_lora
-from scumble.trainer.training.flat_parameters import Flat
+from scumble.trainer.training.flat_parameters import FlatParameters
 from scumble.trainer.training.lora import ADAPTER, AdaptedLayer, memory_order
 
 
@@ -126,7 +126,7 @@ def test_attention_with_adapted_layers_matches_diffusers_and_peft(
             torch.nn.init.normal_(factor, std=0.2).requires_grad_(True)
         if is_ours:
             use_attention(model)
-            use_fast_lora([one.layer for one in modules], ADAPTER, Flat([factors]).lowered)
+            use_fast_lora([one.layer for one in modules], ADAPTER, FlatParameters([factors]).lowered)
         else:
             model.set_attn_processor(AttnProcessor())
         results.append([*outputs_and_gradients(model, torch.float32), *(factor.grad for factor in factors)])
@@ -161,7 +161,7 @@ def test_attention_with_features_that_unets_do_not_use_is_left_to_diffusers(
         layer.set_processor(AttnProcessor() if use_attention is use_matmul_attention else AttnProcessor2_0())
         if is_ours:
             use_attention(model)
-            use_fast_lora([layer.to_q, layer.to_k, layer.to_v], ADAPTER, Flat([factors]).lowered)
+            use_fast_lora([layer.to_q, layer.to_k, layer.to_v], ADAPTER, FlatParameters([factors]).lowered)
         mask = torch.tensor([[[0.0, -9.0, 0.0]]]).expand(2, 3, 3) if feature == "mask" else None
         torch.manual_seed(1)
         x = torch.randn(2, 3, 8)
@@ -177,7 +177,7 @@ def test_torch_compile_traces_a_block_as_one_graph_with_the_same_output():
     for factor in factors:
         torch.nn.init.normal_(factor, std=0.3)
     use_matmul_attention(model)
-    use_fast_lora([one for one in model.modules() if is_plain(one)], ADAPTER, Flat([factors]).lowered)
+    use_fast_lora([one for one in model.modules() if is_plain(one)], ADAPTER, FlatParameters([factors]).lowered)
     x, text = torch.randn(2, 5, 8), torch.randn(2, 7, 6)
     expected = model.block(x, encoder_hidden_states=text)
     compiled: Any = torch.compile(model.block, backend="eager", fullgraph=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import ran
+from runs import train_run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -81,7 +81,7 @@ def test_every_pass_of_a_run_with_tapes_is_bit_identical_to_the_pass_without(
     tables: dict[str, Any], tmp_path: Path, replays: list[int], matches: list[bool]
 ):
     tables = {"optimization": {"steps": 2, "batch_size": 1}, "output": {"preview_every": 0}, **tables}
-    ran(tmp_path, **tables)
+    train_run(tmp_path, **tables)
     assert len(replays) >= 4 and min(replays) > 500
     assert len(matches) >= 5 and all(matches)
 
@@ -101,7 +101,7 @@ def test_a_run_that_cannot_use_a_tape_trains_without_one(
 ):
     machine = {"mixed_precision": precision, "gradient_checkpointing": num_replays > 0}
     optimization = {"steps": 2, "batch_size": 1}
-    ran(tmp_path, network=network, machine=machine, optimization=optimization, output={"preview_every": 0})
+    train_run(tmp_path, network=network, machine=machine, optimization=optimization, output={"preview_every": 0})
     assert len(replays) == num_replays and all(matches)
 
 
@@ -468,7 +468,7 @@ def test_a_trial_records_a_tape_and_a_trial_of_other_samples_verifies_it(
         trial(self, batch, step)
 
     monkeypatch.setattr(OptimizerStep, "trial", recorded_trial)
-    ran(tmp_path, optimization={"steps": 2, "batch_size": 2}, output={"preview_every": 0})
+    train_run(tmp_path, optimization={"steps": 2, "batch_size": 2}, output={"preview_every": 0})
     recorded, verified, measured = tried
     assert recorded != verified == measured and {len(batch) for _, batch in tried} == {2}
     assert recorded[0] != verified[0] and recorded[1] != verified[1]
@@ -488,5 +488,5 @@ def test_trials_start_again_if_one_does_not_fit_into_memory(
         trial(self, batch, step)
 
     monkeypatch.setattr(OptimizerStep, "trial", recorded_trial)
-    ran(tmp_path, optimization={"steps": 1, "batch_size": 1}, output={"preview_every": 0})
+    train_run(tmp_path, optimization={"steps": 1, "batch_size": 1}, output={"preview_every": 0})
     assert steps == [*[0, 1, 1][:fails], 0, 1, 1]

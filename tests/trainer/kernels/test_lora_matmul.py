@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from runs import ran
+from runs import train_run
 from small_parts import recorded
 
 from scumble.trainer import train as recipe
@@ -17,10 +17,10 @@ from scumble.trainer.base_model.quantize import QuantizedLinear
 from scumble.trainer.kernels import lora_matmul
 from scumble.trainer.kernels.capture import Capture, Replay
 from scumble.trainer.kernels.lora_matmul import is_plain, joint_linear, use_fast_lora
-from scumble.trainer.training.flat_parameters import Flat
+from scumble.trainer.training.flat_parameters import FlatParameters
 from scumble.trainer.training.forward_backward import Passes
 from scumble.trainer.training.objective import Batch, Sample
-from scumble.trainer.training.optimizers import OPTIMIZERS, grouped, make_optimizer
+from scumble.trainer.training.optimizers import OPTIMIZERS, make_optimizer, param_groups
 
 
 class Mixed(torch.nn.Module):
@@ -57,7 +57,7 @@ def layers_of(model: torch.nn.Module) -> list[Any]:
 def test_outputs_and_gradients_match_peft(stride: int, flat_gradients: bool, dropout: float):
     theirs, their_parameters = adapted(dropout, stride)
     ours, our_parameters = adapted(dropout, stride)
-    flat = Flat([our_parameters])
+    flat = FlatParameters([our_parameters])
     if not flat_gradients:
         for parameter in our_parameters:
             parameter.grad = None
@@ -111,7 +111,7 @@ def qkv(bias: bool = False, widths: Sequence[int] = (8, 8, 8), **config: Any) ->
 def test_joint_layers_give_the_outputs_and_gradients_of_peft(flat_gradients: bool, input_grad: bool):
     theirs, their_parameters = qkv()
     ours, our_parameters = qkv()
-    flat = Flat([our_parameters])
+    flat = FlatParameters([our_parameters])
     if not flat_gradients:
         for parameter in our_parameters:
             parameter.grad = None
@@ -133,7 +133,7 @@ def test_joint_layers_give_the_outputs_and_gradients_of_peft(flat_gradients: boo
 
 def test_joint_layers_store_their_weights_once_and_notice_a_replaced_weight():
     model, parameters = qkv()
-    use_fast_lora(model.layers, "default", Flat([parameters]).lowered)
+    use_fast_lora(model.layers, "default", FlatParameters([parameters]).lowered)
     x = torch.randn(2, 6)
 
     def storages() -> set[int]:
@@ -170,7 +170,7 @@ def test_layers_that_must_be_computed_separately_are_not_joined(reason: str):
     if reason == "order":
         parameters = [factor for pair in zip(parameters[:3], parameters[3:], strict=True) for factor in pair]
     if reason != "not fast":
-        use_fast_lora(filter(is_plain, model.layers), "default", Flat([parameters]).lowered)
+        use_fast_lora(filter(is_plain, model.layers), "default", FlatParameters([parameters]).lowered)
     _, k, v = model.layers
     if reason == "quantized":
         k.base_layer = QuantizedLinear(k.get_base_layer(), 8, torch.device("cpu"))
@@ -181,7 +181,7 @@ def test_layers_that_must_be_computed_separately_are_not_joined(reason: str):
 
 def test_joint_layers_release_their_weights_when_a_base_is_quantized():
     model, parameters = qkv()
-    use_fast_lora(model.layers, "default", Flat([parameters]).lowered)
+    use_fast_lora(model.layers, "default", FlatParameters([parameters]).lowered)
     x = torch.randn(2, 6)
     assert joint_linear(model.layers, x) is not None
     weights = [weakref.ref(layer.get_base_layer().weight) for layer in model.layers]
@@ -212,7 +212,7 @@ def test_products_without_fp32_accumulation_are_detected_but_too_little_memory_i
 
 def test_no_gradients_are_computed_for_tensors_that_do_not_require_them():
     model, parameters = adapted()
-    flat = Flat([parameters])
+    flat = FlatParameters([parameters])
     use_fast_lora(layers_of(model), "default", flat.lowered)
     x = torch.randn(1, 4, 4, 6)
     model(x).sum().backward()
@@ -224,7 +224,7 @@ def test_in_bf16_the_product_is_as_accurate_as_peft_under_autocast():
     exact, _ = adapted()
     theirs, _ = adapted()
     ours, parameters = adapted()
-    flat = Flat([parameters], torch.bfloat16)
+    flat = FlatParameters([parameters], torch.bfloat16)
     use_fast_lora(layers_of(ours), "default", flat.lowered)
     for model in (theirs, ours):
         for layer in layers_of(model):
@@ -239,7 +239,7 @@ def test_in_bf16_the_product_is_as_accurate_as_peft_under_autocast():
 
 def test_low_precision_copies_are_updated_by_lower():
     _, parameters = adapted()
-    flat = Flat([parameters[:2], parameters[2:]], torch.bfloat16)
+    flat = FlatParameters([parameters[:2], parameters[2:]], torch.bfloat16)
     parameters[3].data.add_(1)
     before = flat.lowered(parameters[3]).clone()
     assert not torch.equal(before, parameters[3].bfloat16())
@@ -261,7 +261,7 @@ def test_dora_is_left_to_peft():
 def test_a_base_that_is_quantized_later_is_computed_by_plain_operators():
     theirs, _ = adapted()
     ours, parameters = adapted()
-    flat = Flat([parameters])
+    flat = FlatParameters([parameters])
     use_fast_lora(layers_of(ours), "default", flat.lowered)
     for model in (theirs, ours):
         layer: Any = model.get_submodule("first")
@@ -279,9 +279,11 @@ def test_flat_parameters_are_updated_like_separate_ones(name: str):
     for flatten in (False, True):
         torch.manual_seed(0)
         parameters = [torch.nn.Parameter(torch.randn(size)) for size in ((3, 5), (7,), (2, 2, 3))]
-        second = 1e-2 if OPTIMIZERS[name].finds_rate else 1e-3  # such an optimizer has one learning rate for all groups
-        groups = grouped([(1e-2, parameters[:2]), (second, parameters[2:])], parameters[1:2])
-        flat = Flat([group["params"] for group in groups]) if flatten else None
+        second = (
+            1e-2 if OPTIMIZERS[name].is_self_tuning else 1e-3
+        )  # such an optimizer has one learning rate for all groups
+        groups = param_groups([(1e-2, parameters[:2]), (second, parameters[2:])], parameters[1:2])
+        flat = FlatParameters([group["params"] for group in groups]) if flatten else None
         optimizer = make_optimizer(name, groups, 0.1, flat)
         for _ in range(5):
             for parameter in parameters:
@@ -312,10 +314,10 @@ class Squares:
         return (self.weight * batch["x"] - 1).square()
 
 
-def passes_with(capture: Capture | None) -> tuple[Passes, Squares, Flat, list[str]]:
+def passes_with(capture: Capture | None) -> tuple[Passes, Squares, FlatParameters, list[str]]:
     weight = torch.nn.Parameter(torch.tensor([0.3]))
     reports: list[str] = []
-    flat = Flat([[weight]])
+    flat = FlatParameters([[weight]])
     squares = Squares(weight)
     return Passes(squares, flat, capture=capture, report=reports.append), squares, flat, reports
 
@@ -395,7 +397,7 @@ def test_fifty_steps_match_pefts_forward_and_an_optimizer_of_separate_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def losses_and_file(folder: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
-        run = ran(
+        run = train_run(
             folder, network={"rank": 4, "text_encoder_rank": 2, "conv_rank": 2},
             optimization={"steps": 50, "batch_size": 1, "learning_rate": 1e-3, "text_encoder_lr": 1e-3},
             output={"preview_every": 0, "save_precision": "fp32"},

@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from faults.disks import MOUNTED, ORDINARY, Disk
-from faults.kills import run_kill_test
-from runs import SAMPLES, ran
+from faults.kills import OPTIMIZERS, run_kill_test
+from runs import SAMPLES, train_run
 from small_parts import recorded
 
 from scumble.configs import files
@@ -39,12 +39,12 @@ from scumble.trainer.run.slowdown import SlowdownWatch
 from scumble.trainer.run.state import newest_state
 from scumble.trainer.system.formatting import format_bytes
 from scumble.trainer.train import train
-from scumble.trainer.training.flat_parameters import Flat
+from scumble.trainer.training.flat_parameters import FlatParameters
 from scumble.trainer.training.forward_backward import Passes
 from scumble.trainer.training.memory_fallback import MemoryFallback
 from scumble.trainer.training.objective import Batch, Objectives, Sample
 from scumble.trainer.training.optimizer_step import HALVED_AFTER, STOPPED_AFTER, OptimizerStep, StepOutcome
-from scumble.trainer.training.optimizers import grouped, make_optimizer
+from scumble.trainer.training.optimizers import make_optimizer, param_groups
 
 CPU = torch.device("cpu")
 
@@ -53,6 +53,13 @@ CPU = torch.device("cpu")
 def test_a_run_killed_at_random_instants_resumes_bit_for_bit(tmp_path: Path):
     result = run_kill_test("adamw", kills=4, folder=tmp_path, steps=4)
     assert result.differing == [] and result.kills == 4 and result.while_writing == 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_of_every_optimizer_survives_many_kills(optimizer: str, tmp_path: Path):
+    result = run_kill_test(optimizer, kills=10, folder=tmp_path)
+    assert result.differing == [] and result.kills == 10 and result.while_writing == 5
 
 
 class Line:
@@ -91,8 +98,8 @@ def update_of(
 ) -> tuple[OptimizerStep, Line, list[str]]:
     weight, notes = torch.nn.Parameter(torch.tensor(0.1)), []
     line = Line(weight, broken, fits)
-    flat = Flat([[weight]])
-    optimizer = make_optimizer("adamw", grouped([(0.01, [weight])]), 0.0, flat)
+    flat = FlatParameters([[weight]])
+    optimizer = make_optimizer("adamw", param_groups([(0.01, [weight])]), 0.0, flat)
     accelerator = accelerator or Accelerator(cpu=True)
     passes = Passes(line, flat, accelerator.backward)
     fallback = MemoryFallback(passes, accelerator.device, notes.append)
@@ -224,7 +231,7 @@ def test_previews_that_do_not_fit_are_rendered_in_smaller_batches_and_are_the_sa
 
 def test_a_preview_that_does_not_fit_is_skipped_and_the_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     limited(monkeypatch, StableDiffusionPipeline, "__call__", 0)
-    run = ran(tmp_path, optimization={"steps": 2}, output={"preview_every": 2})
+    run = train_run(tmp_path, optimization={"steps": 2}, output={"preview_every": 2})
     assert len(run.losses) == 2 and not run.of("preview") and (run.folder / "clay.safetensors").is_file()
     notes = [event["text"].strip() for event in run.of("note") if "preview" in event["text"]]
     assert set(notes) == {
@@ -260,7 +267,7 @@ def test_a_lost_device_stops_the_run_and_it_can_be_resumed(tmp_path: Path, monke
         r"the cpu device failed \(CUDA error: unspecified launch failure\); .*; then resume with `scumble train .*clay`"
     )
     with pytest.raises(Refused, match=expected) as error:
-        ran(tmp_path, optimization={"steps": 4}, output={"preview_every": 0, "save_every": 1})
+        train_run(tmp_path, optimization={"steps": 4}, output={"preview_every": 0, "save_every": 1})
     run = tmp_path / "runs/clay"
     loaded = newest_state(run, pytest.fail)
     assert error.value.exit_code == 75 and status_of(run).state == "stopped" and loaded and loaded.state.step == 2
@@ -277,7 +284,7 @@ def test_a_full_device_is_reported_in_one_line(dry_run: bool, tmp_path: Path, mo
         if dry_run:
             train(files.resolve(flags={"data": {"images": str(SAMPLES)}}), [], dry_run=True, measured=True)
         else:
-            ran(tmp_path)
+            train_run(tmp_path)
     assert error.value.exit_code == 75
 
 
@@ -298,7 +305,7 @@ def test_a_run_with_non_finite_values_falls_back_to_its_last_good_state(tmp_path
         "max_grad_norm": 0.0,
     }
     with pytest.raises(Refused, match=r"the adapter as of step \d+ is .*clay\.safetensors") as error:
-        ran(tmp_path, optimization=optimization, output={"preview_every": 0, "save_every": 1})
+        train_run(tmp_path, optimization=optimization, output={"preview_every": 0, "save_every": 1})
     run = tmp_path / "runs/clay"
     assert error.value.exit_code == 2 and status_of(run).state == "failed"
     tensors, metadata = read_tensors(run / "clay.safetensors")
@@ -331,7 +338,7 @@ def test_a_full_disk_stops_the_run_without_loss_and_reports_how_to_resume(tmp_pa
     with pytest.raises(
         Refused, match=rf"cannot be written \(.*\); then resume with `scumble train {disk.place}/clay`"
     ) as error:
-        ran(tmp_path, readers=[fill], **tables)
+        train_run(tmp_path, readers=[fill], **tables)
     assert error.value.exit_code == 73
     run = disk.place / "clay"
     assert status_of(run).state == "stopped" and "cannot be written" in status_of(run).reason
@@ -345,7 +352,7 @@ def test_a_full_disk_stops_the_run_without_loss_and_reports_how_to_resume(tmp_pa
     )
     assert again.returncode == 0, again.stderr
     tables["output"] |= {"output_dir": str(tmp_path / "whole")}
-    uninterrupted = ran(tmp_path / "whole", **tables)
+    uninterrupted = train_run(tmp_path / "whole", **tables)
     ours, theirs = read_tensors(run / "clay.safetensors")[0], read_tensors(uninterrupted.folder / "clay.safetensors")[0]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -364,7 +371,7 @@ def test_too_little_disk_space_is_refused_before_training_with_the_required_spac
 
 
 def test_a_run_uses_no_more_disk_space_than_reported(tmp_path: Path):
-    run = ran(tmp_path, optimization={"steps": 4, "ema_decay": 0.5}, output={"preview_every": 1, "save_every": 1})
+    run = train_run(tmp_path, optimization={"steps": 4, "ema_decay": 0.5}, output={"preview_every": 1, "save_every": 1})
     used = sum(path.stat().st_size for path in run.folder.rglob("*") if path.is_file())
     (reported,) = (event["disk_bytes"] for event in run.of("measured"))
     assert 0.3 * reported < used <= reported
@@ -380,7 +387,7 @@ def test_which_checkpoints_are_kept(keep: str, kept: str):
 
 def test_only_the_last_checkpoints_are_kept_on_request(tmp_path: Path):
     output = {"preview_every": 0, "save_every": 1, "keep_checkpoints": "last", "keep_count": 2}
-    run = ran(tmp_path, optimization={"steps": 6}, output=output)
+    run = train_run(tmp_path, optimization={"steps": 6}, output=output)
     assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == [
         "clay-000004.safetensors", "clay-000005.safetensors",
     ]  # fmt: skip
@@ -408,7 +415,7 @@ def test_an_image_deleted_before_encoding_is_named(tmp_path: Path):
 
     expected = rf"{last}: cannot be opened \(No such file or directory\)"
     with pytest.raises(Refused, match=expected) as error:
-        ran(tmp_path, readers=[remove], data={"images": str(images), "latent_cache": str(tmp_path / "cache")})
+        train_run(tmp_path, readers=[remove], data={"images": str(images), "latent_cache": str(tmp_path / "cache")})
     assert error.value.exit_code == 2 and status_of(tmp_path / "runs/clay").state == "failed"
 
 
@@ -423,17 +430,17 @@ def test_images_deleted_during_training_do_not_matter(tmp_path: Path):
             for path in images.iterdir():
                 path.unlink()
 
-    run = ran(tmp_path, readers=[remove], data={"images": str(images)}, output={"preview_every": 0})
+    run = train_run(tmp_path, readers=[remove], data={"images": str(images)}, output={"preview_every": 0})
     assert len(run.losses) == 3
 
 
 def test_an_unwritable_output_folder_stops_a_run_but_an_unwritable_cache_does_not(tmp_path: Path, disk: Disk):
     output = {"preview_every": 0, "output_dir": str(disk.place)}
     tables: dict[str, Any] = {"network": {"rank": 2, "text_encoder_rank": 0}, "output": output}
-    run = ran(tmp_path, optimization={"steps": 1}, **tables).folder
+    run = train_run(tmp_path, optimization={"steps": 1}, **tables).folder
     disk.make_read_only()
     with pytest.raises(Refused, match=rf"--output-dir {disk.place}: .* cannot be created \(") as error:
-        ran(tmp_path, **tables)
+        train_run(tmp_path, **tables)
     assert error.value.exit_code == 73
     longer = files.resolve(run / "options.toml", flags={"optimization": {"steps": 2}})
     with pytest.raises(
@@ -441,7 +448,7 @@ def test_an_unwritable_output_folder_stops_a_run_but_an_unwritable_cache_does_no
     ) as error:
         train(longer, [], resume=run)
     assert error.value.exit_code == 73 and status_of(run).state == "done"
-    without = ran(
+    without = train_run(
         tmp_path, data={"latent_cache": str(disk.place)}, optimization={"steps": 1}, output={"preview_every": 0}
     )
     (note,) = [event["text"] for event in without.of("note") if "--latent-cache" in event["text"]]
@@ -459,7 +466,7 @@ def test_a_disk_that_becomes_read_only_stops_the_run_and_saved_files_stay_intact
 
     run = disk.place / "clay"
     with pytest.raises(Refused, match="cannot be written") as error:
-        ran(tmp_path, readers=[lose], network={"rank": 2, "text_encoder_rank": 0}, optimization={"steps": 6},
+        train_run(tmp_path, readers=[lose], network={"rank": 2, "text_encoder_rank": 0}, optimization={"steps": 6},
             output={"output_dir": str(disk.place), "preview_every": 0, "save_every": 2})  # fmt: skip
     assert error.value.exit_code == 73
     loaded = newest_state(run, pytest.fail)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import SAMPLES, adapter_of, assert_same, begun, go_on, ran
+from runs import SAMPLES, adapter_of, assert_same, interrupted_run, resume_run, train_run
 
 from scumble.configs.errors import Refused
 from scumble.trainer import cli
@@ -43,10 +43,10 @@ def test_a_run_interrupted_twice_gives_the_same_adapter_as_an_uninterrupted_run(
     }
     if optimizer == "schedule_free":
         tables["optimization"]["ema_decay"] = 0.0
-    uninterrupted = ran(tmp_path / "a", **tables)
-    interrupted = begun(tmp_path / "b", stop_at=3, **tables)
-    go_on(interrupted, stop_at=5)
-    last = go_on(interrupted)
+    uninterrupted = train_run(tmp_path / "a", **tables)
+    interrupted = interrupted_run(tmp_path / "b", stop_at=3, **tables)
+    resume_run(interrupted, stop_at=5)
+    last = resume_run(interrupted)
     assert last.events[-1]["kind"] == "done" and [event["step"] for event in last.of("step")] == [6, 7, 8]
     assert last.losses == uninterrupted.losses[5:]
     assert_same(adapter_of(interrupted), adapter_of(uninterrupted.folder))
@@ -57,8 +57,8 @@ def test_a_run_interrupted_twice_gives_the_same_adapter_as_an_uninterrupted_run(
 def test_a_finished_run_is_not_changed_and_more_steps_resume_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     output = {"preview_every": 0, "save_every": 0, "save_precision": "fp32"}
     plain = {"lr_scheduler": "constant", "lr_warmup_steps": 0.0}
-    longer = ran(tmp_path / "a", optimization=plain | {"steps": 5}, output=output)
-    run = ran(tmp_path / "b", optimization=plain | {"steps": 3}, output=output).folder
+    longer = train_run(tmp_path / "a", optimization=plain | {"steps": 5}, output=output)
+    run = train_run(tmp_path / "b", optimization=plain | {"steps": 3}, output=output).folder
     cli.main(["train", str(run)])
     assert f"{run} is finished" in capsys.readouterr().out
     cli.main(["train", str(run), "--steps", "5", "--json"])
@@ -70,10 +70,10 @@ def test_a_finished_run_is_not_changed_and_more_steps_resume_it(tmp_path: Path, 
 
 def test_a_longer_run_reports_the_change_of_its_learning_rate(tmp_path: Path):
     output = {"preview_every": 0, "save_every": 0}
-    run = ran(
+    run = train_run(
         tmp_path, optimization={"steps": 2, "lr_scheduler": "linear", "lr_warmup_steps": 0.0}, output=output
     ).folder
-    (plan,) = go_on(run, optimization={"steps": 4}).of("plan")  # shares of the peak: 1, 1/2, then 2/4, 1/4
+    (plan,) = resume_run(run, optimization={"steps": 4}).of("plan")  # shares of the peak: 1, 1/2, then 2/4, 1/4
     assert (
         "the linear schedule now spans 4 steps: the learning rate changes from 50.0% to 50.0% of its peak"
         in plan["reasons"]
@@ -82,12 +82,12 @@ def test_a_longer_run_reports_the_change_of_its_learning_rate(tmp_path: Path):
 
 def test_a_moved_run_can_be_resumed(tmp_path: Path):
     tables: dict[str, Any] = {"optimization": {"steps": 4}, "output": {"preview_every": 2, "save_precision": "fp32"}}
-    uninterrupted = ran(tmp_path / "a", **tables)
-    interrupted = begun(tmp_path / "b", stop_at=2, **tables)
+    uninterrupted = train_run(tmp_path / "a", **tables)
+    interrupted = interrupted_run(tmp_path / "b", stop_at=2, **tables)
     moved, images = tmp_path / "elsewhere", tmp_path / "images"
     shutil.move(interrupted, moved)
     shutil.copytree(SAMPLES, images)
-    go_on(moved, data={"images": str(images)})
+    resume_run(moved, data={"images": str(images)})
     assert_same(adapter_of(moved), adapter_of(uninterrupted.folder))
 
 
@@ -114,21 +114,21 @@ def test_the_resume_flag_starts_a_new_run_or_resumes_an_existing_one(
 def test_changes_since_the_start_are_reported_and_require_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     images = tmp_path / "images"
     shutil.copytree(SAMPLES, images)
-    run = begun(tmp_path, 1, data={"images": str(images)}, output={"preview_every": 0})
+    run = interrupted_run(tmp_path, 1, data={"images": str(images)}, output={"preview_every": 0})
     with pytest.raises(Refused, match=r"--rank 4: the run uses 16, which cannot change within a run; start a new run"):
-        go_on(run, network={"rank": 4})
+        resume_run(run, network={"rank": 4})
     with pytest.raises(Refused, match=r"--optimizer lion: the run uses adamw"):
-        go_on(run, optimization={"optimizer": "lion"})
+        resume_run(run, optimization={"optimizer": "lion"})
     monkeypatch.setattr(fingerprint, "LAYOUT", LAYOUT + 1)
     with pytest.raises(Refused, match=r"optimizer state: the run uses the layout of another scumble version"):
-        go_on(run)
+        resume_run(run)
     monkeypatch.undo()
     captions = sorted(images.glob("*.txt"))
     captions[0].write_text("another caption")
     with pytest.raises(Refused, match=rf"{captions[0].stem}\.webp: image, caption.* changed.* --force"):
-        go_on(run)
+        resume_run(run)
     assert status_of(run).state == "stopped"
-    last = go_on(run, force=True, optimization={"learning_rate": 1e-4})
+    last = resume_run(run, force=True, optimization={"learning_rate": 1e-4})
     reasons = "\n".join(last.of("plan")[0]["reasons"])
     assert "changed: --learning-rate 0.0001 instead of" in reasons and f"{captions[0].stem}.webp: image" in reasons
     assert {event["learning_rate"] for event in last.of("step")} and max(
@@ -142,13 +142,13 @@ def test_a_damaged_state_is_skipped_and_the_previous_one_is_used(damaged: str, t
         "optimization": {"steps": 4},
         "output": {"preview_every": 0, "save_every": 1, "save_precision": "fp32"},
     }
-    uninterrupted = ran(tmp_path / "a", **tables)
-    interrupted = begun(tmp_path / "b", stop_at=3, **tables)
+    uninterrupted = train_run(tmp_path / "a", **tables)
+    interrupted = interrupted_run(tmp_path / "b", stop_at=3, **tables)
     file = interrupted / "state/000003" / damaged
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    last = go_on(interrupted)
+    last = resume_run(interrupted)
     assert any("000003 is damaged; skipping it" in line for line in last.of("plan")[0]["reasons"])
     assert [event["step"] for event in last.of("step")] == [3, 4]
     assert_same(adapter_of(interrupted), adapter_of(uninterrupted.folder))
@@ -178,7 +178,7 @@ def test_a_process_that_lost_its_run_stops_before_writing(tmp_path: Path):
             write_json(run / "owner.json", {"token": "another's"})
 
     with pytest.raises(Refused, match="another process took over this run"):
-        ran(tmp_path, readers=[read], optimization={"steps": 4}, output={"preview_every": 0, "save_every": 2})
+        train_run(tmp_path, readers=[read], optimization={"steps": 4}, output={"preview_every": 0, "save_every": 2})
     assert not (run / "checkpoints").exists() and not (run / "state").exists() and not (run / "exit.json").exists()
 
 
@@ -191,7 +191,9 @@ def test_a_running_run_accepts_requests_and_reports_its_status(tmp_path: Path, c
             cli.main(["save", str(run)])
             statuses.append(status_of(run))
 
-    result = ran(tmp_path, readers=[read], optimization={"steps": 3}, output={"preview_every": 0, "save_every": 0})
+    result = train_run(
+        tmp_path, readers=[read], optimization={"steps": 3}, output={"preview_every": 0, "save_every": 0}
+    )
     assert [(one.state, one.step, one.num_steps) for one in statuses] == [("running", 0, 3)]  # not yet a new heartbeat
     assert [event["step"] for event in result.of("preview")] == [1, 1]
     assert (run / "checkpoints/clay-000001.safetensors").is_file()
@@ -239,12 +241,12 @@ def test_after_a_signal_the_step_finishes_and_the_run_can_be_resumed(
         if event["kind"] == "step" and event["step"] == 2:
             signal.raise_signal(sent)
 
-    ran(tmp_path, readers=[read], optimization={"steps": 4}, output={"preview_every": 0})
+    train_run(tmp_path, readers=[read], optimization={"steps": 4}, output={"preview_every": 0})
     ended = json.loads((run / "exit.json").read_text())
     assert (ended["code"], ended["step"]) == (code, 2) and status_of(run).state == "stopped"
     assert ended["reason"] == f"stopped by {name}"
     assert signal.getsignal(signal.SIGINT) == before
-    assert [event["step"] for event in go_on(run).of("step")] == [3, 4]
+    assert [event["step"] for event in resume_run(run).of("step")] == [3, 4]
 
 
 def test_a_run_under_nohup_survives_its_terminal(tmp_path: Path):
@@ -254,7 +256,7 @@ def test_a_run_under_nohup_survives_its_terminal(tmp_path: Path):
 
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        run = ran(tmp_path, readers=[read], optimization={"steps": 2}, output={"preview_every": 0})
+        run = train_run(tmp_path, readers=[read], optimization={"steps": 2}, output={"preview_every": 0})
     finally:
         signal.signal(signal.SIGHUP, before)
     assert len(run.losses) == 2 and status_of(run.folder).state == "done"
@@ -286,10 +288,10 @@ def test_a_second_signal_stops_immediately_and_reports_how_to_resume(
             signal.raise_signal(sent)
 
     with pytest.raises(Refused, match=rf"stopped by {re.escape(name)}; resume with `scumble train .*clay`") as error:
-        ran(tmp_path, readers=[read], optimization={"steps": 4}, output={"preview_every": 0, "save_every": 1})
+        train_run(tmp_path, readers=[read], optimization={"steps": 4}, output={"preview_every": 0, "save_every": 1})
     assert error.value.exit_code == code
     assert (status_of(run).state, status_of(run).reason) == ("stopped", f"stopped by {name}")
-    assert [event["step"] for event in go_on(run).of("step")] == [2, 3, 4]
+    assert [event["step"] for event in resume_run(run).of("step")] == [2, 3, 4]
 
 
 def test_ctrl_c_before_a_run_starts_exits_with_one_line_and_code_130(capsys: pytest.CaptureFixture[str]):
@@ -303,19 +305,19 @@ def test_ctrl_c_before_a_run_starts_exits_with_one_line_and_code_130(capsys: pyt
 
 
 def test_a_run_without_a_state_starts_again_in_its_folder(tmp_path: Path):
-    run = ran(tmp_path, optimization={"steps": 2}, output={"preview_every": 0}).folder
+    run = train_run(tmp_path, optimization={"steps": 2}, output={"preview_every": 0}).folder
     before = adapter_of(run)
     shutil.rmtree(run / "state")
     (run / "exit.json").unlink()
     assert status_of(run).state in ("running", "lost")  # this process is still running
-    last = go_on(run, force=True)
+    last = resume_run(run, force=True)
     assert [event["step"] for event in last.of("step")] == [1, 2]
     assert_same(adapter_of(run), before)
 
 
 def test_clock_changes_do_not_affect_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tables: dict[str, Any] = {"optimization": {"steps": 4}, "output": {"preview_every": 2, "save_precision": "fp32"}}
-    plain = ran(tmp_path / "a", **tables)
+    plain = train_run(tmp_path / "a", **tables)
     ahead_s, real, run = [0.0], time.time, tmp_path / "b/runs/clay"
     monkeypatch.setattr(time, "time", lambda: real() + ahead_s[0])
     states = []
@@ -325,7 +327,7 @@ def test_clock_changes_do_not_affect_a_run(tmp_path: Path, monkeypatch: pytest.M
             ahead_s[0] = (-7200.0, 86400.0)[event["step"] % 2]
             states.append(status_of(run).state)
 
-    jumped = ran(tmp_path / "b", readers=[jump], **tables)
+    jumped = train_run(tmp_path / "b", readers=[jump], **tables)
     assert states == ["running"] * 4 and status_of(run).state == "done"
     assert [note["text"] for note in jumped.of("note")] == [note["text"] for note in plain.of("note")]
     assert all(event["steps_per_s"] > 0 for event in jumped.of("step"))
@@ -333,7 +335,7 @@ def test_clock_changes_do_not_affect_a_run(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_run_of_another_version_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run = begun(tmp_path, 1)
+    run = interrupted_run(tmp_path, 1)
     owner = json.loads((run / "owner.json").read_text())
     assert owner["format"] == FORMAT
     for found, words in ((None, "no format number, older than the first release"), (99, "format 99")):
@@ -347,7 +349,7 @@ def test_a_run_of_another_version_is_refused_in_one_line(tmp_path: Path, capsys:
 
 
 def test_a_state_of_another_version_is_refused_and_never_skipped(tmp_path: Path):
-    run = begun(tmp_path, 1)
+    run = interrupted_run(tmp_path, 1)
     (numbers,) = run.glob("state/*/state.json")
     text = json.dumps(json.loads(numbers.read_text().splitlines()[0]) | {"format": 99})
     numbers.write_text(f"{text}\n{hashlib.sha256(text.encode()).hexdigest()}\n")

@@ -10,7 +10,7 @@ import torch
 from accelerate.state import PartialState
 from diffusers.models import attention_processor
 from PIL import Image
-from runs import SAMPLES, ran
+from runs import SAMPLES, train_run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -92,7 +92,7 @@ def test_a_run_with_xformers_calls_it_and_trains_the_same(
 ):
     monkeypatch.setattr(job, "check_attention", lambda attention, device: None)  # which requires CUDA
     plain, with_xformers = (
-        ran(
+        train_run(
             tmp_path / kind,
             machine={"attention": kind},
             optimization={"learning_rate": 0.01},
@@ -200,7 +200,7 @@ def test_a_run_uses_no_float64_which_mps_does_not_support(tmp_path: Path):
     objective = {"noise_offset": 0.1, "multires_noise_discount": 0.3, "input_perturbation": 0.1, "loss_type": "huber"}
     with Float64Recorder() as recorder:
         for number, weighting in enumerate(("min_snr", "debiased")):
-            run = ran(
+            run = train_run(
                 tmp_path / str(number), data={"images": str(images)},
                 objective=objective | {"loss_weighting": weighting}, optimization={"steps": 2, "ema_decay": 0.9},
                 network={"algorithm": ("dora", "lokr")[number]}, output={"preview_every": 2},

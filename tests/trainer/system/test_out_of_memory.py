@@ -16,7 +16,7 @@ from scumble.trainer.base_model.detect import BASES, detect_base
 from scumble.trainer.base_model.load import load
 from scumble.trainer.system.formatting import duration
 from scumble.trainer.system.out_of_memory import TRIALS, measure
-from scumble.trainer.training.checkpointing import recompute_activations, shallow_blocks
+from scumble.trainer.training.checkpointing import enable_gradient_checkpointing, shallow_blocks
 from scumble.trainer.training.lora import attach, component_of
 
 CPU = torch.device("cpu")
@@ -95,7 +95,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_with_less_memory(kind: 
         for part in PARTS:
             component_of(base, part.name).train()
         for only_shallow in recompute:
-            recompute_activations(base, PARTS, only_shallow)
+            enable_gradient_checkpointing(base, PARTS, only_shallow)
             assert base.text_encoders[0].is_gradient_checkpointing is not only_shallow
         saved = 0
 

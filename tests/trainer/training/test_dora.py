@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from small_parts import loaded, painted, parts_of
+from small_parts import loaded, parts_of, rendered
 from torch.nn.functional import conv2d, linear
 
 from scumble.configs.options import Network
 from scumble.trainer.adapters.targets import Part
-from scumble.trainer.training.checkpointing import recompute_activations
+from scumble.trainer.training.checkpointing import enable_gradient_checkpointing
 from scumble.trainer.training.export import network_arguments, tensors_of
 from scumble.trainer.training.lora import ADAPTER, AdaptedLayer, attach, component_of
 
@@ -62,9 +62,9 @@ def inputs_for(layer: AdaptedLayer) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 def test_a_new_adapter_changes_no_bit_of_the_image(kind: str, tmp_path: Path):
     base = loaded(kind, tmp_path)
-    before = painted(base)
+    before = rendered(base)
     layers = attach(base, Network(algorithm="dora", targets="full"), parts_of(base, 3), seed=0)
-    np.testing.assert_array_equal(painted(base), before)
+    np.testing.assert_array_equal(rendered(base), before)
     for layer in layers:
         weight = base_of(layer).weight
         magnitude = layer.tensors["dora_scale"]
@@ -130,7 +130,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(tmp_path: Path):
         for part in parts:
             component_of(base, part.name).train()
         if is_checkpointed:
-            recompute_activations(base, parts)
+            enable_gradient_checkpointing(base, parts)
         hidden = base.text_encoders[0](torch.arange(77)[None])[0]
         latents = torch.ones(1, 4, 16, 16)
         base.unet(latents, torch.tensor([500]), hidden).sample.pow(2).mean().backward()

@@ -18,12 +18,12 @@ from scumble.trainer.base_model.detect import detect_base
 from scumble.trainer.base_model.latents import Latents
 from scumble.trainer.base_model.load import load
 from scumble.trainer.kernels.lora_matmul import use_fast_lora
-from scumble.trainer.training.checkpointing import recompute_activations
-from scumble.trainer.training.flat_parameters import Flat
+from scumble.trainer.training.checkpointing import enable_gradient_checkpointing
+from scumble.trainer.training.flat_parameters import FlatParameters
 from scumble.trainer.training.forward_backward import Passes
 from scumble.trainer.training.lora import ADAPTER, attach
 from scumble.trainer.training.objective import Objectives, Sample
-from scumble.trainer.training.optimizers import grouped
+from scumble.trainer.training.optimizers import param_groups
 
 META = torch.device("meta")
 OBJECTIVES = {
@@ -76,11 +76,11 @@ def test_a_pass_stays_on_the_device(
     for module in (base.unet, *base.text_encoders):
         module.to(META).train()
     base.device = META
-    groups = grouped([(1e-3, [parameter for layer in layers for parameter in layer.tensors.values()])])
-    flat = Flat([group["params"] for group in groups], torch.bfloat16)
+    groups = param_groups([(1e-3, [parameter for layer in layers for parameter in layer.tensors.values()])])
+    flat = FlatParameters([group["params"] for group in groups], torch.bfloat16)
     assert use_fast_lora([layer.layer for layer in layers], ADAPTER, flat.lowered)
     if is_checkpointed:
-        recompute_activations(base, parts)
+        enable_gradient_checkpointing(base, parts)
     size = Size(64, 64)
     latents = Latents(*([[torch.zeros(4, 16, 16, device=META)]] * 2 for _ in range(2)), 0.18)
     objectives = Objectives(

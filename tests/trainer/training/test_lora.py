@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
-from small_parts import loaded, painted, parts_of
+from small_parts import loaded, parts_of, rendered
 from tiny import CONFIGS
 
 from scumble.configs.errors import Refused
@@ -36,15 +36,15 @@ def test_stock_diffusers_renders_the_same_image_from_the_file_as_from_the_live_a
     kind: str, targets: str, conv_rank: int, tmp_path: Path
 ):
     base = loaded(kind, tmp_path)
-    before = painted(base)
+    before = rendered(base)
     layers = attach(base, Network(targets=targets), parts_of(base, conv_rank), seed=0)
-    np.testing.assert_array_equal(painted(base), before)  # up is 0, so the image is unchanged
+    np.testing.assert_array_equal(rendered(base), before)  # up is 0, so the image is unchanged
     randomize(layers)
-    live = painted(base)
+    live = rendered(base)
     export(tmp_path / "it.safetensors", layers, {}, torch.float32)
     fresh = loaded(kind, tmp_path / "again")
     fresh.pipeline.load_lora_weights(str(tmp_path / "it.safetensors"))
-    np.testing.assert_allclose(painted(fresh), live, atol=2e-4)
+    np.testing.assert_allclose(rendered(fresh), live, atol=2e-4)
     assert np.abs(live - before).max() > 1e-2
 
 
@@ -203,9 +203,9 @@ def test_loha_and_lokr_start_as_the_identity_and_their_files_contain_the_weight_
     network: Network, has_full_factors: bool, tmp_path: Path
 ):
     base = loaded("sd1", tmp_path)
-    before = painted(base)
+    before = rendered(base)
     layers = attach(base, network.model_copy(update={"targets": "full"}), parts_of(base, 3), seed=0)
-    np.testing.assert_array_equal(painted(base), before)
+    np.testing.assert_array_equal(rendered(base), before)
     torch.manual_seed(1)
     for layer in layers:
         for parameter in layer.tensors.values():
@@ -217,7 +217,7 @@ def test_loha_and_lokr_start_as_the_identity_and_their_files_contain_the_weight_
     for layer in layers:
         assert not isinstance(layer.layer, LoraLayer)
         expected = layer.layer.get_delta_weight(ADAPTER)
-        module = modules[layer.place]
+        module = modules[layer.module_path]
         torch.testing.assert_close(module.delta().view(expected.shape), expected, rtol=1e-4, atol=1e-5)
         assert module.kind == layer.kind == network.algorithm
     live = [p for net in (base.unet, *base.text_encoders) for p in net.parameters() if p.requires_grad]

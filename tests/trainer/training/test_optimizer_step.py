@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from runs import Run, adapter_of, assert_same, go_on, ran
+from runs import Run, adapter_of, assert_same, resume_run, train_run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scumble.trainer.run.state import newest_state
 from scumble.trainer.system.device import AsyncValue
-from scumble.trainer.training.flat_parameters import Flat
+from scumble.trainer.training.flat_parameters import FlatParameters
 from scumble.trainer.training.forward_backward import Passes
 from scumble.trainer.training.objective import Batch, Sample
 from scumble.trainer.training.optimizer_step import HALVED_AFTER, STOPPED_AFTER, OptimizerStep, StepOutcome
-from scumble.trainer.training.optimizers import OPTIMIZERS, grouped, make_optimizer
+from scumble.trainer.training.optimizers import OPTIMIZERS, make_optimizer, param_groups
 
 
 class Cubes:
@@ -42,8 +42,8 @@ def make_step(
     max_queued: int, bad_loss: Sequence[int] = (), bad_gradient: Sequence[int] = (), max_grad_norm: float = 1.0
 ) -> tuple[OptimizerStep, list[str]]:
     weights = [torch.nn.Parameter(torch.linspace(0.1, 1.0, size)) for size in (5, 3)]
-    groups = grouped([(0.01, weights[:1]), (0.02, weights[1:])])
-    flat, reported = Flat([group["params"] for group in groups]), []
+    groups = param_groups([(0.01, weights[:1]), (0.02, weights[1:])])
+    flat, reported = FlatParameters([group["params"] for group in groups]), []
     accelerator = Accelerator(cpu=True)
     passes = Passes(Cubes(weights, bad_loss, bad_gradient), flat, accelerator.backward)
     named = {str(number): weight for number, weight in enumerate(weights)}
@@ -124,7 +124,7 @@ def test_a_step_that_the_device_checks_by_itself_reads_no_value():
 def test_only_the_adamw_of_torch_checks_by_itself_whether_a_step_is_finite():
     checks_itself = []
     for name in OPTIMIZERS:
-        optimizer = make_optimizer(name, grouped([(0.01, [torch.nn.Parameter(torch.ones(2, 2))])]), 0.0)
+        optimizer = make_optimizer(name, param_groups([(0.01, [torch.nn.Parameter(torch.ones(2, 2))])]), 0.0)
         if getattr(optimizer, "_step_supports_amp_scaling", False):
             checks_itself.append(name)
     assert checks_itself == ["adamw"]
@@ -175,30 +175,30 @@ TABLES: dict[str, Any] = {
 def test_a_run_whose_device_is_one_step_ahead_is_bit_identical(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: list[str]
 ):
-    queued = ran(tmp_path / "queued", **TABLES)
+    queued = train_run(tmp_path / "queued", **TABLES)
     assert log == [
         "take 0", "take 1", "read 0", "take 2", "read 1", "take 3", "read 2", "read 3",  # checkpoint
         "take 4", "read 4",  # previews
         "take 5", "take 6", "read 5", "read 6",
     ]  # fmt: skip
     monkeypatch.undo()
-    waited = ran(tmp_path / "waited", **TABLES)
+    waited = train_run(tmp_path / "waited", **TABLES)
     assert summary_of(queued) == summary_of(waited)
     assert_same(adapter_of(queued.folder), adapter_of(waited.folder))
 
 
 def test_a_stop_waits_for_the_queued_step_and_the_resumed_run_is_bit_identical(tmp_path: Path, log: list[str]):
-    whole = ran(tmp_path / "whole", **TABLES)
+    whole = train_run(tmp_path / "whole", **TABLES)
     log.clear()
 
     def stop(event: dict[str, Any]) -> None:
         if event["kind"] == "step" and event["step"] == 1:
             (tmp_path / "cut/runs/clay/requests/stop").touch()
 
-    first = ran(tmp_path / "cut", readers=[stop], **TABLES)
+    first = train_run(tmp_path / "cut", readers=[stop], **TABLES)
     assert log == ["take 0", "take 1", "read 0", "take 2", "read 1", "read 2"]
     loaded = newest_state(first.folder, pytest.fail)
     assert loaded and loaded.state.step == 3 and loaded.state.losses == whole.losses[:3]
-    second = go_on(first.folder)
+    second = resume_run(first.folder)
     assert first.losses + second.losses == whole.losses
     assert_same(adapter_of(second.folder), adapter_of(whole.folder))

@@ -9,7 +9,13 @@ import torch
 from paths import CHECKOUT
 
 from scumble.configs.errors import Refused
-from scumble.trainer.training.optimizers import OPTIMIZERS, check_optimizer, grouped, make_optimizer, set_learning_rate
+from scumble.trainer.training.optimizers import (
+    OPTIMIZERS,
+    check_optimizer,
+    make_optimizer,
+    param_groups,
+    set_learning_rate,
+)
 
 LEARNING_RATES = {"prodigy": 1.0}
 SAMPLES = CHECKOUT / "datasets/samples/clay-style"
@@ -22,7 +28,7 @@ def fitted(name: str, steps: int = 150) -> tuple[float, float, torch.optim.Optim
     down = torch.nn.Parameter(torch.randn(4, 64, generator=generator) / 8)
     up = torch.nn.Parameter(torch.zeros(96, 4))
     peak = LEARNING_RATES.get(name, 1e-2)
-    optimizer = make_optimizer(name, grouped([(peak, [down]), (peak, [up])]), 0.0)
+    optimizer = make_optimizer(name, param_groups([(peak, [down]), (peak, [up])]), 0.0)
     losses = []
     for step in range(steps):
         set_learning_rate(optimizer, min(1.0, (step + 1) / 10))
@@ -42,7 +48,7 @@ def test_every_optimizer_learns_a_low_rank_matrix_from_zero(name: str):
 
 def test_learning_rates_are_multiples_of_the_peak_of_each_group():
     groups = [(1e-3, [torch.nn.Parameter(torch.ones(2))]), (5e-4, [torch.nn.Parameter(torch.ones(2))])]
-    optimizer = make_optimizer("adamw", grouped(groups), 0.01)
+    optimizer = make_optimizer("adamw", param_groups(groups), 0.01)
     set_learning_rate(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 2.5e-4]
     assert optimizer.param_groups[0]["weight_decay"] == 0.01
@@ -50,7 +56,7 @@ def test_learning_rates_are_multiples_of_the_peak_of_each_group():
 
 def test_parameters_without_decay_have_the_learning_rate_of_their_group():
     decaying, constant = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2))
-    optimizer = make_optimizer("adamw", grouped([(1e-1, [decaying, constant])], [constant]), 0.5)
+    optimizer = make_optimizer("adamw", param_groups([(1e-1, [decaying, constant])], [constant]), 0.5)
     (decaying.sum() * 0 + constant.sum() * 0).backward()
     optimizer.step()
     assert [group["lr"] for group in optimizer.param_groups] == [1e-1, 1e-1]
@@ -82,7 +88,7 @@ def test_an_optimizer_that_does_not_support_the_device_is_refused():
 
 def test_no_optimizer_prints_to_stdout(capsys: pytest.CaptureFixture[str]):
     for name in OPTIMIZERS:
-        make_optimizer(name, grouped([(0.01, [torch.nn.Parameter(torch.ones(2, 2))])]), weight_decay=0.01)
+        make_optimizer(name, param_groups([(0.01, [torch.nn.Parameter(torch.ones(2, 2))])]), weight_decay=0.01)
     assert capsys.readouterr().out == ""
 
 

@@ -10,7 +10,7 @@ import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from paths import CHECKOUT
 from PIL import Image
-from runs import SAMPLES, adapter_of, assert_same, begun, go_on, ran
+from runs import SAMPLES, adapter_of, assert_same, interrupted_run, resume_run, train_run
 
 from scumble.configs.errors import Refused
 from scumble.configs.options import Options
@@ -101,14 +101,14 @@ def test_a_validation_folder_that_holds_every_training_image_is_refused():
 
 
 def test_a_run_with_held_out_images_equals_a_run_without_these_images(tmp_path: Path):
-    measured = ran(tmp_path / "a", **FOUR_OF_20, network={"lora_dropout": 0.2})
+    measured = train_run(tmp_path / "a", **FOUR_OF_20, network={"lora_dropout": 0.2})
     fewer = tmp_path / "fewer"
     shutil.copytree(SAMPLES, fewer)
     for name in held_out(SAMPLES):
         (fewer / name).unlink()
         (fewer / name).with_suffix(".txt").unlink(missing_ok=True)
     data = {"images": str(fewer), "validation_split": "off"}
-    other = ran(tmp_path / "b", data=data, network={"lora_dropout": 0.2}, output=FOUR_OF_20["output"])
+    other = train_run(tmp_path / "b", data=data, network={"lora_dropout": 0.2}, output=FOUR_OF_20["output"])
     assert [event["step"] for event in measured.of("validation")] == [0, 3] and not other.of("validation")
     assert measured.losses == other.losses
     assert_same(adapter_of(measured.folder), adapter_of(other.folder))
@@ -126,7 +126,7 @@ def test_timesteps_are_uniform_in_each_stratum():
 
 
 def test_the_loss_equals_that_of_stock_diffusers_with_the_saved_file(tmp_path: Path):
-    run = ran(
+    run = train_run(
         tmp_path, data={"validation_split": 0.2, "caption_dropout": 1.0}, network={"text_encoder_rank": 4},
         objective={"loss_weighting": "none", "min_timestep": 50}, optimization={"steps": 6},
         output=FOUR_OF_20["output"] | {"save_every": 0},
@@ -177,7 +177,7 @@ def test_a_resumed_run_keeps_its_validation_losses_and_its_best_checkpoint(tmp_p
             "save_precision": "fp32",
         },
     }
-    unbroken = ran(tmp_path / "a", **tables)
+    unbroken = train_run(tmp_path / "a", **tables)
     losses = {event["step"]: event["loss"] for event in unbroken.of("validation")}
     assert list(losses) == [0, 2, 4, 6, 8]
     best = min((2, 4, 6), key=lambda step: losses[step])
@@ -186,21 +186,21 @@ def test_a_resumed_run_keeps_its_validation_losses_and_its_best_checkpoint(tmp_p
         f"validation: loss {losses[8]:.4f} after step 8; it was lowest after step 0 ({min(losses.values()):.4f}) "
         "and has risen on unseen images since"
     )
-    stopped = begun(tmp_path / "b", stop_at=3, **tables)
-    resumed = go_on(stopped)
+    stopped = interrupted_run(tmp_path / "b", stop_at=3, **tables)
+    resumed = resume_run(stopped)
     assert [(event["step"], event["loss"]) for event in resumed.of("validation")] == [*losses.items()][2:]
     loaded = newest_state(stopped, pytest.fail)
     assert loaded and dict(loaded.state.validation_losses) == losses
     assert_same(adapter_of(stopped), adapter_of(unbroken.folder))
     with pytest.raises(Refused, match=r"--validation-split 0.5: the run uses 0.2, which cannot change within a run"):
-        go_on(stopped, data={"validation_split": 0.5}, optimization={"steps": 10})
+        resume_run(stopped, data={"validation_split": 0.5}, optimization={"steps": 10})
 
 
 def test_a_run_without_validation_losses_can_be_resumed(tmp_path: Path):
-    stopped = begun(tmp_path, stop_at=2, output={"preview_every": 0})
+    stopped = interrupted_run(tmp_path, stop_at=2, output={"preview_every": 0})
     (numbers,) = (stopped / "state").glob("*/state.json")
     assert json.loads(numbers.read_text().splitlines()[0])["validation_losses"] == []
-    assert go_on(stopped).events[-1]["kind"] == "done"
+    assert resume_run(stopped).events[-1]["kind"] == "done"
 
 
 def test_the_loss_curve_has_a_second_line_for_validation():
