@@ -249,13 +249,13 @@ def _one_line(error: CycloptsError) -> str:
         known = [name.removeprefix("--").replace("-", "_") for name in flags_of(app)]
         close = "" if key in known else did_you_mean(key, known).replace("_", "-").replace("mean ", "mean --")
         return f"{flag}: no such option of this command{close}; see --help, or `scumble options` for all of them"
-    if isinstance(error, MissingArgumentError) and error.argument:
-        return f"{' '.join(error.command_chain or ())}: {error.argument.name} is required; see --help".strip()
     if isinstance(error, UnusedCliTokensError):
         return f"{' '.join(error.unused_tokens or ())}: unexpected argument; see --help"
     if isinstance(error, ConsumeMultipleError) and error.argument:
         flag = error.argument.name
         return f"{flag}: give at least one value; if the first one starts with a minus sign, write {flag}=-0.5,1"
+    if isinstance(error, MissingArgumentError) and error.argument:
+        return f"{' '.join(error.command_chain or ())}: {error.argument.name} is required; see --help".strip()
     if isinstance(error, ValidationError) and isinstance(error.__cause__, PydanticError):
         return str(files.refusal(error.__cause__, files.as_flag))
     return " ".join(str(error).split())

@@ -151,6 +151,18 @@ def test_a_flag_of_another_trainer_is_answered_with_our_flag_or_a_reason(
     assert (code, errors.strip()) == (2, line)
 
 
+def test_a_missing_flag_is_named(capsys: pytest.CaptureFixture[str]):
+    code, _, errors = run(capsys, "adapter", "verify", "x.safetensors")
+    assert (code, errors.strip()) == (2, "scumble: adapter verify: --base is required; see --help")
+
+
+def test_a_flag_of_another_trainer_is_recognized_with_its_value_behind_an_equals_sign(
+    capsys: pytest.CaptureFixture[str],
+):
+    code, _, errors = run(capsys, "train", "--train_batch_size=2", "photos")
+    assert code == 2 and errors.startswith("scumble: --train_batch_size: use --batch-size")
+
+
 @pytest.mark.parametrize("text", ["[optimization]\ntrain_batch_size = 2", "train_batch_size = 2"])
 def test_a_key_of_another_trainer_in_a_file_is_answered_with_our_flag(tmp_path: Path, text: str):
     assert refused(tmp_path, text).endswith("train_batch_size = 2: use --batch-size (total over all devices)")
