@@ -23,6 +23,7 @@ from .masks import MaskFiles, mask_hides_pixels
 from .sidecars import Sidecars, lines_of, read_text
 
 Masks = Literal["auto", "alpha", "off"]
+MODEL_SUFFIXES = {".safetensors", ".ckpt", ".pt", ".pth", ".bin"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,10 @@ def read_set(
     the source does not exist or none of its images can be used.
     """
     found = ImageSet()
+    if source.is_file() and source.suffix.lower() in SUFFIXES:
+        raise Refused(f"{source}: is an image; name its folder")
+    if source.is_file() and source.suffix.lower() in MODEL_SUFFIXES:
+        raise Refused(f"{source}: is a model file; name a folder of images (a base model goes to --base)")
     if source.is_file():
         listed, remarks = read_list(source)
         folders = [

@@ -465,3 +465,18 @@ def test_images_of_extreme_sizes_are_read(tmp_path: Path):
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
     Image.new("RGB", (3000, 1)).save(tmp_path / "thread.png")
     assert [read_size(example.image) for example in read_set(tmp_path).examples] == [Size(1, 1), Size(3000, 1)]
+
+
+@pytest.mark.parametrize("command", ["train", "check", "caption"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("a.png", "is an image; name its folder"), ("lora.safetensors", "is a model file; name a folder of images")],
+)
+def test_a_file_in_place_of_a_folder_is_named_for_what_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, name: str, words: str
+):
+    (tmp_path / name).write_bytes(b"\x89PNG\xff")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, str(tmp_path / name)])
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and words in line and "delete" not in line
